@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -55,6 +56,7 @@ class EngineDouble:
         poison: A request of that many prompt tokens ends the session that carries it, before any token.
         gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
         constrains: Whether its record says that it knows constraints.
+        sums_adapters: Whether its record says that it adds up several adapters.
         is_silent: Send nothing any more but keep the connection, as a stopped process does.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
@@ -73,6 +75,7 @@ class EngineDouble:
     gives_up_at: dict[int, LoraplexError] = field(default_factory=dict)
     is_silent: bool = False
     constrains: bool = True
+    sums_adapters: bool = True
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -115,6 +118,7 @@ class EngineDouble:
             page_bytes=65536,
             max_image_pages=32,
             constrains=self.constrains,
+            sums_adapters=self.sums_adapters,
         )
 
     async def kill(self) -> None:
@@ -297,13 +301,26 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             server, self._server = self._server, None
             await server.stop(None)
 
-    def put(self, name: str, revisions: dict[str, str], *, fingerprint: str, allowed: Sequence[str] = ()) -> None:
+    def put(
+        self,
+        name: str,
+        revisions: dict[str, str],
+        *,
+        fingerprint: str,
+        allowed: Sequence[str] = (),
+        num_bytes: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Publish a name whose labels point at digests."""
         entry = adapter_store_pb2.WatchAliasesResponse.Entry(
             name=name,
             aliases=[adapter_pb2.Alias(name=name, label=label, revision=d) for label, d in revisions.items()],
             revisions=[
-                adapter_pb2.AdapterRevision(revision=digest, name=name, base_fingerprint=fingerprint)
+                adapter_pb2.AdapterRevision(
+                    revision=digest,
+                    name=name,
+                    base_fingerprint=fingerprint,
+                    canonical_bytes=num_bytes.get(digest, 0),
+                )
                 for digest in dict.fromkeys(revisions.values())
             ],
             allowed_tenants=allowed,

@@ -10,7 +10,6 @@ import numpy as np
 from loraplex_engine.step import (
     FROM_DEVICE,
     NO_ADAPTER,
-    ModelRunner,
     MoreAdapters,
     SamplingArrays,
     SlotSetup,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.model_runner import ModelRunner
     from loraplex_engine.pool_geometry import PoolGeometry
     from numpy.typing import NDArray
 

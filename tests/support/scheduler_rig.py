@@ -36,8 +36,8 @@ from support.fake_adapters import fake_image, fake_pool, fake_spec
 from support.fake_runner import VOCAB_SIZE, FakeRunner, draw
 
 if TYPE_CHECKING:
+    from loraplex_engine.model_runner import LoadHandle, ModelRunner, StepHandle
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
 
 PAGE_BYTES = 64
 Images = dict[str, tuple[AdapterSpec, NDArray[np.uint8]]]

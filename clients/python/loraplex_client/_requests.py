@@ -41,6 +41,8 @@ class GenerateOptions(PromptOptions, total=False):
     Attributes:
         adapter: ``name``, ``name:label`` or ``name@revision``; left out: the base model itself.
         adapter_scale: Multiplies the adapter's own scaling, 0 to 100.
+        adapters: Instead of both: up to 8 pairs of a name and a weight of 0 to 100, e.g. ``[("poet", 0.5), ("json", 1.0)]``;
+            the adapters' effects are added up, each times its weight.
         add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
         continue_final_message: Whether the last assistant turn is continued, not closed.
         max_new_tokens: Most tokens to generate; 0 only reads the prompt. Default: what is left of the longest sequence.
@@ -80,6 +82,7 @@ class GenerateOptions(PromptOptions, total=False):
 
     adapter: str | None
     adapter_scale: float | None
+    adapters: Sequence[tuple[str, float]] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | None
     max_new_tokens: int | None
@@ -169,6 +172,7 @@ def tokenize_request(
     messages: Sequence[ChatMessage] | None,
     model: str | None,
     adapter: str,
+    adapters: Sequence[tuple[str, float]] | None,
     add_special_tokens: bool | None,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
@@ -183,6 +187,10 @@ def tokenize_request(
     request = gateway_pb2.TokenizeRequest(
         model=model or "", adapter=adapter or None, add_special_tokens=add_special_tokens
     )
+    try:
+        request.adapters.extend(_weighted_adapters(adapters or ()))
+    except (ValueError, TypeError) as error:
+        raise InvalidParameterError(f"adapters={adapters!r}: {error}", field="adapters") from error
     options: dict[str, Any] = {
         "prompt": prompt,
         "messages": messages,
@@ -227,11 +235,19 @@ def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> 
         getattr(request, _DURATIONS[name]).CopyFrom(duration(value))
     elif name in _ENUMS:
         setattr(request, name, _ENUMS[name](value))
+    elif name == "adapters":
+        request.adapters.extend(_weighted_adapters(value))
     elif name == "structured_output":
         request.structured_output.CopyFrom(_structured_output(value))
     else:
         assert name == "logit_bias", name  # all others of GenerateOptions have been named above
         request.sampling.logit_bias.update(value)
+
+
+def _weighted_adapters(pairs: Sequence[tuple[str, float]]) -> list[gateway_pb2.WeightedAdapter]:
+    if isinstance(pairs, str) or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise ValueError("each adapter is a pair of its name and its weight")
+    return [gateway_pb2.WeightedAdapter(name=name, weight=weight) for name, weight in pairs]
 
 
 def _structured_output(wanted: Mapping[str, Any]) -> gateway_pb2.StructuredOutput:

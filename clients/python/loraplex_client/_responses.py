@@ -101,6 +101,7 @@ def _started(started: gateway_pb2.Started) -> events.Started:
         cached_tokens=started.cached_tokens,
         engine_id=started.engine_id,
         adapter_revision=started.adapter_revision,
+        adapter_revisions=tuple(started.adapter_revisions),
         resume_token=started.resume_token,
         seed=started.seed,
         prompt_logprobs=_logprobs(started.prompt_logprobs),

@@ -115,7 +115,8 @@ class Started(Event):
     """An engine runs the request.
 
     Attributes:
-        adapter_revision: Digest of the adapter's weights in use; empty for the base model.
+        adapter_revision: Digest of the (first) adapter's weights in use; empty for the base model.
+        adapter_revisions: Digests of all of ``adapters``, in their order; empty unless these were given.
         seed: Seed in use, drawn by the gateway if none was given.
         prompt_logprobs: Probabilities of the prompt's tokens after the first, if asked for.
     """
@@ -127,6 +128,7 @@ class Started(Event):
     resume_token: str
     seed: int
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    adapter_revisions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,6 +39,7 @@ class AdapterEntry:
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
         text_parts: Digest of each revision that brings text parts to the digest of these.
         created: Digest of each known revision to the Unix time at which the store imported it.
+        num_bytes: Digest of each known revision to the bytes of its canonical form.
         allowed_tenants: Tenants that may use it; empty means all tenants.
         is_deleted: True once the name is no longer served.
     """
@@ -48,6 +49,7 @@ class AdapterEntry:
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
     text_parts: Mapping[str, str] = field(default_factory=dict)
     created: Mapping[str, int] = field(default_factory=dict)
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
     allowed_tenants: frozenset[str] = frozenset()
     is_deleted: bool = False
 
@@ -174,6 +176,7 @@ def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
             if revision.HasField("text_parts")
         },
         created={revision.revision: revision.create_time.seconds for revision in entry.revisions},
+        num_bytes={revision.revision: revision.canonical_bytes for revision in entry.revisions},
         allowed_tenants=frozenset(entry.allowed_tenants),
         is_deleted=entry.deleted,
     )

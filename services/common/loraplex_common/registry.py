@@ -71,6 +71,7 @@ class EngineRecord:
         is_draining: True once it takes no new requests.
         constrains: Whether it knows constraints on outputs: structured output and sequences that are never drawn. Engines
             of earlier versions pass over what they do not know.
+        sums_adapters: Whether it adds up several adapters of one request: others would compute the first of them alone.
     """
 
     engine_id: str
@@ -86,6 +87,7 @@ class EngineRecord:
     max_image_pages: int
     is_draining: bool = False
     constrains: bool = False
+    sums_adapters: bool = False
     version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from loraplex_common.added_tokens import AddedToken
+
 MAX_TEMPLATE_BYTES: Final = 64 * 1024
 """Bytes in UTF-8 of a chat template that an adapter brings; the longest in use have half of it."""
 MAX_SCHEMA_BYTES: Final = 64 * 1024
@@ -68,6 +70,7 @@ class TextParts:
             answer is taken apart.
         invocation_token_ids: The sequence that an activated LoRA (aLoRA) applies from: from its last occurrence in the
             prompt on. Empty: the adapter applies to the whole sequence.
+        added_tokens: Tokens that the adapter's tokenizer has and the base model's has not, by ascending id.
     """
 
     chat_template: str = ""
@@ -76,6 +79,7 @@ class TextParts:
     stop_token_ids: tuple[int, ...] = ()
     response_schema: str = ""
     invocation_token_ids: tuple[int, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
 
     def to_fields(self) -> dict[str, Any]:
         """Return the parts that exist, for JSON; empty if there are none."""
@@ -86,6 +90,7 @@ class TextParts:
             "stop_token_ids": list(self.stop_token_ids),
             "response_schema": self.response_schema,
             "invocation_token_ids": list(self.invocation_token_ids),
+            "added_tokens": [token.to_fields() for token in self.added_tokens],
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -97,7 +102,8 @@ class TextParts:
             TypeError: If there is a part that this version does not know.
         """
         ids = {name: tuple(fields.get(name, ())) for name in ("stop_token_ids", "invocation_token_ids")}
-        return cls(**{**fields, **ids})
+        added = tuple(AddedToken.from_fields(token) for token in fields.get("added_tokens", ()))
+        return cls(**{**fields, **ids, "added_tokens": added})
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -108,6 +114,7 @@ class TextParts:
             "stop_tokens": self.stop_token_ids,
             "response_schema": self.response_schema,
             "invocation_tokens": self.invocation_token_ids,
+            "added_tokens": self.added_tokens,
         }
         return tuple(name for name, part in parts.items() if part)
 
@@ -120,6 +127,12 @@ class TextParts:
     def num_bytes(self) -> int:
         """Size as JSON."""
         return len(self._encoded)
+
+    @functools.cached_property
+    def added_digest(self) -> str:
+        """sha256 over the added tokens, 64 hex digits: adapters that add the same share a tokenizer."""
+        fields = [token.to_fields() for token in self.added_tokens]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def info(self) -> TextPartsInfo | None:

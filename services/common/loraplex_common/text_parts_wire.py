@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loraplex.v1 import adapter_store_pb2
 
+from loraplex_common.added_tokens import FLAGS, AddedToken
 from loraplex_common.text_parts import GENERATION_RANGES, TextParts
 
 
@@ -15,6 +16,9 @@ def to_message(parts: TextParts) -> adapter_store_pb2.GetTextPartsResponse:
         stop_token_ids=parts.stop_token_ids,
         response_schema=parts.response_schema,
         invocation_token_ids=parts.invocation_token_ids,
+        added_tokens=[
+            adapter_store_pb2.GetTextPartsResponse.AddedToken(**token.to_fields()) for token in parts.added_tokens
+        ],
     )
     for name, value in parts.generation.items():
         setattr(message.generation_defaults, name, value)
@@ -32,4 +36,8 @@ def from_message(message: adapter_store_pb2.GetTextPartsResponse) -> TextParts:
         stop_token_ids=tuple(message.stop_token_ids),
         response_schema=message.response_schema,
         invocation_token_ids=tuple(message.invocation_token_ids),
+        added_tokens=tuple(
+            AddedToken(id=token.id, content=token.content, **{name: getattr(token, name) for name in FLAGS})
+            for token in message.added_tokens
+        ),
     )

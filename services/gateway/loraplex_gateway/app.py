@@ -266,9 +266,7 @@ class GatewayApp:
         )
 
     def _make_grpc(self) -> GrpcServer:
-        generation = GatewayServicer(
-            self.core, self.quotas, self.catalog, self._listing, slow_client_s=self.config.slow_client_s
-        )
+        generation = GatewayServicer(self.core, self.quotas, self._listing, slow_client_s=self.config.slow_client_s)
         server = grpc_server(
             self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
         )

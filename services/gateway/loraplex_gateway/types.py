@@ -18,6 +18,7 @@ from loraplex_gateway.prompts import TextPrompt as TextPrompt
 from loraplex_gateway.prompts import TokenPrompt as TokenPrompt
 from loraplex_gateway.prompts import ToolCall as ToolCall
 from loraplex_gateway.prompts import ToolMode as ToolMode
+from loraplex_gateway.weighted import WeightedAdapter as WeightedAdapter
 
 
 class FinishReason(enum.IntEnum):
@@ -108,6 +109,7 @@ class GenerationRequest:
         trace_id: What the caller's logs call what this request is part of; not unique, only logged.
         model: Base model's name; empty where there is only one.
         adapter: ``name``, ``name:label`` or ``name@revision``; empty for the base model.
+        adapters: Adapters whose effects are added up, instead of `adapter` and `adapter_scale`.
         priority: Class of service; None for the caller's usual one.
         queue_timeout_s: Longest wait for a place in a batch.
         time_limit_s: Longest time from admission; then the output is cut.
@@ -126,6 +128,7 @@ class GenerationRequest:
     request_id: str = ""
     model: str = ""
     adapter: str = ""
+    adapters: tuple[WeightedAdapter, ...] = ()
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     options: ResponseOptions = ResponseOptions()
@@ -205,6 +208,7 @@ class Started:
     """An engine runs the request.
 
     Attributes:
+        adapter_revisions: Revisions of `GenerationRequest.adapters`.
         prompt_token_ids: The prompt's tokens.
         prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
         prompt_text: If it was asked for.
@@ -217,6 +221,7 @@ class Started:
     cached_tokens: int
     engine_id: str
     adapter_revision: str
+    adapter_revisions: tuple[str, ...] = ()
     seed: int
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()

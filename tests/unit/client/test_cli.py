@@ -34,6 +34,42 @@ def test_generate_prints_the_text(loraplex: Runner, gateway: GatewayDouble) -> N
     assert not request.sampling.HasField("top_p")
 
 
+@pytest.mark.parametrize(
+    ("given", "adapter", "scale", "adapters"),
+    [
+        ((), "", None, []),
+        (("a",), "a", None, []),
+        (("a=0.5",), "a", 0.5, []),
+        (("a=0.5", "b:prod"), "", None, [("a", 0.5), ("b:prod", 1.0)]),
+        (("a", "b=2", "c=0"), "", None, [("a", 1.0), ("b", 2.0), ("c", 0.0)]),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_adapters_are_named_with_their_weights(
+    loraplex: Runner,
+    gateway: GatewayDouble,
+    command: str,
+    given: tuple[str, ...],
+    adapter: str,
+    scale: float | None,
+    adapters: list[tuple[str, float]],
+) -> None:
+    assert loraplex(command, *(word for text in given for word in ("--adapter", text)), "Once").code == 0
+
+    (request,) = gateway.requests
+    assert request.adapter == adapter
+    assert (request.adapter_scale if request.HasField("adapter_scale") else None) == scale
+    assert [(each.name, each.weight) for each in request.adapters] == adapters
+
+
+def test_a_weight_that_is_no_number_is_refused(loraplex: Runner, gateway: GatewayDouble) -> None:
+    result = loraplex("generate", "--adapter", "a=half", "Once")
+
+    assert result.code == 2
+    assert "write NAME=WEIGHT, e.g. a=0.5" in result.err
+    assert not gateway.requests
+
+
 def test_a_prompt_can_come_from_stdin(loraplex: Runner, gateway: GatewayDouble) -> None:
     assert loraplex("generate", "-", stdin="from a pipe").code == 0
     assert gateway.requests[0].text == "from a pipe"

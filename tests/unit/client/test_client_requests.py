@@ -102,9 +102,23 @@ def test_every_option_reaches_its_field() -> None:
     }
 
 
+def test_several_adapters_are_pairs_of_name_and_weight() -> None:
+    built = request(prompt="hi", adapters=[("poet", 0.5), ("json:prod", 1)])
+
+    assert built["adapters"] == [{"name": "poet", "weight": 0.5}, {"name": "json:prod", "weight": 1.0}]
+
+
+@pytest.mark.parametrize("bad", ["poet", ["poet", "ab"], [("poet",)], [("poet", "0.5")], [(1, 0.5)], [None], 1])
+def test_adapters_that_are_no_pairs_are_refused_by_name(bad: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        request(prompt="hi", adapters=bad)
+
+    assert caught.value.field == "adapters"
+
+
 def test_every_documented_option_is_served() -> None:
     values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
-    values |= {"bad_words": "x", "structured_output": {"json_object": True}}
+    values |= {"bad_words": "x", "structured_output": {"json_object": True}, "adapters": [("x", 1.0)]}
     flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     prompts = ("prompt", "prompt_token_ids", "messages", *flags)
     texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")

@@ -24,6 +24,7 @@ TOP = {
     "prompts.py",
     "servers.py",
     "types.py",
+    "weighted.py",
     "worker.py",
 }
 

@@ -114,6 +114,7 @@ class AsyncClient:
         messages: Sequence[ChatMessage] | None = None,
         model: str | None = None,
         adapter: str = "",
+        adapters: Sequence[tuple[str, float]] | None = None,
         add_special_tokens: bool | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -127,6 +128,7 @@ class AsyncClient:
             messages: A conversation, rendered through the model's chat template.
             model: Base model; may be left out where the gateway fronts exactly one.
             adapter: ``name``, ``name:label`` or ``name@revision``, whose chat template is used if it brings one.
+            adapters: Instead of ``adapter``, as `generate` takes them; weights do not change tokens.
             add_special_tokens: Whether text gets special tokens (BOS). Default true.
             add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
             continue_final_message: Whether the last assistant turn is continued, not closed.
@@ -141,6 +143,7 @@ class AsyncClient:
             messages=messages,
             model=model,
             adapter=adapter,
+            adapters=adapters,
             add_special_tokens=add_special_tokens,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -150,11 +153,22 @@ class AsyncClient:
         response = await self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
         return tuple(response.token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", adapter: str = "", skip_special_tokens: bool = False
+    ) -> str:
+        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            token_ids: The ids.
+            model: Base model; may be left out where the gateway fronts exactly one.
+            adapter: ``name``, ``name:label`` or ``name@revision``: tokens that it adds have its text.
+            skip_special_tokens: Whether special tokens are left out.
+        """
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
+        if adapter:
+            request.adapter = adapter
         response = await self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))
         return response.text
 

@@ -11,8 +11,14 @@ from loraplex_client._sync.stream import GenerateStream
 from loraplex_client.cli.context import Target, connect, stderr
 from loraplex_client.events import Finished
 
-AdapterName = Annotated[
-    str, typer.Option(help="NAME, NAME:LABEL or NAME@REVISION; left out: the base model.", metavar="NAME")
+AdapterNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        help="NAME, NAME:LABEL or NAME@REVISION; left out: the base model. May be given again: effects are added up, each "
+        "times its weight.",
+        metavar="NAME[=WEIGHT]",
+    ),
 ]
 ModelName = Annotated[str, typer.Option(help="Base model, where the gateway fronts several.", metavar="NAME")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
@@ -28,7 +34,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print token counts and tim
 def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
-    adapter: AdapterName = "",
+    adapter: AdapterNames = None,
     model: ModelName = "",
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -44,7 +50,6 @@ def generate(
     """Continue a text, as it is: no chat template."""
     options = GenerateOptions(
         prompt=sys.stdin.read() if prompt == "-" else prompt,
-        adapter=adapter,
         model=model,
         temperature=temperature,
         top_p=top_p,
@@ -55,6 +60,7 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos or None,
     )
+    options.update(_adapters(adapter))
     with connect(context, target) as client:
         _print_stream(client.generate(**options), show_stats=stats)
 
@@ -64,7 +70,7 @@ def chat(
     prompt: Annotated[
         str | None, typer.Argument(help="What to say; - reads it from stdin; left out: a conversation.")
     ] = None,
-    adapter: AdapterName = "",
+    adapter: AdapterNames = None,
     model: ModelName = "",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Temperature = None,
@@ -80,7 +86,6 @@ def chat(
     """Talk to the model through its chat template."""
     messages: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     options = GenerateOptions(
-        adapter=adapter,
         model=model,
         temperature=temperature,
         top_p=top_p,
@@ -90,6 +95,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         stop=stop,
     )
+    options.update(_adapters(adapter))
     with connect(context, target) as client:
         if prompt is None:
             _converse(client, messages, options, show_stats=stats)
@@ -97,6 +103,24 @@ def chat(
         messages.append({"role": "user", "content": sys.stdin.read() if prompt == "-" else prompt})
         options["messages"] = messages
         _print_stream(client.generate(**options), show_stats=stats)
+
+
+def _adapters(given: list[str] | None) -> GenerateOptions:
+    """Return the options that name adapters, of ``NAME`` and ``NAME=WEIGHT``."""
+    pairs = [_weighted(text) for text in given or ()]
+    if len(pairs) > 1:
+        return {"adapters": [(name, 1.0 if weight is None else weight) for name, weight in pairs]}
+    return {"adapter": pairs[0][0], "adapter_scale": pairs[0][1]} if pairs else {}
+
+
+def _weighted(text: str) -> tuple[str, float | None]:
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"{weight!r} is no number: write NAME=WEIGHT, e.g. {name or 'poet'}=0.5", param_hint="--adapter"
+        ) from None
 
 
 def _converse(client: Client, messages: list[ChatMessage], options: GenerateOptions, *, show_stats: bool) -> None:

@@ -189,7 +189,9 @@ class TextPartsInfo(_message.Message):
     """sha256 over the parts, 64 lower-case hex digits; revisions that bring the same have the same."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the parts: `chat_template`, `generation_defaults`, `stop_tokens`, `response_schema`."""
+        """Names of the parts: `chat_template`, `generation_defaults`, `stop_tokens`, `response_schema`, `invocation_tokens`,
+        `added_tokens`.
+        """
 
     def __init__(
         self,

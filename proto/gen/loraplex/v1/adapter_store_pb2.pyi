@@ -1409,6 +1409,50 @@ class GetTextPartsResponse(_message.Message):
         def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
     @_typing.final
+    class AddedToken(_message.Message):
+        """AddedToken is a token that is looked for in a text before all others; the flags are those of Hugging Face tokenizers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        CONTENT_FIELD_NUMBER: _builtins.int
+        SPECIAL_FIELD_NUMBER: _builtins.int
+        NORMALIZED_FIELD_NUMBER: _builtins.int
+        LSTRIP_FIELD_NUMBER: _builtins.int
+        RSTRIP_FIELD_NUMBER: _builtins.int
+        SINGLE_WORD_FIELD_NUMBER: _builtins.int
+        id: _builtins.int
+        """Its id; from BaseModel.vocab_size on only the adapter has a row for it."""
+        content: _builtins.str
+        """Its text."""
+        special: _builtins.bool
+        """Whether it is left out where special tokens are."""
+        normalized: _builtins.bool
+        """Whether it is looked for in the normalised text."""
+        lstrip: _builtins.bool
+        """Whether it takes the spaces before it along."""
+        rstrip: _builtins.bool
+        """Whether it takes those behind it along."""
+        single_word: _builtins.bool
+        """Whether it is not found inside of words."""
+        def __init__(
+            self,
+            *,
+            id: _builtins.int = ...,
+            content: _builtins.str = ...,
+            special: _builtins.bool = ...,
+            normalized: _builtins.bool = ...,
+            lstrip: _builtins.bool = ...,
+            rstrip: _builtins.bool = ...,
+            single_word: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "id", b"id", "lstrip", b"lstrip", "normalized", b"normalized", "rstrip", b"rstrip", "single_word", b"single_word", "special", b"special"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class SpecialTokensEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1434,6 +1478,7 @@ class GetTextPartsResponse(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RESPONSE_SCHEMA_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADDED_TOKENS_FIELD_NUMBER: _builtins.int
     chat_template: _builtins.str
     """Jinja source, at most 64 KiB."""
     response_schema: _builtins.str
@@ -1456,6 +1501,10 @@ class GetTextPartsResponse(_message.Message):
         all of it.
         """
 
+    @_builtins.property
+    def added_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetTextPartsResponse.AddedToken]:
+        """Tokens that the adapter's tokenizer has and the base model's has not, by ascending id; at most 1024."""
+
     def __init__(
         self,
         *,
@@ -1465,10 +1514,11 @@ class GetTextPartsResponse(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         response_schema: _builtins.str = ...,
         invocation_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        added_tokens: _abc.Iterable[Global___GetTextPartsResponse.AddedToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "invocation_token_ids", b"invocation_token_ids", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_tokens", b"added_tokens", "chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "invocation_token_ids", b"invocation_token_ids", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

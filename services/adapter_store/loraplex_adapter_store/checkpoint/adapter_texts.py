@@ -26,6 +26,8 @@ from loraplex_adapter_store.checkpoint.bounds import MAX_GENERATION_VALUES, pars
 from loraplex_adapter_store.checkpoint.chat_templates import effective_template, read_template
 
 if TYPE_CHECKING:
+    from loraplex_common.added_tokens import AddedToken
+
     from loraplex_adapter_store.checkpoint.base_tokenizer import BaseTokenizer
     from loraplex_adapter_store.checkpoint.chat_templates import Template
 
@@ -65,14 +67,19 @@ class BroughtTexts:
 
 
 def brought_texts(
-    files: Mapping[str, bytes], objects: Mapping[str, dict[str, Any]], base: BaseTokenizer
+    files: Mapping[str, bytes],
+    objects: Mapping[str, dict[str, Any]],
+    base: BaseTokenizer,
+    *,
+    added: tuple[AddedToken, ...] = (),
 ) -> BroughtTexts:
     """Return what the files beside an adapter bring; they have passed the comparison of `tokenizer_files`.
 
     Args:
         files: Name -> content.
         objects: The JSON objects among them, parsed.
-        base: The base model's files.
+        base: The base model's files, with the tokens that the adapter adds.
+        added: These tokens.
 
     Raises:
         AdapterCorruptUploadError: If a file cannot be read, or is longer than its bound.
@@ -88,6 +95,7 @@ def brought_texts(
         generation=defaults,
         stop_token_ids=_stop_token_ids(generation, own, base),
         response_schema=_response_schema(objects.get(CONFIG_FILE, {}), base),
+        added_tokens=added,
     )
     return BroughtTexts(parts, template_file, {**base.special_tokens, **tokens}, warnings)
 

@@ -14,7 +14,10 @@ from loraplex_adapter_store.checkpoint.chat_templates import Template, effective
 from loraplex_adapter_store.checkpoint.tokenizer_json import TokenizerFacts, around, read_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from loraplex_common.added_tokens import AddedToken
 
 
 def token_content(token: Any) -> str | None:
@@ -59,6 +62,20 @@ class BaseTokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens included."""
         return self.facts.vocabulary()
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Rows of the base model's embedding; there may be more of them than tokens."""
+        size = self._json_of("config.json").get("vocab_size")
+        return size if type(size) is int else max(self.vocabulary.values()) + 1
+
+    def token_of(self, token_id: int) -> str | None:
+        """Return the token that has an id; None if none has."""
+        return self._tokens.get(token_id)
+
+    @functools.cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {token_id: token for token, token_id in self.vocabulary.items()}
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -114,6 +131,23 @@ class BaseTokenizer:
         data = self.bytes_of(name)
         fields = json.loads(data) if data is not None else {}
         return fields if isinstance(fields, dict) else {}
+
+
+class ExtendedBase(BaseTokenizer):
+    """A base model's tokenizer files as they would be with an adapter's tokens added.
+
+    Args:
+        base: The files as they are.
+        tokens: By ascending id.
+
+    Raises:
+        ValueError: If a token's id is another's.
+    """
+
+    def __init__(self, base: BaseTokenizer, tokens: Sequence[AddedToken]) -> None:
+        super().__init__(base._directory)
+        self.facts = base.facts.extended(tokens)
+        self.eos_token_ids = base.eos_token_ids
 
 
 def files_state(directory: Path) -> tuple[tuple[str, int, int], ...]:

@@ -1,8 +1,8 @@
 """Tokenizer files beside an adapter: accepted if they do what the base model's files do, else refused by name.
 
-loraplex tokenises with the base model's tokenizer. It would serve an adapter trained with added tokens wrongly, so it
-refuses it. Trainers write copies of the base model's files in their own libraries' spelling; those are accepted.
-Padding, truncation, training settings and the writer's version make no difference here. What the files say of chat
+An adapter may add tokens (see `added_tokens`): its files are compared with what the base model's would be with those. Any
+other difference is refused. Trainers write copies of the base model's files in their own libraries' spelling; those are
+accepted. Padding, truncation, training settings and the writer's version make no difference here. What the files say of chat
 template, stop tokens and response schema is the adapter's own: see `adapter_texts`.
 """
 
@@ -15,18 +15,29 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 from loraplex_common.tokenizer_config import SPECIAL_TOKENS
 
 from loraplex_adapter_store.checkpoint.adapter_texts import BroughtTexts, brought_texts
+from loraplex_adapter_store.checkpoint.added_tokens import added_tokens
 from loraplex_adapter_store.checkpoint.base_tokenizer import (
     BaseTokenizer,
+    ExtendedBase,
     base_tokenizer,
     prefix_after_rule,
     token_content,
 )
-from loraplex_adapter_store.checkpoint.tokenizer_json import around, read_tokenizer, tokenizer_difference
+from loraplex_adapter_store.checkpoint.tokenizer_json import (
+    TokenizerFacts,
+    around,
+    moved_token,
+    read_tokenizer,
+    tokenizer_difference,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from loraplex_common.added_tokens import AddedToken
+
+TOKENIZER: Final = "tokenizer.json"
 _REDUNDANT: Final = frozenset({"tokenizer.model", "vocab.json", "merges.txt"})  # redundant beside a tokenizer.json
 _JSON_FILES: Final = (
     *("added_tokens.json", "chat_template.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
@@ -47,7 +58,7 @@ def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> B
         AdapterIncompatibleError: If a file differs in what matters; the message names the file and the difference.
         AdapterCorruptUploadError: If a file cannot be read.
     """
-    base = base_tokenizer(base_directory)
+    base: BaseTokenizer = base_tokenizer(base_directory)
     others = {name: data for name, data in files.items() if data != base.bytes_of(name)}
     if "tokenizer.json" in files:
         others = {name: data for name, data in others.items() if name not in _REDUNDANT}
@@ -56,24 +67,51 @@ def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> B
         for name in _JSON_FILES
         if name in others or (name in _SETTINGS and name in files)
     }
-    for name, difference in _differences(others, objects, base):
-        raise AdapterIncompatibleError(
-            f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer; remove the file "
-            "if the adapter does not depend on it"
-        )
-    return brought_texts(files, objects, base)
+    theirs = read_tokenizer(others[TOKENIZER]) if TOKENIZER in others else None
+    tokens = added_tokens(theirs, objects, base)
+    if tokens:
+        base = _extended(base, tokens, moved_token(others[TOKENIZER], theirs) if theirs is not None else None)
+    for name, difference in _differences(others, theirs, objects, base):
+        raise _refused(name, difference)
+    return brought_texts(files, objects, base, added=tokens)
+
+
+def _extended(base: BaseTokenizer, tokens: Sequence[AddedToken], moved: str | None) -> BaseTokenizer:
+    if moved is not None:
+        raise _refused(TOKENIZER, moved)
+    try:
+        return ExtendedBase(base, tokens)
+    except ValueError as error:
+        raise _refused(TOKENIZER, str(error)) from error
+
+
+def _refused(name: str, difference: str) -> AdapterIncompatibleError:
+    return AdapterIncompatibleError(
+        f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer and the tokens that they "
+        "add to it; remove the file if the adapter does not depend on it"
+    )
 
 
 def _differences(
-    others: Mapping[str, bytes], objects: Mapping[str, dict[str, Any]], base: BaseTokenizer
+    others: Mapping[str, bytes],
+    theirs: TokenizerFacts | None,
+    objects: Mapping[str, dict[str, Any]],
+    base: BaseTokenizer,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (file, difference); ``others`` are the files whose bytes differ from the base model's."""
+    """Yield (file, difference).
+
+    Args:
+        others: The files whose bytes differ from the base model's.
+        theirs: The tokenizer.json among them, read.
+        objects: The files that are JSON objects.
+        base: The base model's files, with the tokens that the adapter adds.
+    """
     fields = {name: objects[name] for name in _JSON_FILES if name in others}
     surroundings: tuple[list[int], list[int]] | None = None
-    if "tokenizer.json" in others:
-        difference, surroundings = _compared(others["tokenizer.json"], base)
-        if difference:
-            yield "tokenizer.json", difference
+    if theirs is not None:
+        if difference := tokenizer_difference(theirs, base.facts):
+            yield TOKENIZER, difference
+        surroundings = around(theirs)
     if "tokenizer.model" in others:
         yield (
             "tokenizer.model",
@@ -101,13 +139,6 @@ def _object(name: str, data: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{name}: no JSON object")
     return fields
-
-
-def _compared(data: bytes, base: BaseTokenizer) -> tuple[str | None, tuple[list[int], list[int]]]:
-    """Return how a tokenizer.json differs, and which ids it puts around a text."""
-    facts = read_tokenizer(data)
-    difference = tokenizer_difference(facts, base.facts)
-    return difference, (([], []) if difference else around(facts))
 
 
 def _vocab_difference(vocab: dict[str, Any], base: BaseTokenizer) -> str | None:

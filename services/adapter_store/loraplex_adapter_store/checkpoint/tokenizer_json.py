@@ -12,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.added_tokens import FLAGS, AddedToken
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+from loraplex_common.extended_tokenizer import extended_tokenizer, gap_ids
 from tokenizers import Tokenizer
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_SECTION_CHARS
 from loraplex_adapter_store.checkpoint.tokenizer_probes import probes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 FILE: Final = "tokenizer.json"
 BATCH: Final = 4096
@@ -51,6 +53,7 @@ class TokenizerFacts:
     Attributes:
         stages: Normaliser, pre-tokeniser and the model's flags; small.
         added: Content -> (id, flags) of tokens that are matched before all others.
+        added_tokens: Id -> these tokens.
         vocab_sha256: sha256 of the model's vocabulary, in order of ids.
         merges_sha256: sha256 of the model's merges, in order.
     """
@@ -58,12 +61,28 @@ class TokenizerFacts:
     tokenizer: Tokenizer
     stages: dict[str, Any]
     added: dict[str, tuple[int, tuple[bool, ...]]]
+    added_tokens: dict[int, AddedToken]
     vocab_sha256: str
     merges_sha256: str
 
     def vocabulary(self) -> dict[str, int]:
         """Return token -> id, added tokens included."""
-        return dict(self.tokenizer.get_vocab(with_added_tokens=True))
+        found = dict(self.tokenizer.get_vocab(with_added_tokens=True))
+        gaps = gap_ids(self.tokenizer)
+        return {token: token_id for token, token_id in found.items() if token_id not in gaps} if gaps else found
+
+    def extended(self, tokens: Sequence[AddedToken]) -> TokenizerFacts:
+        """Return the facts of this tokenizer with tokens added.
+
+        Raises:
+            ValueError: If a token's id is another's.
+        """
+        return replace(
+            self,
+            tokenizer=extended_tokenizer(self.tokenizer, tokens),
+            added=self.added | {token.content: (token.id, _flags(token)) for token in tokens},
+            added_tokens=self.added_tokens | {token.id: token for token in tokens},
+        )
 
 
 def read_tokenizer(data: bytes, *, file: str = FILE) -> TokenizerFacts:
@@ -81,13 +100,15 @@ def read_tokenizer(data: bytes, *, file: str = FILE) -> TokenizerFacts:
     stages: dict[str, Any] = {name: list(_parts(fields[name])) for name in _STAGES}
     flags = {key: value for key, value in model.items() if key not in ("vocab", "merges", "dropout")}
     stages["model"] = {key: value for key, value in flags.items() if value not in (None, "", False)}
+    added = [
+        AddedToken(id=token["id"], content=token["content"], **{flag: bool(token[flag]) for flag in FLAGS})
+        for token in fields["added_tokens"]
+    ]
     return TokenizerFacts(
         tokenizer=tokenizer,
         stages=stages,
-        added={
-            token["content"]: (token["id"], tuple(bool(token[flag]) for flag in _TOKEN_FLAGS))
-            for token in fields["added_tokens"]
-        },
+        added={token.content: (token.id, _flags(token)) for token in added},
+        added_tokens={token.id: token for token in added},
         vocab_sha256=_sha256(model.get("vocab")),
         merges_sha256=_sha256(model.get("merges")),
     )
@@ -115,6 +136,17 @@ def tokenizer_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | 
             if not (part.get("type") in _PLAIN_PARTS or _key(part) in known or _is_literal(part, patterns)):
                 return f"its {name} has a part {_key(part)[:120]} that the base model's has not"
     return _behaviour_difference(theirs, base)
+
+
+def moved_token(data: bytes, facts: TokenizerFacts) -> str | None:
+    """Return how an id that a file gives an added token differs from the one that the library reads; None if none does."""
+    listed = json.loads(data).get("added_tokens")
+    for token in listed if isinstance(listed, list) else ():
+        content, token_id = token["content"], token["id"]
+        read, _ = facts.added.get(content, (token_id, ()))
+        if read != token_id:
+            return f"token {content[:60]!r} has id {token_id}, but the tokenizers library gives it {read}"
+    return None
 
 
 def around(facts: TokenizerFacts) -> tuple[list[int], list[int]]:
@@ -221,6 +253,11 @@ def _is_literal(part: dict[str, Any], patterns: set[str]) -> bool:
     is_known = json.dumps(pattern) in patterns or "String" in pattern
     is_short = all(len(text) <= _MAX_LITERAL_CHARS for text in texts)
     return part.get("type") in _LITERAL_PARTS and is_known and is_short
+
+
+def _flags(token: AddedToken) -> tuple[bool, ...]:
+    """Return the flags that ids depend on."""
+    return tuple(bool(getattr(token, flag)) for flag in _TOKEN_FLAGS)
 
 
 def _key(part: dict[str, Any]) -> str:

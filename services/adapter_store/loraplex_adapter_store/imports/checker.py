@@ -10,6 +10,7 @@ from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.rank_limits import check_servable
 
+from loraplex_adapter_store.checkpoint.added_tokens import check_rows
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
 from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.dialects import peft_config_data
@@ -85,6 +86,7 @@ class CheckpointChecker:
             base_dir=base.directory,
             weights_file=files.weights_file,
         )
+        check_rows(texts.parts.added_tokens, checkpoint.modules, base.info)
         form = canonicalise(checkpoint, texts.parts)
         try:
             check_servable(form.spec.sizes, base.info, engines, form.spec.last_row_id)

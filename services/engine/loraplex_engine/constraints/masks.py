@@ -52,6 +52,7 @@ class GrammarMaskFiller:
             masks = np.empty((len(states), vocabulary.num_words), np.int32)
             self.fill(states, masks)
             out[:, : vocabulary.num_words], out[:, vocabulary.num_words :] = masks, 0
+            self._free(states, out)
             return
         rows = [state for state in states if isinstance(state, GrammarState)]
         assert len(rows) == len(states), "states of another kind of constraint"
@@ -66,9 +67,14 @@ class GrammarMaskFiller:
         if vocabulary.num_tokens != vocabulary.vocab_size:
             out &= vocabulary.real_tokens
         if len(bound) < len(rows):
-            for row, state in enumerate(rows):
-                if state.is_free:
-                    out[row] = vocabulary.real_tokens
+            self._free(rows, out)
+
+    @staticmethod
+    def _free(states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
+        """Allow everything that can be drawn where no constraint holds yet: an adapter's added tokens, too."""
+        for row, state in enumerate(states):
+            if isinstance(state, GrammarState) and state.is_free:
+                out[row] = -1
 
     def _compute(self, bound: Sequence[tuple[GrammarState, int]], target: NDArray[np.int32]) -> None:
         """Compute masks without the interpreter's lock, which is given up once for all rows, not once for each.

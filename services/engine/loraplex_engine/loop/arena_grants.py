@@ -6,7 +6,7 @@ gets room that is free now, or none.
 
 An image that a request waits with is not evicted, so requests with several adapters could fill the arena with images that
 each wait for another. Then room is made of images whose requests still lack others; not of those of the request that waits
-longest, whose demands go first (ADR 32).
+longest, whose demands go first (ADR 34).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.loop.step_times import StepTimes
     from loraplex_engine.loop.step_watchdog import Pulse
+    from loraplex_engine.model_runner import ModelRunner, StepHandle
     from loraplex_engine.scheduler.scheduler import Scheduler
-    from loraplex_engine.step import ModelRunner, StepHandle, StepPlan
+    from loraplex_engine.step import StepPlan
 
 
 class StepsInFlight:

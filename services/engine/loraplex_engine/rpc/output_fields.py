@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
-from loraplex_engine.rpc.validation import check_token_ids, require
+from loraplex_engine.rpc.validation import require
 
 if TYPE_CHECKING:
     from loraplex.v1 import engine_pb2, gateway_pb2
@@ -35,7 +35,7 @@ def check_structured_output(submit: engine_pb2.Submit, limits: RequestLimits) ->
     starts_after = f"{FIELD}.starts_after"
     num_tokens = len(wire.starts_after)
     require(num_tokens <= MAX_SEQUENCE_TOKENS, starts_after, f"{num_tokens} tokens exceed {MAX_SEQUENCE_TOKENS}")
-    check_token_ids(wire.starts_after, starts_after, limits.vocab_size)
+    limits.check_ids(wire.starts_after, starts_after, submit)
     return StructuredOutput(
         kind=ConstraintKind(name), text=_text(wire, str(name)), starts_after=tuple(wire.starts_after)
     )

@@ -13,7 +13,6 @@ import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
 from loraplex_common.request_limits import (
-    MAX_ADAPTERS,
     MAX_ENTRIES,
     MAX_INT32,
     MAX_PROMPT_LOGPROBS,
@@ -23,8 +22,7 @@ from loraplex_common.request_limits import (
     leaves_nothing,
 )
 
-from loraplex_engine.messages import AdapterTerm
-from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,10 +74,15 @@ def check_range(value: float, field: str) -> float:
     Raises:
         InvalidParameterError: If the value is out of range; NaN and infinities always are.
     """
-    return _check_within(value, RANGES[field.rpartition(".")[2]], field)
+    return check_within(value, RANGES[field.rpartition(".")[2]], field)
 
 
-def _check_within(value: float, limits: Range, field: str) -> float:
+def check_within(value: float, limits: Range, field: str) -> float:
+    """Return a number if it is in a range.
+
+    Raises:
+        InvalidParameterError: If it is not.
+    """
     require(
         value in limits,
         field,
@@ -113,49 +116,6 @@ def check_digest(digest: str, field: str) -> str:
     return digest
 
 
-def check_adapter_start(submit: engine_pb2.Submit) -> int | None:
-    """Return the first token that the request's adapter applies to, if it says one.
-
-    Raises:
-        InvalidParameterError: If the prompt has no such token, or there is no adapter.
-    """
-    if not submit.HasField("adapter_start"):
-        return None
-    start, num_tokens = submit.adapter_start, len(submit.prompt_token_ids)
-    require(bool(submit.adapter_digest), "adapter_start", "the request names no adapter")
-    require(start < num_tokens, "adapter_start", f"{start} is behind the prompt's {num_tokens} tokens")
-    return int(start)
-
-
-def check_more_adapters(submit: engine_pb2.Submit) -> tuple[AdapterTerm, ...]:
-    """Return the adapters that are added to the request's first one, in their order.
-
-    Raises:
-        InvalidParameterError: If there are too many or no first one, one comes twice or has no digest, a factor is out of
-            its range, or the first one is activated by a sequence of tokens.
-    """
-    more = submit.more_adapters
-    if not more:
-        return ()
-    field = "more_adapters"
-    require(bool(submit.adapter_digest), field, "the request names no first adapter in adapter_digest")
-    require(len(more) < MAX_ADAPTERS, field, f"{len(more)} adapters beside the first exceed {MAX_ADAPTERS} in all")
-    require(
-        not submit.HasField("adapter_start"),
-        field,
-        "an adapter that a sequence of tokens activates is not added to others",
-    )
-    seen = {submit.adapter_digest}
-    terms = []
-    for at, term in enumerate(more):
-        digest = check_digest(term.digest, f"{field}[{at}].digest")
-        require(digest not in seen, f"{field}[{at}].digest", f"adapter {digest} comes twice")
-        seen.add(digest)
-        scale = term.scale if term.HasField("scale") else 1.0
-        terms.append(AdapterTerm(digest, _check_within(scale, RANGES["adapter_scale"], f"{field}[{at}].scale")))
-    return tuple(terms)
-
-
 def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return prompt and resumed token ids, which together leave room for at least one more token.
 
@@ -171,6 +131,24 @@ def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDAr
     )
     prompt = limits.check_ids(submit.prompt_token_ids, "prompt_token_ids", submit)
     return prompt, limits.check_ids(submit.resumed_token_ids, "resumed_token_ids", submit)
+
+
+def added_token_ids(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[AddedTokenId, ...]:
+    """Return the largest id behind the vocabulary of each field that has one; the ids are checked already."""
+    if not submit.adapter_digest:
+        return ()
+    bad = [each for sequence in submit.bad_token_sequences for each in sequence.ids]
+    fields: dict[str, Iterable[int]] = {
+        "prompt_token_ids": submit.prompt_token_ids,
+        "resumed_token_ids": submit.resumed_token_ids,
+        "sampling.logit_bias": submit.sampling.logit_bias,
+        "sampling.allowed_token_ids": submit.sampling.allowed_token_ids,
+        "stopping.stop_token_ids": submit.stopping.stop_token_ids,
+        "bad_token_sequences": bad,
+        "structured_output.starts_after": submit.structured_output.starts_after,
+    }
+    largest = (AddedTokenId(field, max(ids, default=0)) for field, ids in fields.items())
+    return tuple(each for each in largest if each.token_id >= limits.vocab_size)
 
 
 def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> SamplingParams:

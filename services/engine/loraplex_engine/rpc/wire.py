@@ -15,22 +15,20 @@ from loraplex_engine.messages import (
     Ended,
     FinishReason,
     Loading,
-    LoadSnapshot,
     Priority,
     ResidencyState,
     Started,
     Submission,
     TokenWithLogprobs,
 )
-from loraplex_engine.rpc.added_ids import added_token_ids
+from loraplex_engine.rpc.adapter_fields import check_adapter_start, check_more_adapters
 from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structured_output
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
-    check_adapter_start,
+    added_token_ids,
     check_digest,
     check_drawable,
-    check_more_adapters,
     check_range,
     check_sampling,
     check_stopping,
@@ -39,6 +37,7 @@ from loraplex_engine.rpc.validation import (
 )
 
 if TYPE_CHECKING:
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from loraplex_engine.step import TokenLogprobs
 
 _PRIORITIES: Final = {

@@ -5,7 +5,7 @@ arrives, and copies the adapter to the device when that request is near its turn
 *claim* their adapters, so that no load for a request behind them evicts these adapters again.
 
 A request with several adapters claims and loads all of them or none, once all their images have come: what it holds on the
-device is always enough to let it run, so no two requests each hold what the other lacks (ADR 32).
+device is always enough to let it run, so no two requests each hold what the other lacks (ADR 34).
 """
 
 from __future__ import annotations

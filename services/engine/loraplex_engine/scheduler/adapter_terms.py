@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.flora import FLORA
-from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 if TYPE_CHECKING:
@@ -17,11 +16,10 @@ if TYPE_CHECKING:
     from loraplex_engine.messages import Submission
 
 
-_UNSCALABLE: Final = {
+_MULTIPLIERS: Final = {
     OUT_VECTOR: "a factor on its outputs (DoRA, (IA)3)",
     IN_VECTOR: "a factor on its inputs ((IA)3)",
     FLORA: "FLoRA",
-    ROWS: "rows of tokens",
 }
 
 
@@ -77,4 +75,7 @@ def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
 
 
 def _what(part: PartSize) -> str:
-    return f"{_UNSCALABLE[part.kind]}, which multiplies or replaces what the base model computes"
+    multiplier = _MULTIPLIERS.get(part.kind)
+    if multiplier is None:
+        return "rows of tokens, which replace what the base model has"
+    return f"{multiplier}, which multiplies what the base model computes"

@@ -15,7 +15,7 @@ from loraplex_gateway.adapters.close_names import NameOrder
 from loraplex_gateway.adapters.name_blocks import NameBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from loraplex_common.alias_feed import AdapterEntry
     from loraplex_common.auth import Principal
@@ -30,6 +30,7 @@ class ResolvedAdapter:
     Attributes:
         is_restricted: True if only some tenants may use it.
         text_parts: Digest of what the revision brings besides weights; empty for nothing.
+        num_bytes: Bytes of its canonical form; 0 if they are not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ResolvedAdapter:
     base_fingerprint: str
     is_restricted: bool = False
     text_parts: str = ""
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +161,19 @@ class NameTable:
         return entry if entry is not None and entry.allows(caller) else None
 
     async def resolve(self, text: str, *, caller: Principal, patience_s: float) -> ResolvedAdapter:
-        """Return the revision that a reference points at now.
+        """Return the revision that a reference points at now, see `resolve_all`."""
+        return (await self.resolve_all({"adapter": text}, caller=caller, patience_s=patience_s))[0]
+
+    async def resolve_all(
+        self, texts: Mapping[str, str], *, caller: Principal, patience_s: float
+    ) -> tuple[ResolvedAdapter, ...]:
+        """Return the revisions that references point at, all of them at one moment.
 
         A caller that may not use an adapter is answered, and waits, as if it were not there: names of others are no news.
 
         Args:
-            text: ``name``, ``name:label`` or ``name@revision``; of a revision the first 8 digits do.
+            texts: ``name``, ``name:label`` or ``name@revision`` by the field of the request; of a revision the first 8
+                digits do.
             caller: The principal that asks.
             patience_s: How long an unknown name may take to appear: an import that its caller has just seen
                 acknowledged may still be on its way here.
@@ -174,24 +183,28 @@ class NameTable:
             AdapterNotFoundError: If there is no such name, label or revision for the caller; the message has close matches.
             StoreUnavailableError: If no table has been received yet, so that nothing can be said.
         """
-        ref = AdapterRef.parse(text)
+        refs = {field: AdapterRef.parse(text, field=field) for field, text in texts.items()}
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
-        while (resolved := self._find(ref, caller)) is None:
+        while True:
+            found = {field: self._find(ref, caller, field) for field, ref in refs.items()}
+            resolved = tuple(adapter for adapter in found.values() if adapter is not None)
+            if len(resolved) == len(refs):
+                return resolved
             changed = self._changed.next
             try:
                 async with asyncio.timeout_at(give_up_at):
                     await changed.wait()
             except TimeoutError:
-                raise self._not_found(ref, caller) from None
-        return resolved
+                missing = next(refs[field] for field, adapter in found.items() if adapter is None)
+                raise self._not_found(missing, caller) from None
 
-    def _find(self, ref: AdapterRef, caller: Principal) -> ResolvedAdapter | None:
+    def _find(self, ref: AdapterRef, caller: Principal, field: str) -> ResolvedAdapter | None:
         entry = self.entry(ref.name, caller)
         if entry is None:
             return None
         if ref.revision is not None:
-            digest = find_revision(ref.revision, entry.base_fingerprints, field="adapter")
+            digest = find_revision(ref.revision, entry.base_fingerprints, field=field)
         else:
             digest = entry.labels.get(ref.label or "")
         if digest is None or digest not in entry.base_fingerprints:
@@ -202,6 +215,7 @@ class NameTable:
             base_fingerprint=entry.base_fingerprints[digest],
             is_restricted=bool(entry.allowed_tenants),
             text_parts=entry.text_parts.get(digest, ""),
+            num_bytes=entry.num_bytes.get(digest, 0),
         )
 
     def _not_found(self, ref: AdapterRef, caller: Principal) -> Exception:

@@ -10,7 +10,7 @@ from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
     from loraplex_common.peers import PeerChannel
 
@@ -49,6 +49,12 @@ class PrefetchHints:
         task = asyncio.create_task(self._send(digest, engine_id), name="prefetch-hint")
         self._outstanding.add(task)
         task.add_done_callback(self._outstanding.discard)
+
+    def hint_missing(self, digests: Iterable[str], resident: Collection[str], engine_id: str) -> None:
+        """Say that an engine will need those of some adapters that it does not hold; returns at once."""
+        for digest in digests:
+            if digest not in resident:
+                self.hint(digest, engine_id)
 
     async def close(self) -> None:
         """Drop the hints that are on their way."""

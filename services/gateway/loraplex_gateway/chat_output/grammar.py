@@ -33,16 +33,24 @@ TokenId = Callable[[str], int | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thoughts:
-    """What may come before the part that is constrained."""
+    """What may come before the part that is constrained.
+
+    Attributes:
+        thinking: Whether the output begins with them.
+        tags: What begins and ends them; None for a model that has none.
+        token_id: Finds tokens that a grammar may have.
+        any_token_id: Finds tokens in front of what is constrained: an adapter's added ones, too.
+    """
 
     thinking: Thinking
     tags: ThoughtTags | None
     token_id: TokenId
+    any_token_id: TokenId
 
     @property
     def end_id(self) -> int | None:
         """The token that ends them, if one token does."""
-        return self.token_id(self.tags.closing) if self.tags is not None else None
+        return self.any_token_id(self.tags.closing) if self.tags is not None else None
 
 
 def literal(text: str) -> str:

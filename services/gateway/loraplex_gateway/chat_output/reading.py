@@ -57,6 +57,7 @@ def chat_reading(
     output: OutputFormat,
     rendered: str,
     token_id: TokenId,
+    base_token_id: TokenId | None = None,
     constraint: StructuredOutput | None = None,
 ) -> ChatReading:
     """Return how the output of a chat is read.
@@ -67,6 +68,8 @@ def chat_reading(
         output: How the template's model writes.
         rendered: The prompt after the template.
         token_id: Finds tokens that are a marker of the format.
+        base_token_id: Finds the base model's tokens only, where an adapter adds some: engines compile constraints for the
+            base's vocabulary, so markers that are added tokens are spelt there. None: as `token_id`.
         constraint: What the client wants the content to look like.
 
     Raises:
@@ -75,7 +78,7 @@ def chat_reading(
     mode = parsing.tool_mode if prompt.tools else ToolMode.NONE
     tools = _tool_format(output, mode)
     tags, thinking = output.thoughts, thinking_of(prompt, rendered, output.thoughts)
-    thoughts = grammar.Thoughts(thinking=thinking, tags=tags, token_id=token_id)
+    thoughts = grammar.Thoughts(thinking=thinking, tags=tags, token_id=base_token_id or token_id, any_token_id=token_id)
     if tools is not None:
         constraint = tool_constraint(
             prompt.tools, mode, fmt=tools, is_parallel=parsing.is_parallel, thoughts=thoughts, content=constraint

@@ -42,7 +42,6 @@ class EngineLink:
     Args:
         record: The engine as it registered itself.
         gateway_id: Said in the hello.
-        token_bytes: Bytes of one token of the engine's model, for log-probabilities.
         max_buffered_tokens: Bound of each request's buffer.
         silence_s: Without any message for so long, an engine is lost, connection or not; longer where it promises less.
         on_change: Called whenever the engine becomes or ceases to be a candidate.
@@ -54,7 +53,6 @@ class EngineLink:
         record: EngineRecord,
         *,
         gateway_id: str,
-        token_bytes: Callable[[int], bytes],
         max_buffered_tokens: int,
         on_change: Callable[[], None],
         silence_s: float = SILENCE_S,
@@ -66,7 +64,6 @@ class EngineLink:
         self.resident: set[str] = set()
         self.state = LinkState.CONNECTING
         self._gateway_id = gateway_id
-        self._token_bytes = token_bytes
         self._max_buffered_tokens = max_buffered_tokens
         self._on_change = on_change
         self._least_silence_s = self._silence_s = silence_s
@@ -121,9 +118,9 @@ class EngineLink:
         """Adapters of this gateway's requests on the engine."""
         return self._slots.digests
 
-    def is_warm(self, digest: str) -> bool:
+    def holds(self, digest: str) -> bool:
         """Whether the engine holds an adapter or is getting it for another of our requests."""
-        return not digest or digest in self.resident or self._slots.uses(digest)
+        return digest in self.resident or self._slots.uses(digest)
 
     def submit(self, submission: Submission) -> Ticket:
         """Queue a request for the next message to the engine.
@@ -134,7 +131,7 @@ class EngineLink:
         if self.state is not LinkState.OPEN:
             raise EngineLostError(f"no session with engine {self.engine_id}", had_request=False)
         ticket = self._slots.take(
-            submission.adapter_digest,
+            submission.adapter_digests,
             lambda slot: Ticket(
                 slot,
                 next_sequence=len(submission.resumed_ids),
@@ -265,7 +262,7 @@ class EngineLink:
                 sequence=output.sequence,
                 token_ids=output.token_ids,
                 logprobs=output.logprobs,
-                started=wire.started(output.started, self._token_bytes) if output.HasField("started") else None,
+                started=wire.started(output.started) if output.HasField("started") else None,
                 loading=wire.loading(output.loading) if output.HasField("loading") else None,
                 end=end,
             )

@@ -18,11 +18,12 @@ from loraplex_gateway.engines.routing import Candidate, choose
 from loraplex_gateway.engines.silence import SILENCE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import grpc
     from loraplex_common.registry import EngineRecord
 
+    from loraplex_gateway.adapters.names import ResolvedAdapter
     from loraplex_gateway.text.models import ModelCatalog
 
 _log = get_logger()
@@ -138,11 +139,15 @@ class EnginePool:
         """Return whether an engine of a base model constrains outputs; None if there is no engine."""
         return any(found) if (found := [link.record.constrains for link in self._of_model(fingerprint)]) else None
 
+    def can_sum(self, fingerprint: str) -> bool | None:
+        """Return whether an engine of a base model adds up several adapters; None if there is no engine."""
+        return any(found) if (found := [link.record.sums_adapters for link in self._of_model(fingerprint)]) else None
+
     def choose(
         self,
         fingerprint: str,
         *,
-        adapter_digest: str,
+        adapters: Sequence[ResolvedAdapter],
         affinity_key: str,
         num_tokens: int,
         excluded: frozenset[str],
@@ -156,14 +161,17 @@ class EnginePool:
             and link.engine_id not in excluded
             and link.record.max_model_len > num_tokens
             and (link.record.constrains or not is_constrained)
+            and (link.record.sums_adapters or len(adapters) < 2)
         }
         # One that is about to be taken for lost gets nothing new while there are others.
         links = {each: link for each, link in links.items() if not link.is_quiet} or links
         candidates = [
-            Candidate(engine_id=engine_id, load=link.load, is_warm=link.is_warm(adapter_digest))
+            Candidate(engine_id=engine_id, load=link.load, missing_bytes=_missing_bytes(link, adapters))
             for engine_id, link in links.items()
         ]
-        chosen = choose(candidates, adapter_digest=adapter_digest, affinity_key=affinity_key)
+        # Sorted and without weights: neither changes which pages an engine loads.
+        all_of_them = ",".join(sorted(adapter.digest for adapter in adapters))
+        chosen = choose(candidates, adapters=all_of_them, affinity_key=affinity_key)
         return None if chosen is None else links[chosen]
 
     async def run(self) -> None:
@@ -204,7 +212,6 @@ class EnginePool:
         link = EngineLink(
             record,
             gateway_id=self._gateway_id,
-            token_bytes=model.tokenizer.table.token_bytes,
             max_buffered_tokens=self._max_buffered_tokens,
             on_change=self._notify,
             silence_s=self._silence_s,
@@ -234,3 +241,8 @@ class EnginePool:
             {engine_id: link.record.base_fingerprint for engine_id, link in self._links.items()},
         )
         self._changed.notify()
+
+
+def _missing_bytes(link: EngineLink, adapters: Sequence[ResolvedAdapter]) -> int:
+    """Return the bytes of adapters that an engine would have to load; one that tells no size has at least a byte."""
+    return sum(max(1, adapter.num_bytes) for adapter in adapters if not link.holds(adapter.digest))

@@ -22,12 +22,12 @@ class Candidate:
 
     Attributes:
         load: Requests running and waiting there, this gateway's latest submissions included.
-        is_warm: Whether it holds the request's adapter, or is getting it for another request.
+        missing_bytes: Bytes of the request's adapters that it neither holds nor is getting for another request.
     """
 
     engine_id: str
     load: int
-    is_warm: bool
+    missing_bytes: int = 0
 
 
 def rendezvous(key: str, engine_id: str) -> int:
@@ -40,23 +40,29 @@ def rendezvous(key: str, engine_id: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{key}\x00{engine_id}".encode())
 
 
-def choose(candidates: Sequence[Candidate], *, adapter_digest: str, affinity_key: str) -> str | None:
+def choose(candidates: Sequence[Candidate], *, adapters: str, affinity_key: str) -> str | None:
     """Return the engine to take, or None if there is no candidate.
 
-    In this order: the home of the affinity key; the least loaded warm engine; the least loaded one. The first two
-    are passed over if they are much busier than the least loaded one. Ties go to the adapter's home, so that a cold
+    In this order: the home of the affinity key; the least loaded of the engines that lack the fewest bytes of the adapters.
+    Both are passed over if they are much busier than the least loaded one. Ties go to the adapters' home, so that a cold
     adapter is not loaded in several places.
+
+    Args:
+        candidates: The engines.
+        adapters: What stands for the request's adapters; equal for requests of the same ones.
+        affinity_key: What the request is routed by; empty for nothing.
     """
     if not candidates:
         return None
     limit = min(candidate.load for candidate in candidates) * WARM_LOAD_FACTOR + WARM_LOAD_SLACK
 
     def key(candidate: Candidate) -> tuple[int, int]:
-        return candidate.load, -rendezvous(adapter_digest, candidate.engine_id)
+        return candidate.load, -rendezvous(adapters, candidate.engine_id)
 
     if affinity_key:
         home = max(candidates, key=lambda candidate: rendezvous(affinity_key, candidate.engine_id))
         if home.load <= limit:
             return home.engine_id
-    warm = [candidate for candidate in candidates if candidate.is_warm and candidate.load <= limit]
-    return min(warm or candidates, key=key).engine_id
+    usable = [candidate for candidate in candidates if candidate.load <= limit]  # the least loaded one always is
+    fewest = min(candidate.missing_bytes for candidate in usable)
+    return min((candidate for candidate in usable if candidate.missing_bytes == fewest), key=key).engine_id

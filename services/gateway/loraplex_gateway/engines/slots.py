@@ -23,7 +23,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.tickets: dict[int, Ticket] = {}
-        self._digests: dict[int, str] = {}  # slot -> adapter in use there
+        self._digests: dict[int, tuple[str, ...]] = {}  # slot -> adapters in use there
         self._digest_uses: Counter[str] = Counter()
         self._aborting: set[int] = set()
         self._free: list[int] = []
@@ -32,21 +32,21 @@ class Slots:
     @property
     def digests(self) -> frozenset[str]:
         """Adapters of the requests in used slots."""
-        return frozenset(digest for digest in self._digest_uses if digest)
+        return frozenset(self._digest_uses)
 
     def uses(self, digest: str) -> bool:
         """Whether a request in a used slot needs an adapter."""
         return self._digest_uses[digest] > 0
 
-    def take(self, digest: str, make_ticket: Callable[[int], Ticket]) -> Ticket:
-        """Return the ticket of a new request, made for a slot that is free."""
+    def take(self, digests: tuple[str, ...], make_ticket: Callable[[int], Ticket]) -> Ticket:
+        """Return the ticket of a new request for some adapters, made for a slot that is free."""
         if self._free:
             slot = self._free.pop()
         else:
             slot, self._num_slots = self._num_slots, self._num_slots + 1
         ticket = self.tickets[slot] = make_ticket(slot)
-        self._digests[slot] = digest
-        self._digest_uses[digest] += 1
+        self._digests[slot] = digests
+        self._digest_uses.update(digests)
         return ticket
 
     def release(self, slot: int, *, is_known: bool) -> None:
@@ -84,7 +84,7 @@ class Slots:
 
     def _forget(self, slot: int) -> None:
         del self.tickets[slot]
-        digest = self._digests.pop(slot)
-        self._digest_uses[digest] -= 1
-        if not self._digest_uses[digest]:
-            del self._digest_uses[digest]
+        for digest in self._digests.pop(slot):
+            self._digest_uses[digest] -= 1
+            if not self._digest_uses[digest]:
+                del self._digest_uses[digest]

@@ -37,15 +37,20 @@ the output knows where each token's text is, and `positions` converts them there
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """One tokenised request for an engine; durations count from now."""
+    """One tokenised request for an engine; durations count from now.
+
+    Attributes:
+        adapter_digests: The adapters to add up, in order; none for the base model.
+        adapter_weights: A factor for each of them; None for 1.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     resumed_ids: tuple[int, ...] = ()
     sampling: Sampling
     stopping: Stopping
-    adapter_digest: str = ""
-    adapter_scale: float | None = None
+    adapter_digests: tuple[str, ...] = ()
+    adapter_weights: tuple[float | None, ...] = ()
     adapter_start: int | None = None
     time_left_s: float | None = None
     queue_timeout_s: float | None = None
@@ -68,7 +73,7 @@ class EngineStart:
     cached_tokens: int
     queue_s: float
     adapter_load_s: float
-    prompt_logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[LogprobsMessage, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +114,8 @@ def from_duration(duration: duration_pb2.Duration) -> float:
 
 def to_submit(submission: Submission, slot: int) -> engine_pb2.Submit:
     """Return the message that hands a request to an engine."""
+    terms = [*zip(submission.adapter_digests, submission.adapter_weights, strict=True)]
+    digest, scale = terms[0] if terms else ("", None)
     submit = engine_pb2.Submit(
         request_id=submission.request_id,
         slot=slot,
@@ -116,8 +123,9 @@ def to_submit(submission: Submission, slot: int) -> engine_pb2.Submit:
         resumed_token_ids=submission.resumed_ids,
         sampling=_sampling(submission.sampling),
         stopping=_stopping(submission.stopping),
-        adapter_digest=submission.adapter_digest,
-        adapter_scale=submission.adapter_scale,
+        adapter_digest=digest,
+        adapter_scale=scale,
+        more_adapters=[engine_pb2.AdapterTerm(digest=digest, scale=scale) for digest, scale in terms[1:]],
         adapter_start=submission.adapter_start,
         fairness_key=submission.fairness_key,
         priority=gateway_pb2.Priority.ValueType(submission.priority),
@@ -193,13 +201,13 @@ def positions(
     )
 
 
-def started(message: engine_pb2.EngineStarted, token_bytes: Callable[[int], bytes]) -> EngineStart:
+def started(message: engine_pb2.EngineStarted) -> EngineStart:
     """Convert the start of a request."""
     return EngineStart(
         cached_tokens=message.cached_tokens,
         queue_s=from_duration(message.queue),
         adapter_load_s=from_duration(message.adapter_load),
-        prompt_logprobs=positions(message.prompt_logprobs, token_bytes),
+        prompt_logprobs=tuple(message.prompt_logprobs),
     )
 
 

@@ -14,6 +14,7 @@ from loraplex_gateway.grpc.writer import ChunkWriter, WholeAnswer
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.stall import StallGuard
 from loraplex_gateway.types import ChatPrompt, TextPrompt
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.quotas.calls import QuotaCall, TenantQuotas
     from loraplex_gateway.requests.core import GatewayCore
     from loraplex_gateway.requests.listing import ModelListing
-    from loraplex_gateway.text.models import ModelCatalog, ServedModel
+    from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Prompt
 
@@ -37,7 +38,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     Args:
         core: Generates.
         quotas: What tenants may use.
-        catalog: Base models, for the tokenizer calls.
         listing: Lists models and adapters.
         slow_client_s: Longest time that one write to a client may wait.
     """
@@ -46,7 +46,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self,
         core: GatewayCore,
         quotas: TenantQuotas,
-        catalog: ModelCatalog,
         listing: ModelListing,
         *,
         slow_client_s: float,
@@ -54,7 +53,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._slow_client_s = slow_client_s
         self._core = core
         self._quotas = quotas
-        self._catalog = catalog
         self._listing = listing
 
     async def Generate(
@@ -120,25 +118,26 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 "add_special_tokens goes with text only: the chat template writes the special tokens of messages",
                 field="add_special_tokens",
             )
-        encoded = await self._encode(request.model, request.adapter, wire.prompt(request, add_special_tokens=add))
+        encoded = await self._encode(request, wire.prompt(request, add_special_tokens=add))
         return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
 
     async def CountTokens(
         self, request: gateway_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.CountTokensResponse:
         """Return the length of a prompt."""
-        encoded = await self._encode(request.model, request.adapter, wire.prompt(request))
+        encoded = await self._encode(request, wire.prompt(request))
         return gateway_pb2.CountTokensResponse(num_tokens=len(encoded.ids))
 
     async def Detokenize(
         self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.DetokenizeResponse:
         """Return the text of token ids."""
-        model = self._catalog.select(request.model)
+        caller = current_principal()
+        model = await self._core.voice(request.model, names_by_field(request.adapter, ()), caller=caller)
         token_ids = list(request.token_ids)
         _check_ids(token_ids, model)
         text = await model.tokenizer.decode(
-            token_ids, skip_special_tokens=request.skip_special_tokens, tenant=current_principal().name
+            token_ids, skip_special_tokens=request.skip_special_tokens, tenant=caller.name
         )
         return gateway_pb2.DetokenizeResponse(text=text)
 
@@ -167,8 +166,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         card = await self._listing.get(request.name, current_principal())
         return gateway_pb2.GetModelResponse(model=wire.model_card(card))
 
-    async def _encode(self, model_name: str, adapter: str, prompt: Prompt | None) -> Encoded:
-        model = await self._core.voice(model_name, adapter, caller=current_principal())
+    async def _encode(
+        self, request: gateway_pb2.TokenizeRequest | gateway_pb2.CountTokensRequest, prompt: Prompt | None
+    ) -> Encoded:
+        weighted = wire.weighted_adapters(request.adapters)
+        validation.check_adapters(request.adapter, weighted)
+        adapters = names_by_field(request.adapter, weighted)
+        model = await self._core.voice(request.model, adapters, caller=current_principal(), prompt=prompt)
         if not isinstance(prompt, TextPrompt | ChatPrompt):
             raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
         if isinstance(prompt, ChatPrompt):
@@ -177,11 +181,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
 
 def _check_ids(token_ids: list[int], model: ServedModel) -> None:
-    vocab_size = model.info.vocab_size
-    if token_ids and max(token_ids) >= vocab_size:
-        raise InvalidParameterError(
-            f"token_ids holds {max(token_ids)}; token ids of this model are 0 to {vocab_size - 1}", field="token_ids"
-        )
+    known = model.token_ids
+    if (bad := known.first_unknown(token_ids)) is not None:
+        raise InvalidParameterError(f"token_ids holds {bad}; token ids of this model are {known}", field="token_ids")
 
 
 def _tell_quota(context: grpc.aio.ServicerContext[Any, Any], quota: QuotaCall) -> None:

@@ -51,6 +51,7 @@ def generation_request(
         request_id=message.request_id,
         model=message.model,
         adapter=message.adapter,
+        adapters=weighted_adapters(message.adapters),
         sampling=_sampling(message.sampling),
         stopping=_stopping(message.stopping),
         options=_options(message.response_options),
@@ -69,6 +70,11 @@ def generation_request(
         structured_output=_structured_output(message.structured_output) if message.HasField(_OUTPUT) else None,
         truncate_prompt_tokens=_optional(message, "truncate_prompt_tokens"),
     )
+
+
+def weighted_adapters(messages: Iterable[gateway_pb2.WeightedAdapter]) -> tuple[types.WeightedAdapter, ...]:
+    """Convert the adapters that a request adds up."""
+    return tuple(types.WeightedAdapter(name=each.name, weight=_optional(each, "weight")) for each in messages)
 
 
 def prompt(
@@ -232,6 +238,7 @@ def started(event: types.Started) -> gateway_pb2.Started:
         cached_tokens=event.cached_tokens,
         engine_id=event.engine_id,
         adapter_revision=event.adapter_revision,
+        adapter_revisions=event.adapter_revisions,
         resume_token=event.resume_token,
         seed=event.seed,
         prompt_logprobs=positions(event.prompt_logprobs),

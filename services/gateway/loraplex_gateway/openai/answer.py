@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
     from starlette.responses import Response
 
-    from loraplex_gateway.types import Event
+    from loraplex_gateway.types import Event, Started
 
 
 class Answer(Protocol):
@@ -56,3 +56,8 @@ class Answer(Protocol):
 def data_frame(body: Any) -> bytes:
     """Return a server-sent event without a name whose data is a JSON value."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def system_fingerprint(started: Started) -> str | None:
+    """Return what says which weights answer: the adapter's revision, several ones in their order; None for the base model."""
+    return "+".join(started.adapter_revisions) or started.adapter_revision or None

@@ -13,7 +13,7 @@ from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
 from loraplex_gateway.openai.chat_body import callable_tools, chat_prompt, names_function
 from loraplex_gateway.openai.errors import BodyNames
-from loraplex_gateway.openai.model_names import read_model_name
+from loraplex_gateway.openai.model_names import read_names
 from loraplex_gateway.openai.output_format import constraint_field, structured_output
 from loraplex_gateway.openai.prompts import MAX_CHOICES, completion_prompts
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
@@ -114,15 +114,16 @@ def _request(
     body: CommonBody, is_base: IsBase, *, origin: Origin, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
     """Return the request without its prompt. `model` names a base model or an adapter."""
-    name = read_model_name(body.model, is_base)
+    names = read_names(body.model, body.adapters, is_base)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(
         prompt=None,
         request_id=_own_id(body) or origin.request_id,
         trace_id=origin.trace_id,
         traceparent=origin.traceparent,
-        model=name.base,
-        adapter=name.adapter,
+        model=names.base,
+        adapter=names.adapter,
+        adapters=names.adapters,
         sampling=_sampling(body),
         stopping=Stopping(
             max_new_tokens=max_tokens,

@@ -52,7 +52,7 @@ def tables() -> str:
 def _nested() -> Iterator[Table]:
     messages, calls = fields.CHAT.nested["messages"], fields.TURN_TOOL_CALL
     yield from (messages, messages.nested["content"], calls, calls.nested["function"])
-    yield from (fields.TOOL, fields.OFFERED_FUNCTION, fields.STREAM_OPTIONS)
+    yield from (fields.TOOL, fields.OFFERED_FUNCTION, fields.ADAPTER, fields.STREAM_OPTIONS)
     yield from (RESPONSE_FORMAT, RESPONSE_FORMAT.nested["json_schema"], STRUCTURED_OUTPUTS)
 
 

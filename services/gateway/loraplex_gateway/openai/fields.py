@@ -22,7 +22,7 @@ OLD_TOOLS: Final = "OpenAI's older way; send tools and tool_choice, tool_calls a
 ONLY_FUNCTIONS: Final = "only functions are served: type `function` with a function"
 NO_MEDIA: Final = "only text is served"
 WHICH_MODEL: Final = "name an adapter, or the base model for none; GET /v1/models lists them"
-ADAPTER_IS_MODEL: Final = "put the adapter's name into model"
+ADAPTER_IS_MODEL: Final = "put the adapter's name into model, or several into adapters"
 NOT_OURS: Final = "it belongs to another server's internals; leave it out"
 
 STREAM_OPTIONS: Final = _table(
@@ -93,6 +93,18 @@ MESSAGE: Final = _table(
     *_refused("audio", NO_MEDIA),
 )
 
+ADAPTER: Final = _table(
+    "adapters[]",
+    _served("name", "as `model` names an adapter, without the base model's name in front"),
+    _served("weight", "multiplies the adapter's own scaling, 0 to 100; 1 if absent", "adapter_scale"),
+)
+
+ADAPTERS: Final = _served(
+    "adapters",
+    "up to 8 adapters whose effects are added up, each times its weight; `model` is the base model's name then; see below",
+    "adapters",
+)
+
 _COMMON: Final = (
     _served(
         "model",
@@ -112,7 +124,7 @@ _COMMON: Final = (
     _served("top_k", "vLLM's; 0 and -1 keep all", "sampling.top_k"),
     _served("min_p", "vLLM's; 0 to 1", "sampling.min_p"),
     _served("repetition_penalty", "vLLM's; above 0, up to 10", "sampling.repetition_penalty"),
-    _served("ignore_eos", "vLLM's"),
+    _served("ignore_eos", "vLLM's", "stopping.ignore_eos"),
     _served("min_tokens", "vLLM's", "stopping.min_new_tokens"),
     _served("stop_token_ids", "vLLM's; up to 64", "stopping.stop_token_ids"),
     _served("include_stop_str_in_output", "vLLM's"),
@@ -131,6 +143,7 @@ _COMMON: Final = (
         "multiplies the adapter's own scaling, 0 to 100; refused on an adapter that multiplies what the base computes (DoRA, (IA)3, FLoRA)",
         "adapter_scale",
     ),
+    ADAPTERS,
     _served("queue_timeout", "longest wait for a place in a batch, in seconds", "queue_timeout"),
     _served("time_limit", "longest time from admission, in seconds; the text so far is the answer", "time_limit"),
     _served("affinity_key", "a tenant's equal keys prefer the same engine", "affinity_key"),
@@ -181,7 +194,7 @@ _COMMON: Final = (
     *_refused("repetition_detection watermarking", "it is not served; leave it out", False),
     *_refused("kv_transfer_params ec_transfer_params vllm_xargs", NOT_OURS, {}),
     *_refused("routed_experts_prompt_start", NOT_OURS, 0),
-    *_refused("adapter adapter_id lora lora_name lora_path lora_request adapters merged_adapters", ADAPTER_IS_MODEL),
+    *_refused("adapter adapter_id lora lora_name lora_path lora_request merged_adapters", ADAPTER_IS_MODEL),
     *_refused("adapter_source", "adapters are imported first (`loraplex adapters import`); name them in model"),
     *_refused("extra_body", "its fields belong into the body itself, beside model"),
 )
@@ -207,6 +220,7 @@ COMPLETION: Final = _table(
     Field("max_completion_tokens", Rule.REFUSED, "it is chat's name; send max_tokens", same_as="max_tokens"),
     *_refused("suffix", "the models served here do not fill in the middle; put all into prompt", ""),
     *_refused("prompt_embeds", "send text or token ids as prompt"),
+    adapters=ADAPTER,
     stream_options=STREAM_OPTIONS,
     response_format=RESPONSE_FORMAT,
     structured_outputs=STRUCTURED_OUTPUTS,
@@ -247,6 +261,7 @@ CHAT: Final = _table(
     *_refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
     *_refused("verbosity", "ask for it in a message", "medium"),
     *_refused("thinking_token_budget", "the model's thinking is not limited; see max_completion_tokens", -1),
+    adapters=ADAPTER,
     stream_options=STREAM_OPTIONS,
     response_format=RESPONSE_FORMAT,
     structured_outputs=STRUCTURED_OUTPUTS,

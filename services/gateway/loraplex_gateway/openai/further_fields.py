@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from loraplex_gateway.openai.field_rules import ignored, refused, served, table
-from loraplex_gateway.openai.fields import CONTENT_PART, MESSAGE, NO_MEDIA
+from loraplex_gateway.openai.fields import ADAPTER, CONTENT_PART, MESSAGE, NO_MEDIA
 
 MODEL_LIST: Final = table(
     "GET /v1/models",
@@ -21,6 +21,11 @@ _WHICH_TOKENIZER: Final = served(
 TOKENIZE: Final = table(
     "POST /tokenize",
     _WHICH_TOKENIZER,
+    served(
+        "adapters",
+        "as in the bodies that generate: whose chat template renders messages; weights do not change tokens",
+        "adapters",
+    ),
     served("prompt", "the text; either this or messages", "prompt", "text"),
     served("messages", "as in `POST /v1/chat/completions`", "messages", "prompt"),
     served("add_special_tokens", "whether a text begins with BOS; true if absent; messages take only false"),
@@ -31,6 +36,7 @@ TOKENIZE: Final = table(
     served("tools", "with messages; functions, as in `POST /v1/chat/completions`"),
     *refused("chat_template", "conversations are rendered by the model's own template; send a prompt you rendered"),
     *refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
+    adapters=ADAPTER,
     messages=table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART),
 )
 
@@ -38,6 +44,7 @@ DETOKENIZE: Final = table(
     "POST /detokenize",
     _WHICH_TOKENIZER,
     served("tokens", "token ids", "token_ids"),
+    *refused("adapters", "several adapters have the base model's tokens; leave it out", []),
 )
 
 LOAD_ADAPTER: Final = table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraplex_gateway.openai.field_rules import Table, table
-from loraplex_gateway.openai.fields import CHAT, COMPLETION
+from loraplex_gateway.openai.fields import ADAPTER, CHAT, COMPLETION
 
 if TYPE_CHECKING:
     from loraplex_gateway.openai.field_rules import Field
@@ -21,4 +21,4 @@ def table_with_inherited(name: str, *own: Field, **nested: Table) -> Table:
         for field in CHAT.fields.values()
         if field.name not in named and (field.name in COMPLETION.fields or field.name in ALSO_TAKEN)
     ]
-    return table(name, *own, *taken, **nested)
+    return table(name, *own, *taken, adapters=ADAPTER, **nested)

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.fields import WHICH_MODEL
+from loraplex_gateway.types import WeightedAdapter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_common.auth import Principal
 
+    from loraplex_gateway.openai.schema import BodyAdapter
     from loraplex_gateway.text.models import ModelCatalog
 
 IsBase = Callable[[str], bool]
@@ -30,6 +34,20 @@ class ModelName(NamedTuple):
     adapter: str
 
 
+class Names(NamedTuple):
+    """What a body names.
+
+    Attributes:
+        base: As of `ModelName`.
+        adapter: As of `ModelName`; empty if there are `adapters`.
+        adapters: The adapters to add up; none if there is an `adapter`.
+    """
+
+    base: str
+    adapter: str
+    adapters: tuple[WeightedAdapter, ...]
+
+
 def read_model_name(text: str, is_base: IsBase) -> ModelName:
     """Read `model`. That the adapter is one of that base is checked where it is looked up.
 
@@ -46,6 +64,23 @@ def read_model_name(text: str, is_base: IsBase) -> ModelName:
             f"model {text[:160]!r}: write base|adapter, or one of the two names alone", field="model"
         )
     return ModelName(base, adapter)
+
+
+def read_names(model: str | None, adapters: Sequence[BodyAdapter] | None, is_base: IsBase) -> Names:
+    """Read `model` and `adapters`: either the one names an adapter or the other does.
+
+    Raises:
+        InvalidParameterError: If both do, or `model` is malformed. What is wrong with `adapters` alone is found later.
+    """
+    base, adapter = ModelName("", "") if model is None else read_model_name(model, is_base)
+    weighted = tuple(WeightedAdapter(name=each.name, weight=each.weight) for each in adapters or ())
+    if weighted and adapter:
+        raise InvalidParameterError(
+            f"model {model!r:.160} is not the name of a base model alone, as it must be beside adapters: put the base model's "
+            "name into model, and all adapters into adapters",
+            field="model",
+        )
+    return Names(base, adapter, weighted)
 
 
 def bases_of(catalog: ModelCatalog, caller: Principal) -> IsBase:

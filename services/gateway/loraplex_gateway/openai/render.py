@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from loraplex_gateway.openai import prompt_parts
+from loraplex_gateway.openai.answer import system_fingerprint
 from loraplex_gateway.openai.chat_parts import ChatParts
 from loraplex_gateway.openai.logprobs import chat_logprob, completion_logprobs
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
@@ -54,7 +55,7 @@ class Renderer:
     def chunk(self, choice: int, event: Event) -> Json | None:
         """Return the streamed object for an event; None for events that OpenAI's API does not have."""
         if isinstance(event, Started):
-            self._revision = event.adapter_revision or None
+            self._revision = system_fingerprint(event)
             self._started[choice] = event
             self._num_prompt_tokens[choice] = event.prompt_tokens
             self._begin(choice, event)
@@ -160,7 +161,7 @@ class Renderer:
         chunks = [event for event in events if isinstance(event, Chunk)]
         for event in events:
             if isinstance(event, Started):
-                self._revision = event.adapter_revision or None
+                self._revision = system_fingerprint(event)
                 self._started[choice] = event
                 self._begin(choice, event)
             elif isinstance(event, Finished):

@@ -47,6 +47,13 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     json_object: bool | None = None
 
 
+class BodyAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One of the adapters that a request adds up."""
+
+    name: str
+    weight: float | None = None
+
+
 class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of completion share; unset means the model's default."""
 
@@ -86,6 +93,7 @@ class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     request_id: str | None = None
     # Extra body of our own.
     adapter_scale: float | None = None
+    adapters: list[BodyAdapter] | None = None
     queue_timeout: float | None = None
     time_limit: float | None = None
     affinity_key: str | None = None

@@ -10,7 +10,7 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai import further_fields
 from loraplex_gateway.openai.body import BODIES
 from loraplex_gateway.openai.chat_body import chat_message, offered_function
-from loraplex_gateway.openai.schema import ChatTurn, Tool
+from loraplex_gateway.openai.schema import BodyAdapter, ChatTurn, Tool
 from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import ChatPrompt, TextPrompt
 
@@ -19,6 +19,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /tokenize."""
 
     model: str | None = None
+    adapters: list[BodyAdapter] | None = None
     prompt: str | None = None
     messages: list[ChatTurn] | None = None
     add_special_tokens: bool | None = None

@@ -10,6 +10,7 @@ from loraplex_common.log import get_logger
 from loraplex_common.vllm_metrics import FinishedRequest
 
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
+from loraplex_gateway.weighted import with_weights
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # A client hangs up at its deadline, which by our clock may still be to come.
 DEADLINE_MARGIN_S: Final = 0.05
+SEVERAL: Final = "(several)"
+"""Stands in a metric's label for a request of several adapters; no adapter has such a name."""
 
 _log = get_logger()
 
@@ -118,8 +121,8 @@ class RequestRecord:
             trace_id=self.request.trace_id or self.request.request_id,
             tenant=self._tenant,
             model=self._model,
-            adapter=self.request.adapter,
-            adapter_revision=started.adapter_revision if started else "",
+            adapter=self.request.adapter or with_weights(self.request.adapters),
+            adapter_revision=_revisions(started),
             engine_id=started.engine_id if started else "",
             code=code,
             reason=reason,
@@ -154,10 +157,10 @@ class RequestRecord:
 
     def _count(self, code: str, reason: str) -> None:
         metrics, started, prepared = self._metrics, self._started, self._prepared
-        adapter = prepared.adapter if prepared is not None else None
-        label = metrics.adapter_label(
-            adapter.name if adapter is not None else "", is_restricted=adapter is not None and adapter.is_restricted
-        )
+        adapters = prepared.adapters if prepared is not None else ()
+        name = SEVERAL if len(adapters) > 1 else "".join(adapter.name for adapter in adapters)
+        restricted = len(adapters) == 1 and adapters[0].is_restricted
+        label = metrics.adapter_label(name, is_restricted=restricted)
         metrics.requests.labels(self._model, label, code).inc()
         if self._meter is not None:
             self._count_for_vllm(self._meter, code)
@@ -191,3 +194,9 @@ class RequestRecord:
             ),
             num_choices=self.request.num_choices,
         )
+
+
+def _revisions(started: Started | None) -> str:
+    if started is None:
+        return ""
+    return ", ".join(started.adapter_revisions) or started.adapter_revision

@@ -33,24 +33,24 @@ def last_occurrence(sequence: Sequence[int], tokens: Sequence[int]) -> int | Non
     return int(found[-1]) if found.size else None
 
 
-def adapter_start(model: ServedModel, adapter: ResolvedAdapter | None, prompt_ids: Sequence[int]) -> int | None:
+def adapter_start(model: ServedModel, adapters: Sequence[ResolvedAdapter], prompt_ids: Sequence[int]) -> int | None:
     """Return the first token of a prompt that its adapter applies to; None if it is none that a sequence activates.
 
     Args:
         model: The base model, as the adapter speaks.
-        adapter: The adapter; None for the base model.
+        adapters: The adapter; none for the base model. Several have no sequence.
         prompt_ids: The prompt.
 
     Raises:
         InvalidParameterError: If the prompt lacks the adapter's sequence: the base model alone would answer.
     """
     sequence = model.text_parts.invocation_token_ids
-    if adapter is None or not sequence:
+    if not adapters or not sequence:
         return None
     start = last_occurrence(sequence, prompt_ids)
     if start is None:
         raise InvalidParameterError(
-            f"adapter {adapter.name} is activated by the tokens {list(sequence)}, which the prompt's {len(prompt_ids)} tokens do "
+            f"adapter {adapters[0].name} is activated by the tokens {list(sequence)}, which the prompt's {len(prompt_ids)} tokens do "
             "not contain, so the base model alone would answer: end the prompt with the adapter's invocation text, or ask the "
             "base model",
             field="prompt",

@@ -23,7 +23,7 @@ from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.requests.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from loraplex_common.auth import Principal
 
@@ -134,9 +134,11 @@ class GatewayCore:
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
-    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
-        """Return a model as an adapter speaks, for `encode`; refuses names as `generate` does."""
-        return await self._preparer.voice(model, adapter, caller=caller)
+    async def voice(
+        self, model: str, adapters: Mapping[str, str], *, caller: Principal, prompt: Prompt | None = None
+    ) -> ServedModel:
+        """Return a model as adapters speak, for `encode`; as `Preparer.voice`."""
+        return await self._preparer.voice(model, adapters, caller=caller, prompt=prompt)
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
@@ -233,18 +235,18 @@ class GatewayCore:
 
     def _hint_early(self, prepared: PreparedRequest) -> None:
         """Have the adapter fetched while its request still waits, to where it would go now."""
-        digest = prepared.adapter_digest
-        if self._hints is None or not digest or self._pool.num_resident(digest):
+        missing = [digest for digest in prepared.adapter_digests if not self._pool.num_resident(digest)]
+        if self._hints is None or not missing:
             return
         link = self._pool.choose(
             prepared.model.fingerprint,
-            adapter_digest=digest,
+            adapters=prepared.adapters,
             affinity_key=prepared.affinity_key,
             num_tokens=len(prepared.prompt_ids),
             excluded=frozenset(),
         )
         if link is not None:
-            self._hints.hint(digest, link.engine_id)
+            self._hints.hint_missing(missing, link.resident, link.engine_id)
 
     async def _replayed(self, run: RequestRun) -> Sequence[Event]:
         """Return the end of a resumed stream whose client has all its tokens; nothing of one that goes on."""

@@ -116,8 +116,8 @@ class ModelListing:
             ModelNotFoundError: If the adapter's base model is not served here.
         """
         if base:
-            _, resolved = await select(self._catalog, self._names, model=base, adapter=name, caller=caller)
-            assert resolved is not None  # an adapter was named
+            named = {"adapter": name}
+            _, (resolved,) = await select(self._catalog, self._names, model=base, adapters=named, caller=caller)
         else:
             model = self._catalog.find(name, caller)
             if model is not None:

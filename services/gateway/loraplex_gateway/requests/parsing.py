@@ -33,5 +33,6 @@ def reading_of(request: GenerationRequest, model: ServedModel, encoded: Encoded)
         output=output,
         rendered=encoded.rendered,
         token_id=model.tokenizer.token_id,
+        base_token_id=model.tokenizer.base_token_id,
         constraint=request.structured_output,
     )

@@ -14,12 +14,17 @@ from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.activation import adapter_start
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
+from loraplex_gateway.requests.numbers import as_sent
 from loraplex_gateway.requests.parsing import reading_of
 from loraplex_gateway.requests.prepared import PreparedRequest
 from loraplex_gateway.requests.selection import select
+from loraplex_gateway.text.joined_parts import TextNeeds
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, PromptText
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
@@ -114,28 +119,28 @@ class Preparer:
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
-        model, adapter = await self._select(request, caller)
-        model = await self._voices.of(model, adapter)
+        model, adapters = await self._select(request, caller)
+        model = await self._voices.of_all(model, adapters, TextNeeds.of(request))
         tokens = await self._tokens(request, model, tenant=caller.name)
         if tokens.reading is not None:
             request = replace(request, structured_output=tokens.reading.structured_output)
-        self._check_engines(request, model)
+        self._check_engines(request, model, num_adapters=len(adapters))
         room = self._max_model_len(model) - len(tokens.prompt)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
         return PreparedRequest(
             request=request,
             model=model,
-            adapter=adapter,
+            adapters=adapters,
             prompt_ids=tokens.prompt,
             prompt_text=tokens.prompt_text,
-            adapter_start=adapter_start(model, adapter, tokens.prompt),
+            adapter_start=adapter_start(model, adapters, tokens.prompt),
             bad_token_sequences=tokens.bad_sequences,
             sampling=_drawable(model.defaults.fill(request.sampling)),
             stop_token_ids=_stop_token_ids(request, model),
             max_new_tokens=_max_new_tokens(request, continuation, room=room),
             priority=priority,
-            fairness_key=_fairness_key(model, adapter, caller),
+            fairness_key=_fairness_key(model, adapters, caller),
             cache_salt=cache_salt(caller, request.cache_salt),
             affinity_key=affinity_key(caller, request.affinity_key),
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
@@ -152,7 +157,7 @@ class Preparer:
         prompt_ids = lengths.truncated(encoded.ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
         lengths.check_length(len(prompt_ids), request.stopping.max_new_tokens, max_model_len)
-        validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
+        validation.check_token_ids(request, prompt_ids, model.token_ids)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         lengths.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         bad_words, text = request.sampling.bad_words, None
@@ -166,12 +171,17 @@ class Preparer:
             bad_sequences=await tokenizer.bad_token_sequences(bad_words, tenant=tenant) if bad_words else (),
         )
 
-    def _check_engines(self, request: GenerationRequest, model: ServedModel) -> None:
-        """Refuse a constraint if the engines are there but none of them knows constraints: they would pass over it."""
+    def _check_engines(self, request: GenerationRequest, model: ServedModel, *, num_adapters: int) -> None:
+        """Refuse what none of the engines knows, if they are there: they would pass over it."""
         is_constrained = request.structured_output is not None or bool(request.sampling.bad_words)
         if is_constrained and self._pool.can_constrain(model.fingerprint) is False:
             raise NotSupportedError(
                 f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
+            )
+        if num_adapters > 1 and self._pool.can_sum(model.fingerprint) is False:
+            raise NotSupportedError(
+                f"no engine of {model.name} adds up several adapters: all of them are of an earlier version; update one, or "
+                "name one adapter"
             )
 
     def _with_template(self, model: ServedModel, prompt: Prompt) -> ServedModel:
@@ -186,11 +196,19 @@ class Preparer:
             )
         return self._voices.with_template(model, prompt.template)
 
-    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
-        """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
-        return await self._voices.of(
-            *await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
-        )
+    async def voice(
+        self, model: str, adapters: Mapping[str, str], *, caller: Principal, prompt: Prompt | None = None
+    ) -> ServedModel:
+        """Return a model as the adapters of a prompt speak, or by itself; refuses names as `prepare` does.
+
+        Args:
+            model: The base model's name; may be empty as in a request.
+            adapters: Adapters, as `select` takes them.
+            caller: The principal that asks.
+            prompt: What is to be tokenised; None if nothing is.
+        """
+        found, resolved = await select(self._catalog, self._names, model=model, adapters=adapters, caller=caller)
+        return await self._voices.of_all(found, resolved, TextNeeds.of_prompt(prompt))
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -208,8 +226,9 @@ class Preparer:
 
     async def _select(
         self, request: GenerationRequest, caller: Principal
-    ) -> tuple[ServedModel, ResolvedAdapter | None]:
-        return await select(self._catalog, self._names, model=request.model, adapter=request.adapter, caller=caller)
+    ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
+        adapters = names_by_field(request.adapter, request.adapters)
+        return await select(self._catalog, self._names, model=request.model, adapters=adapters, caller=caller)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,13 +272,13 @@ def _drawable(sampling: Sampling) -> Sampling:
     """
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(64))
-    if sampling.top_p is None or validation.as_sent(sampling.top_p) > 0:
+    if sampling.top_p is None or as_sent(sampling.top_p) > 0:
         return sampling
     return replace(sampling, top_p=1.0, temperature=0.0)
 
 
-def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, caller: Principal) -> str:
-    """Return the share that a request counts against: its tenant's; on a gateway without credentials, its adapter's."""
+def _fairness_key(model: ServedModel, adapters: Sequence[ResolvedAdapter], caller: Principal) -> str:
+    """Return the share that a request counts against: its tenant's; on a gateway without credentials, its adapters'."""
     if caller != ANYBODY:
         return caller.name
-    return adapter.name if adapter else model.name
+    return "+".join(adapter.name for adapter in adapters) or model.name

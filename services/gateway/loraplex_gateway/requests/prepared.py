@@ -37,7 +37,7 @@ class PreparedRequest:
     Attributes:
         request: What the client asked for.
         model: The base model, as the adapter speaks.
-        adapter: The adapter; None for the base model.
+        adapters: The adapters, in the request's order; none for the base model.
         prompt_ids: The prompt's tokens.
         sampling: With the model's defaults filled in, and a seed.
         stop_token_ids: Ids that end the output, end-of-text included if it counts.
@@ -57,7 +57,7 @@ class PreparedRequest:
 
     request: GenerationRequest
     model: ServedModel
-    adapter: ResolvedAdapter | None
+    adapters: tuple[ResolvedAdapter, ...]
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     stop_token_ids: frozenset[int]
@@ -75,9 +75,16 @@ class PreparedRequest:
     reading: ChatReading | None = None
 
     @property
-    def adapter_digest(self) -> str:
-        """The adapter's revision; empty for the base model."""
-        return self.adapter.digest if self.adapter is not None else ""
+    def adapter_digests(self) -> tuple[str, ...]:
+        """The adapters' revisions; none for the base model."""
+        return tuple(adapter.digest for adapter in self.adapters)
+
+    @property
+    def adapter_weights(self) -> tuple[float | None, ...]:
+        """What each adapter's own scaling is multiplied by; None for 1."""
+        if self.request.adapters:
+            return tuple(each.weight for each in self.request.adapters)
+        return (self.request.adapter_scale,) if self.adapters else ()
 
     @property
     def stopping(self) -> Stopping:

@@ -128,9 +128,8 @@ class EngineRelay:
     @contextmanager
     def _submitted(self, link: EngineLink) -> Iterator[Ticket]:
         """Have the request on an engine for as long as the block runs."""
-        digest = self._prepared.adapter_digest
-        if self._hints is not None and digest and digest not in link.resident:
-            self._hints.hint(digest, link.engine_id)
+        if self._hints is not None:
+            self._hints.hint_missing(self._prepared.adapter_digests, link.resident, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
         if self._tap is not None:
             self._tap.output, ticket.take = self._tokens, self._tap.take
@@ -170,7 +169,7 @@ class EngineRelay:
                 return None
             link = self._pool.choose(
                 fingerprint,
-                adapter_digest=prepared.adapter_digest,
+                adapters=prepared.adapters,
                 affinity_key=prepared.affinity_key,
                 num_tokens=len(prepared.prompt_ids) + len(self._tokens),
                 excluded=self._attempts.excluded,
@@ -248,8 +247,8 @@ class EngineRelay:
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
             stopping=replace(prepared.stopping, max_new_tokens=prepared.most_new_tokens(max_model_len)),
-            adapter_digest=prepared.adapter_digest,
-            adapter_scale=request.adapter_scale,
+            adapter_digests=prepared.adapter_digests,
+            adapter_weights=prepared.adapter_weights,
             adapter_start=prepared.adapter_start,
             time_left_s=left_s(prepared.deadline),
             queue_timeout_s=None if has_started else left_s(prepared.queue_deadline),

@@ -13,11 +13,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from loraplex_common.added_tokens import MAX_ADDED_TOKENS
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
 
 from loraplex_gateway.requests.prepared import Continuation
 from loraplex_gateway.resume.token import ResumePoint, seal, unseal
+from loraplex_gateway.text.token_ids import TokenIds
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,17 +68,19 @@ class Resumption:
         limit_began_s = 0.0  # from now
         if run.time_limit_at is not None and request.time_limit_s is not None:
             limit_began_s = run.time_limit_at - request.time_limit_s - self._clock()
+        named = [(adapter.name, adapter.digest) for adapter in prepared.adapters] or [("", "")]
         point = ResumePoint(
             request_id=request.request_id,
             tenant=tenant,
             fingerprint=prepared.model.fingerprint,
-            adapter=prepared.adapter.name if prepared.adapter else "",
-            revision=prepared.adapter_digest,
+            adapter=named[0][0],
+            revision=named[0][1],
             seed=prepared.sampling.seed or 0,
             max_new_tokens=prepared.max_new_tokens,
             request_digest=request_digest(prepared),
             admitted_at=now + limit_began_s,
             issued_at=now,
+            more_adapters=tuple(named[1:]),
         )
         return seal(point, self._keys.sealing)
 
@@ -102,10 +107,16 @@ class Resumption:
         return point
 
     def pinned(self, request: GenerationRequest, point: ResumePoint) -> GenerationRequest:
-        """Return the request with what was left open when it started: id, seed, and the revision behind a label."""
-        adapter = f"{point.adapter}@{point.revision}" if point.adapter else ""
-        sampling = replace(request.sampling, seed=point.seed)
-        return replace(request, request_id=point.request_id, adapter=adapter, sampling=sampling)
+        """Return the request with what was left open when it started: id, seed, and the revisions behind labels."""
+        pinned = [f"{name}@{revision}" for name, revision in _adapters_of(point)]
+        adapters = tuple(replace(adapter, name=name) for adapter, name in zip(request.adapters, pinned, strict=False))
+        return replace(
+            request,
+            request_id=point.request_id,
+            adapter=request.adapter if adapters else "".join(pinned),
+            adapters=adapters,
+            sampling=replace(request.sampling, seed=point.seed),
+        )
 
     def continuation(self, request: GenerationRequest, resume: Resume, point: ResumePoint) -> Continuation:
         """Return where a request goes on."""
@@ -124,12 +135,11 @@ class Resumption:
         """
         if prepared.model.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
             raise _changed("the request, or how this gateway's model reads it")
-        vocab_size = prepared.model.info.vocab_size
-        if resume.token_ids and max(resume.token_ids) >= vocab_size:
-            raise _invalid(
-                "token_ids",
-                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
-            )
+        known = prepared.model.token_ids
+        # An adapter may have rows that its tokenizer names no token for; only engines know them, and refuse others.
+        nameless = MAX_ADDED_TOKENS if prepared.adapters else 0
+        if (bad := TokenIds(known.size + nameless, known.added).first_unknown(resume.token_ids)) is not None:
+            raise _invalid("token_ids", f"resume.token_ids holds {bad}; token ids of this model are {known}")
         ends, least = prepared.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
         if not ends.isdisjoint(resume.token_ids[least:-1]):
             raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")
@@ -137,8 +147,10 @@ class Resumption:
     def _check_same(self, request: GenerationRequest, resume: Resume, point: ResumePoint) -> None:
         if request.request_id not in ("", point.request_id):
             raise _changed("request_id")
-        if (AdapterRef.parse(request.adapter).name if request.adapter else "") != point.adapter:
-            raise _changed("adapter")
+        named = names_by_field(request.adapter, request.adapters)
+        names = [AdapterRef.parse(text, field=field).name for field, text in named.items()]
+        if names != [name for name, _ in _adapters_of(point)]:
+            raise _changed("adapters" if request.adapters else "adapter")
         if request.sampling.seed not in (None, point.seed):
             raise _changed("sampling.seed")
         num_tokens = len(resume.token_ids)
@@ -157,10 +169,10 @@ def request_digest(prepared: PreparedRequest) -> bytes:
 
     Only what differs from our defaults counts, so that gateways of neighbouring versions agree.
     """
-    request = prepared.request
+    request, weights = prepared.request, prepared.adapter_weights
     sampling = replace(prepared.sampling, seed=None, logit_bias=dict(sorted(prepared.sampling.logit_bias.items())))
     parts: tuple[Any, ...] = (
-        request.adapter_scale,
+        weights[0] if request.adapters else request.adapter_scale,
         _said(sampling),
         _said(request.stopping),
         sorted(prepared.stop_token_ids),
@@ -168,9 +180,16 @@ def request_digest(prepared: PreparedRequest) -> bytes:
     )
     if (wanted := request.structured_output) is not None:
         parts = (*parts, (wanted.kind.value, wanted.text, wanted.starts_after))
+    if len(weights) > 1:
+        parts = (*parts, ("adapters", weights[1:]))
     digest = hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass"))
     digest.update(_encoder.encode(prepared.prompt_ids))
     return digest.digest()
+
+
+def _adapters_of(point: ResumePoint) -> list[tuple[str, str]]:
+    """Return name and revision of each of a stream's adapters; none for the base model."""
+    return [(point.adapter, point.revision), *point.more_adapters] if point.adapter else []
 
 
 def _said(values: Any) -> list[tuple[str, Any]]:

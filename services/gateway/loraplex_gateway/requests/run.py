@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import ResumeInvalidError
 
 from loraplex_gateway.engines.ticket import EngineUpdate
-from loraplex_gateway.engines.wire import EngineStart
+from loraplex_gateway.engines.wire import EngineStart, positions
 from loraplex_gateway.requests.output import OutputAssembler
 from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.engines.wire import EngineFinish, LogprobsMessage
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
-    from loraplex_gateway.types import Event, Resume
+    from loraplex_gateway.types import Event, PositionLogprobs, Resume
 
 # A few milliseconds of the event loop at most.
 REPLAY_TOKENS: Final = 128
@@ -177,21 +177,27 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         self.resume_token = self._token(self)
-        reading = self.prepared.reading
+        reading, digests = self.prepared.reading, self.prepared.adapter_digests
         return Started(
             prompt_tokens=len(self.prepared.prompt_ids),
             cached_tokens=self._cached_tokens,
             engine_id=engine_id,
-            adapter_revision=self.prepared.adapter_digest,
+            adapter_revision=next(iter(digests), ""),
+            adapter_revisions=digests if self.prepared.request.adapters else (),
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,
             resume_token=self.resume_token,
-            prompt_logprobs=started.prompt_logprobs if started is not None else (),
+            prompt_logprobs=self._prompt_logprobs(started),
             prompt_token_ids=self.prepared.prompt_ids,
             prompt_text=self.prepared.prompt_text,
             make_parser=reading.parser if reading is not None and reading.rules is not None else None,
             thought_end_id=reading.thought_end_id if reading is not None else None,
         )
+
+    def _prompt_logprobs(self, started: EngineStart | None) -> tuple[PositionLogprobs, ...]:
+        if started is None or not started.prompt_logprobs:
+            return ()
+        return positions(started.prompt_logprobs, self.prepared.model.tokenizer.table.token_bytes)
 
     def _end(self, finish: EngineFinish) -> Finished:
         # A stop string completed by the text that was held to the very end.

@@ -5,9 +5,7 @@ All bad fields are found before anything is refused, so that one answer names th
 
 from __future__ import annotations
 
-import math
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -15,24 +13,24 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common import request_limits
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.requests import constraints
+from loraplex_gateway.requests import adapter_rules, constraints
+from loraplex_gateway.requests.numbers import as_sent, number
 from loraplex_gateway.text import template_variables, tool_rules
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from loraplex_gateway.types import Prompt
+    from loraplex_gateway.text.token_ids import TokenIds
+    from loraplex_gateway.types import Prompt, WeightedAdapter
 
 Violation = tuple[str, str]
 
 MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID_RULE: Final = f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best"
 MAX_KEY_BYTES: Final = 256
-MAX_NAME_CHARS: Final = 512
 # A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
 MAX_VIOLATIONS_TOLD: Final = 8
-MAX_SINGLE: Final = 2.0**127
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -56,8 +54,8 @@ class Range:
         if above_low and value <= self.high:  # false for NaN
             return None
         bracket = "(" if self.excludes_low else "["
-        low, high = _number(self.low), _number(self.high)
-        return self.field, f"{self.field} is {_number(value)}; it must be in {bracket}{low}, {high}]"
+        low, high = number(self.low), number(self.high)
+        return self.field, f"{self.field} is {number(value)}; it must be in {bracket}{low}, {high}]"
 
 
 _NUMBERS: Final[tuple[tuple[str, Callable[[GenerationRequest], float | None]], ...]] = (
@@ -103,13 +101,6 @@ def is_request_id(text: str) -> bool:
     return len(text) <= MAX_REQUEST_ID_CHARS and _REQUEST_ID.fullmatch(text) is not None
 
 
-def as_sent(value: float) -> float:
-    """Return a fraction as the engine will see it, in single precision: what is too small for that is 0."""
-    if isinstance(value, int) or not abs(value) < MAX_SINGLE:
-        return value
-    return float(struct.unpack("f", struct.pack("f", value))[0])
-
-
 def check_request(request: GenerationRequest) -> None:
     """Refuse a request that no model could serve.
 
@@ -137,7 +128,7 @@ def check_prompt(prompt: Prompt | None) -> None:
     _raise_if_any(list(prompt_violations(prompt)))
 
 
-def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], known: TokenIds) -> None:
     """Refuse token ids that the model does not have, and prompts without a token.
 
     Raises:
@@ -151,9 +142,9 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
         ("structured_output.starts_after", request.structured_output.starts_after if request.structured_output else ()),
     )
     found = [
-        (field, f"{field} holds {bad}; token ids of this model are 0 to {vocab_size - 1}")
+        (field, f"{field} holds {bad}; token ids of this model are {known}")
         for field, ids in fields
-        if (bad := _first_outside(ids, vocab_size)) is not None
+        if (bad := known.first_unknown(ids)) is not None
     ]
     if not prompt_ids:
         found.append(("prompt", "the prompt is empty: it has no token; send at least one"))
@@ -175,6 +166,15 @@ def check_drawable(request: GenerationRequest, eos_token_ids: Collection[int], v
     ):
         field = "sampling.allowed_token_ids"
         raise InvalidParameterError(f"{field}: {request_limits.NOTHING_LEFT}", field=field)
+
+
+def check_adapters(adapter: str, adapters: Sequence[WeightedAdapter]) -> None:
+    """Refuse adapters, of a call that only reads their names, which no request may name together.
+
+    Raises:
+        InvalidParameterError: With one violation per bad field.
+    """
+    _raise_if_any(list(adapter_rules.list_violations(adapter, adapters)))
 
 
 def prompt_violations(prompt: Prompt | None) -> Iterator[Violation]:
@@ -207,11 +207,8 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
 def _names(request: GenerationRequest) -> Iterator[Violation]:
     if request.request_id and not is_request_id(request.request_id):
         yield "request_id", REQUEST_ID_RULE
-    for field, value in (("adapter", request.adapter), ("model", request.model)):
-        if len(value) > MAX_NAME_CHARS:
-            yield field, f"{field} has {len(value)} characters; no name has more than {MAX_NAME_CHARS}"
-    if not request.adapter and request.adapter_scale not in (None, 1):
-        yield "adapter_scale", "adapter_scale has nothing to scale: the request names no adapter"
+    yield from adapter_rules.name_violations("model", request.model)
+    yield from adapter_rules.violations(request)
     for field, value in (("cache_salt", request.cache_salt), ("affinity_key", request.affinity_key)):
         if len(value) > MAX_KEY_BYTES:
             yield field, f"{field} has {len(value)} characters; at most {MAX_KEY_BYTES} are allowed"
@@ -256,18 +253,6 @@ def _unicode(field: str, text: str) -> Iterator[Violation]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         yield field, f"no valid Unicode at character {error.start}: lone surrogates cannot be encoded as UTF-8"
-
-
-def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
-    if not ids or (max(ids) < vocab_size and min(ids) >= 0):
-        return None
-    return next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
-
-
-def _number(value: float) -> str:
-    """Return a number as people write it: whole ones with all their digits."""
-    whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
-    return str(int(value)) if whole else f"{value:g}"
 
 
 def _raise_if_any(found: list[Violation]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 MAC_BYTES: Final = hashlib.sha256().digest_size
-MAX_TOKEN_CHARS: Final = 2048
+MAX_TOKEN_CHARS: Final = 6144  # of eight adapters with the longest names
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -30,13 +30,14 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         request_id: The request's id.
         tenant: The tenant that asked.
         fingerprint: The base model's fingerprint.
-        adapter: Name of the adapter without label; empty for the base model.
+        adapter: Name of the (first) adapter without label; empty for the base model.
         revision: Digest of the adapter's weights in use, hexadecimal; empty for the base model.
         seed: Seed in use.
         max_new_tokens: Most output tokens, whatever the longest sequence is elsewhere.
         request_digest: SHA-256 of all of the request that decides tokens.
         admitted_at: When time_limit began, unix seconds.
         issued_at: When the token was made, unix seconds.
+        more_adapters: Name and revision of each adapter that is added to `adapter`.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     request_digest: bytes
     admitted_at: float
     issued_at: float
+    more_adapters: tuple[tuple[str, str], ...] = ()
 
 
 _decoder: Final = msgspec.msgpack.Decoder(ResumePoint)

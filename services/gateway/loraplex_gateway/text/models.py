@@ -11,6 +11,7 @@ from loraplex_common.text_parts import TextParts
 
 from loraplex_gateway.adapters.close_names import MAX_NAME_CHARS, NameOrder
 from loraplex_gateway.text.generation_defaults import GenerationDefaults, load_generation_defaults
+from loraplex_gateway.text.token_ids import TokenIds
 from loraplex_gateway.text.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class ServedModel:
     def fingerprint(self) -> str:
         """Fingerprint that adapters and engines of this model carry."""
         return self.info.fingerprint
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The ids that requests may name."""
+        return TokenIds(self.info.vocab_size, self.tokenizer.added_ids)
 
 
 def load_served_model(

@@ -7,7 +7,12 @@ import json
 import re
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.extended_tokenizer import extended_tokenizer, gap_ids
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraplex_common.added_tokens import AddedToken
     from tokenizers import Tokenizer
 
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -42,6 +47,14 @@ class TokenTable:
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
+
+    def extended(self, added: Sequence[AddedToken]) -> TokenTable:
+        """Return the table of the tokenizer with an adapter's tokens added; takes milliseconds.
+
+        Raises:
+            ValueError: If a token's id is another's.
+        """
+        return _ExtendedTokenTable(self, added)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes a token stands for; empty for an id without a token."""
@@ -84,3 +97,29 @@ class TokenTable:
         if token_id in self.special_ids:
             return token.encode()
         return token.replace("\u2581", " ").encode()
+
+
+class _ExtendedTokenTable(TokenTable):
+    """The tokens of a base model and those that an adapter adds; what the base has is kept once, in the base's table."""
+
+    def __init__(self, base: TokenTable, added: Sequence[AddedToken]) -> None:
+        self.tokenizer = extended_tokenizer(base.tokenizer, added)
+        self.is_byte_level = base.is_byte_level
+        gaps = gap_ids(self.tokenizer)
+        special = {token.id for token in added if token.special and self._is_skipped(token.id)}
+        self.special_ids = base.special_ids | special | gaps
+        self._base = base
+        self._bytes = dict.fromkeys(gaps, b"")
+        self._bytes |= {token.id: self._compute_bytes(token.id) for token in added}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        own = self._bytes.get(token_id)
+        return self._base.token_bytes(token_id) if own is None else own
+
+    def _is_skipped(self, token_id: int) -> bool:
+        # The library shows special tokens that its normaliser changes: it looks for the changed text among the special ones.
+        return not self.tokenizer.decode([token_id], skip_special_tokens=True)
+
+    @functools.cached_property
+    def anchor(self) -> int | None:
+        return self._base.anchor

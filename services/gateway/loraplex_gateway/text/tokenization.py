@@ -64,6 +64,8 @@ class PromptTokenizer:
     Attributes:
         table: What single tokens stand for.
         token_id: Returns the id of the token with this text; None if there is none.
+        base_token_id: The same without an adapter's added tokens: only these can be part of a grammar.
+        added_ids: Ids of an adapter's added tokens.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class PromptTokenizer:
         tokenizer.no_padding()
         self.table = TokenTable(tokenizer)
         self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
+        self.base_token_id = self.token_id
+        self.added_ids: frozenset[int] = frozenset()
         self._tokenizer = tokenizer
         self.template = template
         self._workers = workers
@@ -104,9 +108,20 @@ class PromptTokenizer:
             return self
         return self._with(self.template.with_response_template(response_template))
 
+    def with_added_tokens(self, table: TokenTable, added_ids: frozenset[int]) -> PromptTokenizer:
+        """Return this tokenizer with an adapter's tokens, which `TokenTable.extended` has added."""
+        other = self._copy()
+        other.table, other._tokenizer = table, table.tokenizer
+        other.token_id, other.added_ids = table.tokenizer.token_to_id, added_ids
+        return other
+
     def _with(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
-        other = copy.copy(self)
+        other = self._copy()
         other.template = template
+        return other
+
+    def _copy(self) -> PromptTokenizer:
+        other = copy.copy(self)
         other._shared, other._waiters = {}, {}
         return other
 

@@ -76,13 +76,34 @@ def test_everything_is_free_before_what_the_constraint_starts_after() -> None:
     begin = tuple(_ids("qz"))
     constraint = _lark('start: "ab"', starts_after=begin)
     state = constraint.start([*_ids("no"), begin[0]])
-    assert mask_of(state) == list(range(small_vocabulary().num_tokens))
+    assert set(mask_of(state)) >= set(range(small_vocabulary().num_tokens))
     assert not state.is_ended
     state.accept(begin[1])
     assert {small_vocabulary().tokenizer.decode_str([token_id])[:1] for token_id in mask_of(state)} == {"a"}
     for token_id in _ids("ab"):
         state.accept(token_id)
     assert state.is_ended
+
+
+def test_an_adapters_added_tokens_are_free_there_and_never_part_of_what_is_constrained() -> None:
+    vocabulary, begin = small_vocabulary(), _ids("q")[0]
+    constraint = _lark('start: "ab"', starts_after=(begin,))
+    states = [constraint.start(()), constraint.start([begin])]
+    wide = np.zeros((2, vocabulary.num_words + 3), np.int32)
+
+    filler_of(vocabulary).fill(states, wide)
+
+    assert (wide[0] == -1).all()
+    assert not wide[1, vocabulary.num_words :].any()
+    assert wide[1].any()
+
+
+def test_a_constraint_may_start_after_a_token_that_only_an_adapter_has() -> None:
+    added = small_vocabulary().vocab_size + 5
+    state = _lark('start: "ab"', starts_after=(added,)).start([*_ids("no"), added])
+
+    assert not state.is_free
+    assert set(mask_of(state)) <= set(range(small_vocabulary().num_tokens))
 
 
 def test_padding_and_tokens_without_a_row_are_never_allowed() -> None:

@@ -278,11 +278,15 @@ def test_an_id_behind_the_vocabulary_needs_an_adapter_and_its_range_ends(field: 
         read(100)
 
 
-def test_what_a_structure_starts_after_is_of_the_vocabulary() -> None:
-    wanted = gateway_pb2.StructuredOutput(regex="a", starts_after=[100])
+def test_what_a_structure_starts_after_is_of_the_vocabulary_or_added_by_an_adapter() -> None:
     limits = RequestLimits(vocab_size=100, max_model_len=32, max_added_tokens=4)
 
-    with pytest.raises(InvalidParameterError, match="starts_after"):
-        wire.submission(
-            make_submit(structured_output=wanted, adapter_digest=DIGEST), session_id=9, limits=limits, now_s=1000.0
-        )
+    def read(token_id: int, **fields: Any) -> Submission:
+        wanted = gateway_pb2.StructuredOutput(regex="a", starts_after=[token_id])
+        submit = make_submit(structured_output=wanted, **fields)
+        return wire.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+
+    assert read(103, adapter_digest=DIGEST).added_token_ids == (AddedTokenId("structured_output.starts_after", 103),)
+    for token_id, fields in ((104, {"adapter_digest": DIGEST}), (100, {})):
+        with pytest.raises(InvalidParameterError, match="starts_after"):
+            read(token_id, **fields)

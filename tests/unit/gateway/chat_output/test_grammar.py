@@ -270,3 +270,28 @@ def test_no_schema_makes_a_grammar_look_like_llama_cpps() -> None:
     assert constraint is not None
     assert "::=" not in constraint.text
     assert accepts(constraint, forced(formats.HERMES, ("f", '{"a": "x ::= y"}')))
+
+
+def test_markers_that_an_adapter_adds_are_spelt_in_constraints_and_shown_in_outputs() -> None:
+    base, own = tokenizer(has_markers=False), tokenizer(has_markers=True)
+    prompt = ChatPrompt(messages=(ChatMessage(role="user", content="hi"),), tools=(WEATHER,))
+
+    found = chat_reading(
+        prompt,
+        OutputParsing(tool_mode=ToolMode.REQUIRED),
+        output=OutputFormat(tools=formats.HERMES, thoughts=THINK),
+        rendered="<think>",
+        token_id=own.token_to_id,
+        base_token_id=base.token_to_id,
+    )
+
+    constraint = found.structured_output
+    assert constraint is not None
+    assert "<[" not in constraint.text
+    assert constraint.starts_after == (own.token_to_id("</think>"),)
+    assert found.shown_ids >= {own.token_to_id(text) for text in MARKERS[:4]}
+    matcher = llguidance.LLMatcher(
+        ll_tokenizer(has_markers=False), llguidance.LLMatcher.grammar_from_lark(constraint.text)
+    )
+    ids = base.encode(forced(formats.HERMES, ("get_weather", '{"city": "Rome"}')), add_special_tokens=False).ids
+    assert matcher.try_consume_tokens(ids) == len(ids)

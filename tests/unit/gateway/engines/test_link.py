@@ -25,9 +25,7 @@ RECORD = EngineRecord(
 
 
 def open_link() -> EngineLink:
-    link = EngineLink(
-        RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
-    )
+    link = EngineLink(RECORD, gateway_id="g", max_buffered_tokens=100, on_change=lambda: None)
     link._receive(welcome())
     return link
 
@@ -50,9 +48,7 @@ def end_of(slot: int) -> engine_pb2.SessionResponse:
 
 @pytest.mark.parametrize("other", [{"engine_id": "e2"}, {"base_fingerprint": "11" * 32}, {"engine_id": ""}])
 async def test_whoever_answers_in_the_place_of_a_listed_engine_gets_no_request(other: dict[str, str]) -> None:
-    link = EngineLink(
-        RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
-    )
+    link = EngineLink(RECORD, gateway_id="g", max_buffered_tokens=100, on_change=lambda: None)
 
     with pytest.raises(WrongEngineError, match="answers at"):
         link._receive(welcome(**other))

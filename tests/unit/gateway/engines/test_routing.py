@@ -10,8 +10,11 @@ DIGEST = "a" * 64
 
 
 def pick(*candidates: tuple[str, int, bool], affinity_key: str = "") -> str | None:
-    made = [Candidate(engine_id=engine_id, load=load, is_warm=warm) for engine_id, load, warm in candidates]
-    return choose(made, adapter_digest=DIGEST, affinity_key=affinity_key)
+    made = [
+        Candidate(engine_id=engine_id, load=load, missing_bytes=0 if warm else 100)
+        for engine_id, load, warm in candidates
+    ]
+    return choose(made, adapters=DIGEST, affinity_key=affinity_key)
 
 
 def test_without_candidates_there_is_no_choice() -> None:
@@ -59,6 +62,13 @@ def test_losing_an_engine_moves_only_its_own_keys(keys: list[str], gone: int) ->
         before = pick(*engines, affinity_key=key)
         if before != f"e{gone}":
             assert pick(*rest, affinity_key=key) == before
+
+
+def test_the_engine_that_lacks_the_fewest_bytes_goes_before_idler_ones() -> None:
+    engines = [("none", 0, 110), ("small", 1, 100), ("large", 3, 10), ("both", 50, 0)]
+    made = [Candidate(engine_id=name, load=load, missing_bytes=missing) for name, load, missing in engines]
+
+    assert choose(made, adapters=DIGEST, affinity_key="") == "large"
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), min_size=1, max_size=8))

@@ -30,10 +30,10 @@ def gateways_choice(engines: list[tuple[int, bool]], adapter: int) -> int:
     """Return the number of the engine that the gateway sends it to."""
     digest = "" if adapter == NO_ADAPTER else "a" * 64
     candidates = [
-        routing.Candidate(engine_id=str(number), load=load, is_warm=holds or not digest)
+        routing.Candidate(engine_id=str(number), load=load, missing_bytes=0 if holds or not digest else 1)
         for number, (load, holds) in enumerate(engines)
     ]
-    chosen = routing.choose(candidates, adapter_digest=digest, affinity_key="")
+    chosen = routing.choose(candidates, adapters=digest, affinity_key="")
     assert chosen is not None
     return int(chosen)
 

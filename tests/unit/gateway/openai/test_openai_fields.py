@@ -20,6 +20,7 @@ from loraplex_gateway.openai.field_docs import with_tables
 from loraplex_gateway.openai.fields import Rule, Table
 from loraplex_gateway.openai.output_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 from loraplex_gateway.openai.schema import (
+    BodyAdapter,
     ChatBody,
     ChatTurn,
     CommonBody,
@@ -58,6 +59,7 @@ def completion(**changes: Any) -> CompletionBody:
         (RESPONSE_FORMAT, ResponseFormat),
         (RESPONSE_FORMAT.nested["json_schema"], JsonSchemaFormat),
         (STRUCTURED_OUTPUTS, StructuredOutputs),
+        (fields.ADAPTER, BodyAdapter),
         (further_fields.TOKENIZE, TokenizeBody),
         (further_fields.DETOKENIZE, DetokenizeBody),
         (further_fields.LOAD_ADAPTER, LoadAdapterBody),
@@ -95,7 +97,7 @@ def test_every_field_that_validation_names_has_a_name_in_the_body(table: Table) 
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_id", "lora_path", "lora", "lora_name", "lora_request", "adapters", "adapter"]
+    "name", ["adapter_id", "lora_path", "lora", "lora_name", "lora_request", "merged_adapters", "adapter"]
 )
 @pytest.mark.parametrize("call", [chat, completion])
 def test_an_adapter_named_as_other_servers_do_is_told_its_place(call: Any, name: str) -> None:

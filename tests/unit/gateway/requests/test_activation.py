@@ -33,10 +33,10 @@ def test_a_prompt_without_the_sequence_is_refused_by_name() -> None:
     with pytest.raises(
         InvalidParameterError, match=r"adapter judge is activated by the tokens \[5, 6\].*do not contain"
     ):
-        adapter_start(model(5, 6), ADAPTER, [5, 7, 6])
+        adapter_start(model(5, 6), [ADAPTER], [5, 7, 6])
 
 
 def test_other_adapters_and_the_base_model_have_no_start() -> None:
-    assert adapter_start(model(), ADAPTER, [1, 2]) is None
-    assert adapter_start(model(1), None, [1, 2]) is None
-    assert adapter_start(model(1), ADAPTER, [1, 2, 1, 3]) == 2
+    assert adapter_start(model(), [ADAPTER], [1, 2]) is None
+    assert adapter_start(model(1), [], [1, 2]) is None
+    assert adapter_start(model(1), [ADAPTER], [1, 2, 1, 3]) == 2

@@ -77,7 +77,7 @@ class Output:
                 time_limit_s=time_limit_s,
             ),
             model=cast("Any", SimpleNamespace(tokenizer=SimpleNamespace(table=self.table), fingerprint="f")),
-            adapter=None,
+            adapters=(),
             prompt_ids=self.prompt_ids,
             sampling=Sampling(seed=7),
             stop_token_ids=self.stop_token_ids,

@@ -43,7 +43,7 @@ def run_of(times: RequestTimes, *, time_limit_s: float | None = None) -> Request
     prepared = PreparedRequest(
         request=request,
         model=cast("Any", SimpleNamespace(tokenizer=SimpleNamespace(table=TABLE), fingerprint="f")),
-        adapter=None,
+        adapters=(),
         prompt_ids=(5,),
         sampling=Sampling(seed=7),
         stop_token_ids=frozenset(),

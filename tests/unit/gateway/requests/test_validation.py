@@ -18,6 +18,7 @@ from loraplex_gateway.requests.validation import (
     check_request,
     check_token_ids,
 )
+from loraplex_gateway.text.token_ids import TokenIds
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -131,7 +132,7 @@ def test_token_ids_beyond_the_vocabulary_are_named() -> None:
     request = replace(REQUEST, sampling=Sampling(logit_bias={500: 1.0}), stopping=Stopping(stop_token_ids=(384,)))
 
     with pytest.raises(InvalidParameterError) as caught:
-        check_token_ids(request, (1, 400), 384)
+        check_token_ids(request, (1, 400), TokenIds(384))
 
     assert [field for field, _ in caught.value.violations] == [
         "token_ids",
@@ -154,7 +155,7 @@ def test_a_request_that_leaves_no_token_to_draw_is_refused() -> None:
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match="no token"):
-        check_token_ids(REQUEST, (), 384)
+        check_token_ids(REQUEST, (), TokenIds(384))
 
 
 @pytest.mark.parametrize(

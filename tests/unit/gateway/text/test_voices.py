@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,20 +12,24 @@ import pytest
 from grpc_status import rpc_status
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common import text_parts_wire
+from loraplex_common.added_tokens import AddedToken
 from loraplex_common.error_status import to_status
-from loraplex_common.errors import AdapterNotFoundError, LoraplexError, StoreUnavailableError
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, LoraplexError, StoreUnavailableError
 from loraplex_common.peers import PeerChannel, Peers
 from loraplex_common.text_parts import TextParts
 from loraplex_gateway.adapters import text_parts
 from loraplex_gateway.adapters.names import ResolvedAdapter
+from loraplex_gateway.text.added_vocabularies import VOCABULARY_BYTES
 from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.joined_parts import TextNeeds
 from loraplex_gateway.text.models import load_served_model
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.text.voices import Voices
 from support.gateway_rig import model_directory
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from loraplex_gateway.text.models import ServedModel
 
@@ -142,4 +148,76 @@ async def test_a_store_that_does_not_give_them_fails_that_request_and_the_next_o
     service.failure, service.parts[adapter.digest] = None, parts
     service.gate.set()
     assert (await voices.of(model, adapter)).text_parts == parts
+    await voices.close()
+
+
+async def test_adapters_that_add_the_same_tokens_share_one_tokenizer_built_once(
+    store: tuple[Store, PeerChannel], model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, channel = store
+    voices, extended = Voices.over(channel), TokenTable.extended
+    built: list[int] = []
+
+    def noted(table: TokenTable, added: Sequence[AddedToken]) -> TokenTable:
+        built.append(threading.get_ident())
+        return extended(table, added)
+
+    monkeypatch.setattr(TokenTable, "extended", noted)
+    tokens = (AddedToken(id=model.info.vocab_size, content="<tool>"),)
+    adapters = [
+        service.resolved(number, TextParts(added_tokens=tokens, stop_token_ids=(number,))) for number in range(3)
+    ]
+
+    found = await asyncio.gather(*(voices.of(model, adapters[number % 3]) for number in range(30)))
+
+    assert len(built) == 1
+    assert built[0] != threading.get_ident()
+    assert len({id(voice.tokenizer.table) for voice in found}) == 1
+    assert found[0].token_ids.first_unknown([0, model.info.vocab_size]) is None
+    assert model.token_ids.first_unknown([0, model.info.vocab_size]) == model.info.vocab_size
+    await voices.close()
+
+
+async def test_tokens_that_do_not_fit_the_models_tokenizer_are_refused_by_name(
+    store: tuple[Store, PeerChannel], model: ServedModel
+) -> None:
+    service, channel = store
+    voices = Voices.over(channel)
+    adapter = service.resolved(1, TextParts(added_tokens=(AddedToken(id=5, content="<tool>"),)))
+
+    with pytest.raises(AdapterIncompatibleError, match="added tokens do not fit the tokenizer of tiny: token '<tool>'"):
+        await voices.of(model, adapter)
+    await voices.close()
+
+
+async def test_tokenizers_count_among_the_bytes_that_are_kept(
+    store: tuple[Store, PeerChannel], model: ServedModel
+) -> None:
+    service, channel = store
+    voices = Voices(text_parts.TextPartsSource(channel), max_bytes=3 * VOCABULARY_BYTES)
+    for number in range(6):
+        tokens = (AddedToken(id=model.info.vocab_size, content=f"<{number}>"),)
+        await voices.of(model, service.resolved(number, TextParts(added_tokens=tokens)))
+        assert voices.num_bytes <= 3 * VOCABULARY_BYTES
+
+    gc.collect()
+    assert len(voices._vocabularies._tables) == 2
+    await voices.close()
+
+
+async def test_several_adapters_of_which_one_adds_tokens_are_tokenised_with_them(
+    store: tuple[Store, PeerChannel], model: ServedModel
+) -> None:
+    service, channel = store
+    voices = Voices.over(channel)
+    tokens = (AddedToken(id=model.info.vocab_size, content="<tool>"),)
+    adapters = [
+        service.resolved(1, TextParts(added_tokens=tokens)),
+        service.resolved(2, TextParts(stop_token_ids=(5,))),
+    ]
+
+    voice = await voices.of_all(model, adapters, TextNeeds(has_template=False, has_stops=True))
+
+    assert voice.tokenizer.token_id("<tool>") == model.info.vocab_size
+    assert voice.defaults.added_stop_ids == {5}
     await voices.close()

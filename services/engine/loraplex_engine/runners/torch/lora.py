@@ -81,7 +81,7 @@ class LoraStep:
         dtype: The compute dtype.
 
     Attributes:
-        outside: The adapters that do something outside of the decoder layers; None if none does.
+        outside: Those of the adapters that do something outside of the decoder layers; None if none does.
     """
 
     outside: OutsideStep | None = None
@@ -92,7 +92,7 @@ class LoraStep:
 
     @property
     def segments(self) -> list[Segment]:
-        """All segments."""
+        """All segments; several may have the same tokens."""
         return [segment for group in self._groups for segment in group]
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor) -> None:

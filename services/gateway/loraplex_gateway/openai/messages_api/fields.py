@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from loraplex_gateway.openai.field_rules import Field, Rule, ignored, refused, served, table
-from loraplex_gateway.openai.fields import CHAT
+from loraplex_gateway.openai.fields import ADAPTER, CHAT
 from loraplex_gateway.openai.inherited import table_with_inherited
 
 NO_SERVER_TOOLS: Final = "the tools of Anthropic's servers are not here; send tools with an input_schema"
@@ -81,6 +81,8 @@ COUNT_TOKENS: Final = table(
     *ignored("speed", "a prompt has as many tokens at any speed"),
     *refused("context_management mcp_servers", NO_SERVER_TOOLS, [], {}),
     served("chat_template_kwargs", "as in POST /v1/messages"),
+    served("adapters", "as in POST /v1/messages; weights do not change tokens", "adapters"),
+    adapters=ADAPTER,
     thinking=THINKING,
     tool_choice=TOOL_CHOICE,
     output_config=OUTPUT_CONFIG,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from loraplex_gateway.openai.answer import system_fingerprint
 from loraplex_gateway.openai.messages_api import errors
 from loraplex_gateway.openai.output_parts import OutputParts, Part, PartBegins, PartGrows, PartKind, consume
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
@@ -108,7 +109,7 @@ class MessagesAnswer:
         return errors.refusal(error, self._trace_id, self._plan.names)
 
     def _start(self, started: Started) -> None:
-        self._revision = started.adapter_revision or None
+        self._revision = system_fingerprint(started)
         self._output.start(started)
 
     def _message(self, content: list[Json], usage: Json) -> Json:

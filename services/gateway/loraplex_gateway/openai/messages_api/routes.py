@@ -19,7 +19,8 @@ from loraplex_gateway.openai.messages_api.convert import count_tokens_plan, mess
 from loraplex_gateway.openai.messages_api.render import MessagesAnswer
 from loraplex_gateway.openai.messages_api.schema import CountTokensBody, MessagesBody
 from loraplex_gateway.openai.tracing import origin_of
-from loraplex_gateway.requests.validation import check_prompt
+from loraplex_gateway.requests.validation import check_adapters, check_prompt
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
@@ -121,8 +122,9 @@ class _Messages:
     async def _num_tokens(self, asked: GenerationRequest, caller: Principal) -> int:
         check_prompt(asked.prompt)
         assert asked.prompt is not None  # check_prompt
-        core = self._context.core
-        model = await core.voice(asked.model, asked.adapter, caller=caller)
+        check_adapters(asked.adapter, asked.adapters)
+        core, adapters = self._context.core, names_by_field(asked.adapter, asked.adapters)
+        model = await core.voice(asked.model, adapters, caller=caller, prompt=asked.prompt)
         return len((await core.encode(model, asked.prompt, tenant=caller.name)).ids)
 
     async def elsewhere(self, request: Request, admission: Admission) -> ASGIApp:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import LoraplexError
 
+from loraplex_gateway.openai.answer import system_fingerprint
 from loraplex_gateway.types import Finished, FinishReason, Started
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ class Resource:
             "presence_penalty": self._body.presence_penalty or 0.0,
             "temperature": DEFAULT_TEMPERATURE if temperature is None else temperature,
             "top_p": DEFAULT_TOP_P if top_p is None else top_p,
-            # As in chat completions: the adapter's exact weights.
-            "system_fingerprint": (self._started.adapter_revision if self._started else "") or None,
+            # As in chat completions.
+            "system_fingerprint": system_fingerprint(self._started) if self._started else None,
         }
 
 

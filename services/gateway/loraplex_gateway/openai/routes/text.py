@@ -15,10 +15,11 @@ from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.json_responses import json_response
-from loraplex_gateway.openai.model_names import ModelName, bases_of, read_model_name
+from loraplex_gateway.openai.model_names import bases_of, read_names
 from loraplex_gateway.openai.tokenize_bodies import DetokenizeBody, TokenizeBody, prompt_of
 from loraplex_gateway.requests import validation
 from loraplex_gateway.types import ChatPrompt
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from loraplex_gateway.openai.context import HttpContext
-    from loraplex_gateway.text.models import ServedModel
+    from loraplex_gateway.text.token_ids import TokenIds
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -84,7 +85,11 @@ class _Text:
                 return error_response(error, BodyNames(further_fields.DETOKENIZE, body))
 
     async def _tokens(self, body: TokenizeBody, caller: Principal) -> TokenizeAnswer:
-        model, prompt = await self._model(body.model, caller), prompt_of(body)
+        prompt = prompt_of(body)
+        names = read_names(body.model, body.adapters, bases_of(self._context.catalog, caller))
+        validation.check_adapters(names.adapter, names.adapters)
+        adapters = names_by_field(names.adapter, names.adapters)
+        model = await self._context.core.voice(names.base, adapters, caller=caller, prompt=prompt)
         if isinstance(prompt, ChatPrompt):
             validation.check_prompt(prompt)  # an empty text has its tokens
         ids = (await self._context.core.encode(model, prompt, tenant=caller.name)).ids
@@ -96,24 +101,18 @@ class _Text:
         )
 
     async def _text(self, body: DetokenizeBody, caller: Principal) -> DetokenizeAnswer:
-        model = await self._model(body.model, caller)
-        check = functools.partial(_check_ids, body.tokens, model.info.vocab_size)
+        names = read_names(body.model, None, bases_of(self._context.catalog, caller))
+        adapters = names_by_field(names.adapter, ())
+        model = await self._context.core.voice(names.base, adapters, caller=caller)
+        check = functools.partial(_check_ids, body.tokens, model.token_ids)
         await self._context.away(check, caller, num_bytes=4 * len(body.tokens))
         text = await model.tokenizer.decode(body.tokens, skip_special_tokens=False, tenant=caller.name)
         return DetokenizeAnswer(prompt=text)
-
-    async def _model(self, text: str | None, caller: Principal) -> ServedModel:
-        is_base = bases_of(self._context.catalog, caller)
-        name = ModelName("", "") if text is None else read_model_name(text, is_base)
-        return await self._context.core.voice(name.base, name.adapter, caller=caller)
 
     async def _decoded(self, data: bytes, kind: type[Body], caller: Principal) -> Body:
         return await self._context.away(functools.partial(decode, data, kind), caller, num_bytes=len(data))
 
 
-def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
-    bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if bad is not None:
-        raise InvalidParameterError(
-            f"tokens holds {bad}; token ids of this model are 0 to {vocab_size - 1}", field="tokens"
-        )
+def _check_ids(tokens: Sequence[int], known: TokenIds) -> None:
+    if (bad := known.first_unknown(tokens)) is not None:
+        raise InvalidParameterError(f"tokens holds {bad}; token ids of this model are {known}", field="tokens")
