@@ -19,6 +19,7 @@ from support.base_models import TinyBase, write_base_model
 from support.oracle import make_rig
 from support.outside_adapters import OutsideTruth
 from support.plans import Draw, Sequence_
+from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -319,4 +320,32 @@ def test_in_bf16_logits_are_those_of_fp32_but_for_rounding(model_dir: Path, trut
         (entry,) = sequence.logprobs
         error = entry.logprobs[1:] - logits.log_softmax(-1)[entry.token_ids[1:].astype(int)].numpy()
         assert np.abs(error).max() < 0.05 * float(logits.abs().max())
+    rig.runner.close()
+
+
+def test_several_adapters_add_up_outside_of_the_layers_too(model_dir: Path) -> None:
+    truth = OutsideTruth(model_dir, ["lora", "head lora", "embed lora", "plain"])
+    rig = make_rig(model_dir, num_pages=1500)
+    for name, adapter in truth.adapters.items():
+        load(rig, name, adapter.spec, adapter.tensors)
+    lists = [{"lora-0": 0.5, "head lora-1": 2.0}, {"embed lora-2": 1.0, "lora-0": 1.5, "plain-3": 0.7}, {"lora-0": 1.0}]
+    sequences = []
+    for prompt, weights in zip(PROMPTS, lists, strict=False):
+        (first, scale), *more = [(rig.adapters[name], weight) for name, weight in weights.items()]
+        draw = Draw(num_logprobs=VOCAB)
+        sequences.append(rig.harness.add(prompt, adapter=first, scale=scale, more=more, draw=draw))
+    rig.harness.step(sequences)
+
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for prompt, weights, sequence in zip(PROMPTS, lists, sequences, strict=False):
+        summed = {key: value.clone() for key, value in base.state_dict().items()}
+        for name, weight in weights.items():
+            merged = copy.deepcopy(truth.adapters[name].model).merge_and_unload().state_dict()
+            for key, value in base.state_dict().items():
+                summed[key] += weight * (merged[key] - value)
+        model = copy.deepcopy(base)
+        model.load_state_dict(summed)
+        logits = model(torch.tensor([prompt])).logits[0, -1].detach()
+        (entry,) = sequence.logprobs
+        assert np.allclose(entry.logprobs[1:], logits.log_softmax(-1)[entry.token_ids[1:].astype(int)], atol=2e-4)
     rig.runner.close()
