@@ -93,9 +93,9 @@ async def test_an_unserved_peft_type_is_refused_by_name(client: StoreClient) -> 
         await client.upload("a", files(peft_type="LOHA"))
 
 
-async def test_an_unserved_target_is_refused_by_name(client: StoreClient) -> None:
-    with refused(AdapterIncompatibleError, "lm_head"):
-        await client.upload("a", files(target_modules=["q_proj", "lm_head"]))
+async def test_an_unserved_module_is_refused_by_name(client: StoreClient) -> None:
+    with refused(AdapterIncompatibleError, "modules_to_save names 'norm'"):
+        await client.upload("a", files(modules_to_save=["norm"]))
 
 
 async def test_a_truncated_safetensors_file_is_refused(client: StoreClient) -> None:

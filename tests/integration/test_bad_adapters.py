@@ -193,7 +193,7 @@ async def test_directory_imports_stay_below_their_root(
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
         ({"bias": "some"}, "bias"),
     ],
 )

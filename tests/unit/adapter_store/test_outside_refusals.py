@@ -213,3 +213,23 @@ def test_the_notes_say_how_many_rows_are_stored() -> None:
 
 def base_head() -> NDArray[np.float32]:
     return load_file(base_dir("llama") / "model.safetensors")["lm_head.weight"]
+
+
+def test_an_embedding_of_another_name_is_left_to_its_architecture() -> None:
+    words = replace(base_info("llama").outside[0], path="decoder.words")
+    info = replace(base_info("llama"), outside=(words, base_info("llama").outside[1]))
+    recipe = Recipe(rank=2, targets=("q_proj",))
+    values = adapter_tensors(base_info("llama"), recipe)
+
+    def read_with(config: dict[str, Any], more: dict[str, Any]) -> Checkpoint:
+        data = json.dumps(adapter_config(recipe) | config).encode()
+        return read_checkpoint(data, safetensors_bytes(values | more, "float32"), info, base_dir=base_dir("llama"))
+
+    saved = read_with({"modules_to_save": ["lm_head"]}, {f"{HEAD}.weight": matrix()})
+    assert saved.modules[-1].projection == "lm_head"
+    with pytest.raises(AdapterIncompatibleError, match="target_modules includes words, which is not served"):
+        read_with({"target_modules": ["q_proj", "words"]}, {})
+    with pytest.raises(AdapterIncompatibleError, match="llama has no embed_tokens that adapters may replace"):
+        read_with({"modules_to_save": ["embed_tokens"]}, {})
+    with pytest.raises(AdapterIncompatibleError, match=r"tensor base_model\.model\.decoder\.words\.weight"):
+        read_with({}, {"base_model.model.decoder.words.weight": matrix()})

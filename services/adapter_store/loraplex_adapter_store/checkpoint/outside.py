@@ -8,7 +8,7 @@ from loraplex_common.adapter_folder import CONFIG_FILE
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_adapter_store.checkpoint.base_rows import BaseRows
-from loraplex_adapter_store.checkpoint.outside_config import planned
+from loraplex_adapter_store.checkpoint.outside_config import NAMES, planned
 from loraplex_adapter_store.checkpoint.outside_reader import OutsideReader
 from loraplex_adapter_store.checkpoint.peft_methods import LORA
 
@@ -35,6 +35,11 @@ def read_outside_modules(
         AdapterCorruptUploadError: If a tensor holds NaN, infinity or values beyond bf16's range.
     """
     targets = [each.name for each in rules.targeted_outside()]
+    if strange := sorted(set(targets) - set(NAMES)):
+        raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules includes {strange[0]}, which is not served")
+    offered = {each.name for each in base.outside}
+    if strange := sorted({*config.outside.saved, *config.outside.tokens} - offered):
+        raise AdapterIncompatibleError(f"{CONFIG_FILE}: {base.name} has no {strange[0]} that adapters may replace")
     is_tied = bool(base.config.get("tie_word_embeddings"))
     is_list = not isinstance(config.target_modules, str)
     plans = planned(config.outside, targets, is_list=is_list, is_tied=is_tied)

@@ -63,10 +63,11 @@ def split_outside(tensors: Mapping[str, Tensor], base: BaseModelInfo) -> tuple[d
         AdapterIncompatibleError: If one of them is none that PEFT loads there; the message has its name.
         AdapterCorruptUploadError: If one comes twice.
     """
+    served = [each for each in base.outside if each.name in PAIRS]
     inside: dict[str, Tensor] = {}
     outside: OutsideTensors = {}
     for name, tensor in tensors.items():
-        found = next((each for each in base.outside if name.startswith(f"base_model.model.{each.path}.")), None)
+        found = next((each for each in served if name.startswith(f"base_model.model.{each.path}.")), None)
         if found is None:
             inside[name] = tensor
             continue

@@ -72,6 +72,8 @@ class OutsideReader:
         """
         found: list[Module] = []
         for projection in self._base.outside:
+            if projection.name not in self._plans:
+                continue  # an architecture's own name, for which PEFT's rules are not known
             self._check_slots(projection)
             if parts := self._parts(projection):
                 found.append(Module(self._base.num_layers, projection.name, projection.path, tuple(parts)))

@@ -10,6 +10,7 @@ from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_engine.build import max_rank, resolve_backend
 from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
+from support.decoder_shapes import decoder_geometry
 
 
 def make_config(backend: BackendName = "auto", device: DeviceName = "auto") -> EngineConfig:
@@ -46,6 +47,16 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
     from loraplex_engine.runners.cuda.runner import CudaRunner
 
     runner = object.__new__(CudaRunner)  # the check needs no device
+    runner.geometry = decoder_geometry(
+        dtype="bfloat16",
+        page_bytes=1 << 20,
+        num_layers=4,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+    )
     modules = tuple(
         ModuleSpec.low_rank(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
     )
