@@ -112,6 +112,10 @@ campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
 	@$(BIN)/python -m support.structured_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
+.PHONY: adapter-campaign
+adapter-campaign: $(VENV)/.dev-installed ## Random adapters of every method in a pool for few, against PEFT: CAMPAIGN_ARGS="--rounds 50 --seed 1"
+	@$(BIN)/python -m support.adapter_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+
 .PHONY: tool-campaign
 tool-campaign: $(VENV)/.dev-installed ## Random strict functions through adapters and tool formats: CAMPAIGN_ARGS="--requests 500 --seed 1"
 	@$(BIN)/python -m support.tool_campaign --results benchmarks/results $(CAMPAIGN_ARGS)

@@ -5,8 +5,11 @@
 
 Random weights; 64 rows at a context of 320, two steps in flight, medians of 60 steps. `step`: without adapters, of 64
 adapters of each kind on all seven projections ((IA)3: k, v, down), and of 16 of each. Plain LoRA at 1, 32, 64 rows too: to
-be compared with the same rows of another commit. `floor` of SHiRA: 4 bytes per non-zero at the rate of a copy, added to the
-step without adapters; `bar` is 1.5 of these bytes and 3 us an op. `p99 while loading`: the time from token to token of 64
+be compared with the same rows of another commit. FLoRA's steps are no graphs; its floor is one pass over W, whose products it
+makes besides the base's, and its factors. The last step's adapters are LoRA with a pair on lm_head and 64 rows of the embedding
+and of lm_head besides; what that adds to LoRA's step stands beside the time of its bytes. `floor` of SHiRA: 4 bytes per non-zero
+at the rate of a copy, added to the step without adapters; `bar` is 1.5 of these bytes and 3 us an op. `p99 while loading`: the
+time from token to token of 64
 rows of LoRA while 64 DoRA adapters come in, one started per step, against the same rows alone.
 """
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENTS: Final = ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernels/*.md")
 WHAT: Final = {
+    "adapters": "random mixtures of adapters of every method on one engine, compared with PEFT",
     "adapter-kinds": "kinds of adapters in a decode step: DoRA, (IA)3, SHiRA beside LoRA; loads beside steps",
     "cpu_vs_peft": "output rate beside transformers + peft",
     "engine": "the engine on whole workloads: bursts, traces, start",
@@ -28,6 +29,7 @@ WHAT: Final = {
     "gateway-streams": "events a second through a gateway, over SSE and gRPC, by number of workers",
     "kernels": "kernels alone, beside their floors and peers",
     "layers": "LoRA inside a decode layer: time added to a step",
+    "merging": "what merging an adapter into the base wins at most, and what it changes in answers",
     "mixed-steps": "steps with decode rows beside prompts",
     "policies": "scheduling and memory policies, mostly simulated",
     "prefill-cuts": "prefill LoRA, each way to cut its work",

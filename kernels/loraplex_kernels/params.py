@@ -138,6 +138,10 @@ class ExpandAddParams(ctypes.Structure):
     ]
 
 
+class ExpandChainParams(ExpandAddParams):
+    """csrc/lora/expand_chain.cu."""
+
+
 class PartTables(ctypes.Structure):
     """csrc/lora/parts.cuh."""
 
@@ -266,5 +270,5 @@ class SampleParams(ctypes.Structure):
         ("vocab", c_int),
         ("max_edits", c_int),
         ("report_top", c_int),
-        ("reserved", c_int),
+        ("stride", c_int),
     ]

@@ -120,3 +120,52 @@ def sparse_product(x: torch.Tensor, values: torch.Tensor, columns: torch.Tensor,
     products = values.float() * x.float()[:, columns]
     out = torch.zeros(len(x), len(starts) - 1, dtype=torch.float32, device=x.device)
     return out.index_add_(1, outputs, products)
+
+
+def adapted_embedding(
+    ids: torch.Tensor,
+    table: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pair: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """Return the embeddings of tokens of one adapter; fp32 ``[tokens, hidden]``; ids without a row give zeros.
+
+    Args:
+        ids: int ``[tokens]``.
+        table: ``[vocab, hidden]``.
+        rows: Ids ``[n]`` and values ``[n, hidden]`` that stand in the place of the table's, without the pair's delta.
+        pair: A ``[rank, vocab]``, B ``[hidden, rank]`` and the factor on B A[:, id].
+    """
+    is_known = (ids < len(table))[:, None]
+    inside = ids.long().clamp(max=len(table) - 1)
+    out = torch.where(is_known, table[inside].float(), torch.zeros((), device=table.device))
+    if pair is not None:
+        a, b, scale = pair
+        out += torch.where(is_known, scale * a.float().T[inside] @ b.float().T, torch.zeros((), device=table.device))
+    if rows is not None:
+        for row, values in zip(rows[0].tolist(), rows[1], strict=True):
+            out[ids == row] = values.float()
+    return out
+
+
+def adapted_logits(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pair: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """Return the logits of tokens of one adapter; fp32, as wide as the base's with room for added tokens.
+
+    Args:
+        x: ``[tokens, hidden]``; lm_head's input.
+        logits: ``[tokens, columns]``; the base's, -inf behind its vocabulary.
+        rows: Ids ``[n]`` and values ``[n, hidden]`` whose products with x stand in the place of what is there.
+        pair: A ``[rank, hidden]``, B ``[vocab, rank]`` and the factor on B A x.
+    """
+    out = logits.float().clone()
+    if pair is not None:
+        a, b, scale = pair
+        out[:, : len(b)] += lora_delta(x, a, b, scale)
+    if rows is not None:
+        out[:, rows[0].long()] = x.float() @ rows[1].float().T
+    return out

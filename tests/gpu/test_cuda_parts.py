@@ -16,7 +16,7 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from support.cuda_rig import BASES, Agreement, make_cuda_runner
-from support.part_adapters import FAMILIES, PartAdapter, PlainPath, random_adapter
+from support.part_adapters import FAMILIES, GRAPHED, PartAdapter, PlainPath, random_adapter
 from support.plans import Draw, Harness, Sequence_
 
 if TYPE_CHECKING:
@@ -102,18 +102,23 @@ class PartRig:
 @pytest.mark.parametrize(
     ("name", "count", "families"),
     [
-        ("gqa", 14, (*FAMILIES, None)),
-        ("qwen2", 40, (*FAMILIES, None)),
+        ("gqa", 14, (*GRAPHED, None)),
+        ("qwen2", 40, (*GRAPHED, None)),
         ("mha", 9, ("DoRA", "LoRA", None)),
         ("qwen2", 9, ("(IA)3", None)),
         ("gqa", 40, ("SHiRA", None, "SHiRA")),
+        ("gqa", 9, ("FLoRA", None, "FLoRA")),
+        ("qwen2", 40, (*FAMILIES, None)),
     ],
-    ids=["all", "all, biased, many rows", "DoRA", "(IA)3, biased", "SHiRA"],
+    ids=["all", "all, biased, many rows", "DoRA", "(IA)3, biased", "SHiRA", "FLoRA", "all and FLoRA, biased"],
 )
 def test_a_batch_of_any_kinds_equals_the_plain_formula(
     model_dirs: dict[str, Path], name: str, count: int, families: tuple[str | None, ...], dtype: str
 ) -> None:
-    """Prompts eagerly, decode rows by graphs; probabilities of the whole vocabulary, teacher-forced; the truth is fp32."""
+    """Prompts, and steps with FLoRA, eagerly, other decode rows by graphs; probabilities of the whole vocabulary, teacher-forced.
+
+    The truth is fp32.
+    """
     model_dir, vocab = model_dirs[name if dtype == "float32" else f"{name}/plain/bfloat16"], BASES[name].vocab_size
     oracle = PartRig(model_dir, dtype, truth_of=dtype)
     truth = oracle.add(vocab, count, families, Draw(num_logprobs=vocab))
@@ -136,11 +141,14 @@ def test_a_batch_of_any_kinds_equals_the_plain_formula(
     found.runner.close()
 
 
+@pytest.mark.parametrize("families", [GRAPHED, tuple(FAMILIES)], ids=["graphs", "FLoRA too"])
 @pytest.mark.parametrize("dependent", [False, True])
-def test_a_row_draws_alone_what_it_draws_among_other_kinds(model_dirs: dict[str, Path], dependent: bool) -> None:
+def test_a_row_draws_alone_what_it_draws_among_other_kinds(
+    model_dirs: dict[str, Path], dependent: bool, families: tuple[str, ...]
+) -> None:
     rig = PartRig(model_dirs["gqa"], "float32", dependent_launch=dependent)
-    vocab, families = BASES["gqa"].vocab_size, (*FAMILIES, None)
-    together, apart = (rig.add(vocab, 14, families, Draw()) for _ in range(2))
+    vocab = BASES["gqa"].vocab_size
+    together, apart = (rig.add(vocab, 14, (*families, None), Draw()) for _ in range(2))
 
     rig.harness.generate(together, NUM_TOKENS)
     for row in apart:
@@ -150,14 +158,16 @@ def test_a_row_draws_alone_what_it_draws_among_other_kinds(model_dirs: dict[str,
     rig.runner.close()
 
 
-@pytest.mark.parametrize("count", [14, 40])
-def test_steps_compute_the_same_bits_however_their_warps_get_on(model_dirs: dict[str, Path], count: int) -> None:
+@pytest.mark.parametrize(("count", "families"), [(14, GRAPHED), (40, GRAPHED), (14, tuple(FAMILIES))])
+def test_steps_compute_the_same_bits_however_their_warps_get_on(
+    model_dirs: dict[str, Path], count: int, families: tuple[str, ...]
+) -> None:
     found, vocab = [], BASES["gqa"].vocab_size
     jittered = [{"jitter": True, "dependent_launch": dependent} for dependent in (True, False)]
     builds: list[dict[str, Any]] = [{}, *jittered]
     for options in builds:
         rig = PartRig(model_dirs["gqa"], "bfloat16", **options)
-        rows = rig.add(vocab, count, (*FAMILIES, None), Draw(num_logprobs=vocab))
+        rows = rig.add(vocab, count, (*families, None), Draw(num_logprobs=vocab))
         for row in rows:
             row.forced = list(range(7, 7 + NUM_TOKENS))
         rig.harness.generate(rows, NUM_TOKENS)
@@ -172,7 +182,7 @@ def test_steps_compute_the_same_bits_however_their_warps_get_on(model_dirs: dict
 def test_adapters_that_leave_and_come_back_elsewhere_draw_what_they_drew(model_dirs: dict[str, Path]) -> None:
     """Another kind at the same index in between; DoRA's c comes from the host the second time; the graphs stay."""
     rig = PartRig(model_dirs["qwen2"], "float32")
-    vocab, families = BASES["qwen2"].vocab_size, tuple(FAMILIES)
+    vocab, families = BASES["qwen2"].vocab_size, GRAPHED
     graphs = len(rig.runner.graphs)
     before = rig.add(vocab, 12, families, Draw())
     rig.harness.generate(before, NUM_TOKENS)
@@ -201,7 +211,7 @@ def test_adapters_that_leave_and_come_back_elsewhere_draw_what_they_drew(model_d
 
 def test_steps_go_on_while_dora_adapters_load(model_dirs: dict[str, Path]) -> None:
     rig = PartRig(model_dirs["mha"], "bfloat16")
-    rows = [rig.harness.add(range(5 + row), adapter=row % len(FAMILIES)) for row in range(8)]
+    rows = [rig.harness.add(range(5 + row), adapter=row % len(GRAPHED)) for row in range(8)]
     rig.harness.generate(rows, 2)
     alone = [list(row.drawn) for row in rows]
     handles = []

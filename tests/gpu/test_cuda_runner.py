@@ -33,9 +33,10 @@ from support.plans import Draw, Harness, Sequence_
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loraplex_engine.model_runner import StepHandle
     from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.runners.cuda.runner import CudaRunner
-    from loraplex_engine.step import StepHandle, StepPlan
+    from loraplex_engine.step import StepPlan
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import httpx
 import pytest
+import structlog
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import (
@@ -66,8 +67,12 @@ async def test_an_engine_gets_all_of_them_in_order_with_their_weights(valkey_url
     async with running_gateway(valkey_url) as rig:
         await put_critic(rig)
 
-        answer = await once(rig, adapters=[*BOTH, Weighted(name="poet:prod")])
+        with structlog.testing.capture_logs() as logs:
+            answer = await once(rig, adapters=[*BOTH, Weighted(name="poet:prod")])
 
+        (line,) = [line for line in logs if line["event"] == "request"]
+        assert line["adapter"] == "poet*0.5 + critic*0.25 + poet:prod"
+        assert line["adapter_revision"] == f"{DIGEST}, {CRITIC}, {OTHER_DIGEST}"
         (submit,) = rig.engine.submits
         assert terms_of(submit)[:2] == [(DIGEST, 0.5), (CRITIC, 0.25)]
         assert submit.more_adapters[1].digest == OTHER_DIGEST

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from kernels.outside_device_cases import OutsideRig
 from kernels.part_device_cases import PartRig
 from kernels.sampling_cases import NUM_SLOTS, device_sampler, draw_by_reference, draw_on_device, make_batch, make_logits
 from loraplex_kernels import reference
@@ -18,6 +19,8 @@ from loraplex_kernels.attention.paged_kv import KvLayout
 from loraplex_kernels.attention.prefill import AttentionPrefill, make_tiles
 from loraplex_kernels.attention.rope_kv import RopeKv
 from loraplex_kernels.attention.scalar import AttentionScalar
+from loraplex_kernels.lora.chain_items import Terms
+from loraplex_kernels.lora.chains import LoraChains
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.prefill import LoraPrefill
@@ -166,6 +169,31 @@ class Cases:
                         "lora rope_kv", found.cpu().view(rows, 8, 64)[:, :4], reference.rope(q, rotary, positions)
                     )
 
+    def lora_chains(self) -> None:
+        """Rows with lists of up to three adapters, of every op."""
+        device, (resident, pool, tables) = self._device, self._resident()
+        lists = ((0, 1, 2), (3,), (), (2, 3), (0, 1, 2))
+        places = np.array([row for row, each in enumerate(lists) for _ in each], dtype=np.int32)
+        adapters = np.array([index for each in lists for index in each], dtype=np.int32)
+        scales, shapes = self._rng.uniform(0.5, 2, len(adapters)).astype(np.float32), op_shapes(self._geometry)
+        lora = LoraChains(self._library, tables, pool, shapes, max_rows=8, max_terms=16)
+        built = lora.prepare_terms(Terms(places, adapters, scales, len(lists)))
+        assert built is not None
+        grid = int(built.counts.max())
+        for op, shape in zip(OPS, shapes, strict=True):
+            x, y, h = (
+                self.randn(len(lists), shape.columns),
+                self.randn(len(lists), sum(shape.outputs)),
+                lora.new_scratch(),
+            )
+            expected, found = y.float(), y.clone().to(device)
+            for row, adapter, scale in zip(places.tolist(), adapters.tolist(), scales.tolist(), strict=True):
+                of_row = np.where(np.arange(len(lists)) == row, adapter, -1).astype(np.int32)
+                expected = expected + resident.delta(of_row, np.full(len(lists), scale, dtype=np.float32), x, 0, op)
+            lora.shrink(0, op, x.to(device), h, grid)
+            lora.expand_add(0, op, h, torch.ones(len(lists)).to(device), found, grid)
+            self.check(f"lora chains {op}", found, expected)
+
     def lora_prefill(self) -> None:
         """Segments of several adapters, and chunks without one."""
         device, (resident, pool, tables) = self._device, self._resident()
@@ -248,15 +276,25 @@ class Cases:
         for op in OPS:
             self.check(f"lora_parts {op}", *rig.run(op, self._generator))
 
+    def token_rows(self) -> None:
+        """Embeddings and logits of adapters."""
+        rig = OutsideRig(self._library)
+        self.check("embed_rows", *rig.embed()[:2])
+        found, expected, _ = rig.logits()
+        finite = torch.isfinite(expected)
+        self.check("head_rows", found[finite], expected[finite])
+
     def run(self) -> None:
         """Run all cases that the element type has."""
         steps: list[Callable[[], None]] = [
             self.pointwise,
             self.rope_kv,
             self.lora_decode,
+            self.lora_chains,
             self.attention,
             self.sampling,
             self.lora_parts,
+            self.token_rows,
         ]
         if self._dtype == torch.bfloat16:
             steps.append(self.lora_prefill)

@@ -24,6 +24,7 @@ def make_geometry(
     head_dim: int = 64,
     layers: int = 2,
     page_bytes: int = 256 * 1024,
+    vocab: int = 0,
 ) -> Geometry:
     return decoder_geometry(
         dtype=dtype,
@@ -34,6 +35,7 @@ def make_geometry(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        vocab_size=vocab,
     )
 
 

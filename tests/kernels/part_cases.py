@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from kernels.kernel_cases import round_to
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, layout, pack
+from loraplex_common.flora import FLORA, Flora
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, Bias, InVector, OutVector
@@ -70,7 +71,7 @@ class PartPool:
         Args:
             kinds: Kinds of parts.
             projections: The modules.
-            rank: Rank of pairs.
+            rank: Rank of pairs and of FLoRA.
             density: Share of non-zeros in sparse deltas.
             counts: Non-zeros of a sparse delta's outputs, in turn; random ones of that density if empty.
         """
@@ -110,6 +111,9 @@ class PartPool:
             a = rng.standard_normal((rank, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
             b = rng.standard_normal((outputs, rank), dtype=np.float32) * np.float32(0.5 / np.sqrt(rank))
             return LowRank(rank, float(0.5 + rng.random())), (round_to(a, dtype), round_to(b, dtype))
+        if kind == FLORA:
+            a, b = rng.standard_normal((rank, columns)), rng.standard_normal((outputs, rank)) / np.sqrt(rank)
+            return Flora(rank), (a.astype(np.float32), b.astype(np.float32))
         if kind == SPARSE_DELTA:
             values, where, starts = random_csr(outputs, columns, density, rng)
             return SparseDelta(len(values), float(0.5 + rng.random())), (round_to(values, dtype), where, starts)
@@ -130,7 +134,8 @@ class PartPool:
         base_bias: torch.Tensor | None,
         at: tuple[int, str],
     ) -> torch.Tensor:
-        """Return an op's output, fp32 ``[rows, outputs]``: c * (W (e * x) + s B A x) + S x + b, row by row.
+        """Return an op's output, fp32 ``[rows, outputs]``: c * (W (e * x) + s B A x) + S x + b, row by row; of FLoRA with
+        W o B A in the place of W.
 
         Args:
             adapters: Adapter of each row, -1 for none.
@@ -161,6 +166,9 @@ class PartPool:
         parts = {part.kind: part for m in resident.spec.modules if (m.layer, m.projection) == at for part in m.parts}
         tensors = {kind: [torch.from_numpy(array) for array in resident.tensors[*at, kind]] for kind in parts}
         e = tensors[IN_VECTOR][0] if IN_VECTOR in parts else torch.ones(x.shape[1])
+        if FLORA in parts:
+            a, b = tensors[FLORA]
+            weight = weight * (b @ a)
         y = (e * x.float()) @ weight.T
         if isinstance(pair := parts.get(LOW_RANK), LowRank):
             a, b = tensors[LOW_RANK]

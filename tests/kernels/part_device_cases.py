@@ -1,4 +1,4 @@
-"""The kernels of vectors and sparse deltas on one op, in the order of a step: e, product on the host, c and b, S."""
+"""The kernels of vectors, FLoRA and sparse deltas on one op, in the order of a step: e, products on the host, FLoRA, c and b, S."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from kernels.kernel_cases import make_geometry
 from kernels.part_cases import PartPool
+from loraplex_common.flora import FLORA
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
+from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.tables import AdapterTables
@@ -19,8 +21,15 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-KINDS = ((OUT_VECTOR, IN_VECTOR), (OUT_VECTOR, BIAS, SPARSE_DELTA), (SPARSE_DELTA,), (BIAS,))
-ADAPTERS = (1, 0, 2, -1, 2, 2, 3, 1, 2, 2, 1)
+KINDS = (
+    (OUT_VECTOR, IN_VECTOR),
+    (OUT_VECTOR, BIAS, SPARSE_DELTA),
+    (SPARSE_DELTA,),
+    (BIAS,),
+    (FLORA,),
+    (FLORA, OUT_VECTOR, BIAS),
+)
+ADAPTERS = (1, 0, 2, -1, 2, 2, 3, 1, 2, 4, 2, 5, 1, 4)
 
 
 class PartRig:
@@ -49,16 +58,20 @@ class PartRig:
         self.resident = PartPool(self.geometry, 2048, rng)
         for kinds in KINDS:
             self.resident.add(kinds, density=density)
-        self.tables = AdapterTables(self.geometry, max_adapters=4, tile_capacity=1 << 14, device=library.device)
+        self.tables = AdapterTables(
+            self.geometry, max_adapters=len(KINDS), tile_capacity=1 << 14, device=library.device
+        )
         for index, adapter in enumerate(self.resident.adapters):
             self.tables.bind(index, adapter.spec, adapter.pages)
         pool, shapes = torch.from_numpy(self.resident.pages).to(library.device), op_shapes(self.geometry)
         self.shapes, count = shapes, len(adapters)
         self.vectors = LoraVectors(library, self.tables, pool, shapes)
         self.sparse = LoraSparse(library, self.tables, pool, shapes, max_rows=count, num_sms=num_sms)
+        self.flora = LoraFlora(library, self.tables, pool, shapes, max_rows=count, max_passes=16)
         self.rows, self.adapters = RowAdapters(count, library.device), np.array(adapters, dtype=np.int32)
         self.rows.upload(self.adapters)
         self.sparse.prepare(self.adapters)
+        self.flora.prepare(self.adapters)
         self.scales = torch.linspace(0.5, 1.5, count)
 
     def run(self, op: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -72,6 +85,11 @@ class PartRig:
         scaled, scales = x.clone().to(device), self.scales.to(device)
         self.vectors.scale_input(0, op, scaled, self.rows)
         y = (scaled.cpu().float() @ weight.float().T + bias.float()).to(dtype).to(device)
+
+        def product(first: int, last: int, scaled: Tensor, out: Tensor) -> None:
+            out.copy_((scaled.cpu().float() @ weight[first:last].float().T).to(dtype))
+
+        self.flora.replace(0, op, product, bias.to(device), scaled, y)
         self.vectors.finish(0, op, y, self.rows, scales, bias.to(device))
         self.sparse.add(0, op, x.to(device), y, scales)
         return y, expected

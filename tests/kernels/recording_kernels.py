@@ -36,19 +36,19 @@ class RecordingKernel:
 
     def __init__(self, name: str, params: Any, launches: list[Launch]) -> None:
         self.params = params
-        self._name, self._launches = name, launches
+        self.name, self._launches = name, launches
 
     def launch(self, x: int, y: int = 1, z: int = 1, *, stream: int | None = None) -> None:
         del stream
         if x * y * z == 0:
             return
-        read = {"lora_prefill": self._segments, "lora_expand": self._groups, "lora_shrink": self._groups}[self._name]
+        read = {"lora_prefill": self._segments, "lora_expand": self._groups, "lora_shrink": self._groups}[self.name]
         self._launches.append(read(x))
 
     def _segments(self, num_items: int) -> Launch:
         items, begin = ints(self.params.lora.items, num_items, ITEM_INTS), self.params.slice_begin
         return Launch(
-            self._name,
+            self.name,
             [np.arange(first, first + count, dtype=np.int32) for first, count in items[:, :2].tolist()],
             items[:, 2],
             [slice(begin[part & 3], begin[(part & 3) + 1]) for part in items[:, 3].tolist()],
@@ -62,7 +62,7 @@ class RecordingKernel:
         groups = ints(self.params.lora.groups, int(items[:, 0].max()) + 1, GROUP_INTS)[items[:, 0]]
         assert (groups[:, 0] == items[:, 1]).all()
         return Launch(
-            self._name,
+            self.name,
             [group[GROUP_TOKENS_AT : GROUP_TOKENS_AT + group[1]] for group in groups],
             items[:, 1],
             [slice(begin, begin + count) for begin, count in items[:, 2:].tolist()],

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from loraplex_kernels import compiler
 from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key, compile_kernel, headers, sources
-from loraplex_kernels.lora import prefill as lora_prefill
-from loraplex_kernels.lora import prefill_cut
+from loraplex_kernels.lora import prefill_cut, prefill_shape
+from loraplex_kernels.lora.chains import CHAINS_MACRO
 from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 BIG_OP = OpShape(columns=8192, outputs=(28672, 28672))
 PREFILL = [
-    lora_prefill.Shape.of(cluster, ranks, (BIG_OP,), ctas_per_sm).defines
+    prefill_shape.Shape.of(cluster, ranks, (BIG_OP,), ctas_per_sm).defines
     for cluster in (1, *prefill_cut.CLUSTERS)
     for ctas_per_sm in prefill_cut.RESIDENCIES
-    for ranks in lora_prefill.RANK_CLASSES
+    for ranks in prefill_shape.RANK_CLASSES
 ]
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
@@ -43,11 +43,23 @@ BUILDS = [
     ("lora_shrink", (FP32,), None),
     ("lora_expand", (), None),
     ("lora_expand", (FP32,), None),
+    ("lora_shrink", (CHAINS_MACRO,), None),
+    ("lora_shrink", (CHAINS_MACRO, FP32), None),
+    ("lora_expand_chain", (CHAINS_MACRO,), None),
+    ("lora_expand_chain", (CHAINS_MACRO, FP32), None),
     *(("lora_prefill", defines, None) for defines in PREFILL),
+    ("embed_rows", ("HIDDEN=4096",), None),
+    ("embed_rows", ("HIDDEN=576", FP32), None),
+    ("head_rows", (), None),
+    ("head_rows", (FP32,), None),
     ("lora_finish", (), None),
     ("lora_finish", (FP32,), None),
     ("lora_scale_input", (), None),
     ("lora_scale_input", (FP32,), None),
+    ("lora_flora_scale", (), None),
+    ("lora_flora_scale", (FP32,), None),
+    ("lora_flora_sum", (), None),
+    ("lora_flora_sum", (FP32,), None),
     *(("lora_sparse", DEFAULT_VARIANT.defines(columns, 2), None) for columns in (4096, 11008, 28672)),
     *(("lora_sparse", (*DEFAULT_VARIANT.defines(columns, 4), FP32), None) for columns in (4096, 28672)),
     ("attention_decode", ("HEAD_DIM=64",), None),

@@ -8,13 +8,14 @@ import re
 
 import pytest
 from kernels.test_compile import BUILDS
-from loraplex_kernels import params
+from loraplex_kernels import flora_params, params, row_params
 from loraplex_kernels.compiler import SOURCES, Build, CubinCache, sources
 
 MIRRORS = {
     re.sub(r"^csrc/(.*)\.$", r"\1", inspect.getdoc(cls) or ""): cls
-    for _, cls in inspect.getmembers(params, inspect.isclass)
-    if issubclass(cls, ctypes.Structure) and cls.__module__ == params.__name__
+    for module in (params, flora_params, row_params)
+    for _, cls in inspect.getmembers(module, inspect.isclass)
+    if issubclass(cls, ctypes.Structure) and cls.__module__ == module.__name__
 }
 """File below `SOURCES` -> mirror of the struct that it defines."""
 NAMES = {path.relative_to(SOURCES).as_posix(): name for name, path in sources().items()}
@@ -34,7 +35,7 @@ def build_of(name: str) -> Build:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_asserts_the_size_of_its_struct_and_names_its_mirror(name: str) -> None:
-    asserted = re.findall(r'static_assert\(sizeof\(Params\) == (\d+), "params.py mirrors it"\)', source_of(name))
+    asserted = re.findall(r'static_assert\(sizeof\(Params\) == (\d+), "\w*params.py mirrors it"\)', source_of(name))
 
     assert asserted == [str(ctypes.sizeof(MIRRORS[name]))]
 

@@ -1,4 +1,4 @@
-"""The kernels of factors, biases and sparse deltas on the GPU, against plain torch on the host."""
+"""The kernels of factors, biases, FLoRA and sparse deltas on the GPU, against plain torch on the host."""
 
 from __future__ import annotations
 

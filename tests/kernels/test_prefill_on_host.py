@@ -54,6 +54,7 @@ RANKS = {
     "plain": {"q_proj": 72, "v_proj": 3, "o_proj": 24, "gate_proj": 8, "down_proj": 1},
     "tiles of 32 columns": {"q_proj": 256, "k_proj": 8, "v_proj": 65, "gate_proj": 256, "up_proj": 200},
     "tiles of 16 columns": {"q_proj": 256, "k_proj": 256, "v_proj": 256, "o_proj": 256},
+    "tiles of 8 columns": {"q_proj": 512, "k_proj": 512, "v_proj": 8, "o_proj": 320, "gate_proj": 301, "up_proj": 3},
 }
 
 
@@ -64,7 +65,7 @@ def test_lora_prefill_adds_what_each_chunks_adapter_adds(
 ) -> None:
     rng, library = np.random.default_rng(7), host_library(torch.bfloat16)
     geometry = make_geometry(hidden=200, inter=72, heads=3, kv_heads=1, head_dim=64, layers=1, page_bytes=page_bytes)
-    resident = AdapterPool(geometry, 2**21 // page_bytes, rng)
+    resident = AdapterPool(geometry, 2**22 // page_bytes, rng)
     resident.add_uniform(16)  # tiles of 64 columns and more, in the same launch
     resident.add({(0, name): rank for name, rank in RANKS[ranks].items()})
     tables = AdapterTables(geometry, max_adapters=2, tile_capacity=256, device=library.device)

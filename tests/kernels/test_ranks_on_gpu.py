@@ -1,4 +1,4 @@
-"""LoRA of ranks 1 to 256 of a projection and up to 768 stacked on every op, all of them in one launch."""
+"""LoRA of ranks 1 to 512 of a projection and up to 1,536 stacked on every op, all of them in one launch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from kernels.device_cases import OPS
 from kernels.gpu_tensors import DTYPES, TOLERANCE, libraries, randn
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from loraplex_kernels.lora.chain_items import Terms
+from loraplex_kernels.lora.chains import LoraChains
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.prefill import LoraPrefill
@@ -53,15 +55,30 @@ STACKED_RANKS = (
     stack_ranks(256, 0, 255, 8, 256),
     stack_ranks(16, 16, 16, 16, 16),  # wide tiles in the same launch
 )
+WIDE_RANKS = (
+    stack_ranks(512, 512, 512, 512, 512),
+    stack_ranks(320, 0, 8, 257, 512),
+    stack_ranks(8, 8, 8, 8, 8),
+    stack_ranks(300, 321, 0, 511, 1),  # rows of B that no copy can take
+    stack_ranks(256, 256, 256, 256, 256),
+    stack_ranks(344, 344, 344, 504, 512),
+)
+FP32_WIDE_RANKS = (stack_ranks(512, 256, 256, 512, 512), stack_ranks(320, 0, 8, 257, 300), *WIDE_RANKS[2:5])
+WIDE = {f"wide, hidden {hidden}": hidden for hidden in (576, 1024)}
 SETS = {
     "ranks 1 to 256, hidden 576": (576, [split_ranks(rank) for rank in ALL_RANKS]),
     **{f"stacked, hidden {hidden}": (hidden, list(STACKED_RANKS)) for hidden in (576, 2048, 4096)},
 }
 
 
+def wide_ranks(dtype: torch.dtype) -> list[dict[tuple[int, str], int]]:
+    """In fp32 a tile holds a stacked rank of 1,024."""
+    return list(WIDE_RANKS if dtype == torch.bfloat16 else FP32_WIDE_RANKS)
+
+
 @functools.lru_cache(maxsize=1)
 def resident_adapters(name: str, dtype: torch.dtype) -> tuple[AdapterPool, torch.Tensor, AdapterTables]:
-    hidden, adapters = SETS[name]
+    hidden, adapters = SETS[name] if name in SETS else (WIDE[name], wide_ranks(dtype))
     geometry = make_geometry(
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         layers=1,
@@ -129,4 +146,39 @@ def test_adapters_of_all_ranks_prefill_in_one_launch(
             for chunk, end in enumerate(ends):
                 rows = slice(end - counts[chunk], end)
                 error = relative_error(y[rows], expected[rows])
-                assert error < 2 * TOLERANCE[dtype], (op, SETS[name][1][adapters[chunk]], lib.arch)
+                assert error < 2 * TOLERANCE[dtype], (op, resident.adapters[adapters[chunk]].spec.sizes, lib.arch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*WIDE, *SETS])
+def test_adapters_of_all_ranks_are_added_up_in_one_launch(name: str, dtype: torch.dtype) -> None:
+    """Each row has an adapter and the one behind it."""
+    resident, pool, tables = resident_adapters(name, dtype)
+    rng, rows = np.random.default_rng(), len(resident.adapters)
+    first = rng.permutation(rows).astype(np.int32)
+    lists = np.stack([first, (first + 1) % rows], axis=1)
+    scales = rng.uniform(0.5, 2, lists.shape).astype(np.float32)
+    terms = Terms(np.repeat(np.arange(rows, dtype=np.int32), 2), lists.reshape(-1), scales.reshape(-1), rows)
+    for lib in libraries(dtype):
+        shapes = op_shapes(resident.geometry)
+        lora = LoraChains(lib, tables, pool, shapes, max_rows=1, max_terms=2 * rows, grows=True)
+        built = lora.prepare_terms(terms)
+        assert built is not None
+        grid = int(built.counts.max())
+        for op, shape in zip(OPS, shapes, strict=True):
+            x, y = randn(rows, shape.columns, dtype=dtype), 0.3 * randn(rows, sum(shape.outputs), dtype=dtype)
+            h, expected = lora.new_scratch().fill_(float("nan")), y.float()
+            for place in range(2):
+                expected = expected + resident.delta(lists[:, place], scales[:, place], x, 0, op)
+
+            lora.shrink(0, op, x, h, grid)
+            lora.expand_add(0, op, h, torch.ones(rows, device="cuda"), y, grid)
+
+            for row, each in enumerate(lists.tolist()):
+                assert relative_error(y[row], expected[row]) < 2 * TOLERANCE[dtype], (op, each, lib.arch)
+
+
+@pytest.mark.parametrize("clusters", [(), (8,), (4,), (2,)])
+@pytest.mark.parametrize("name", list(WIDE))
+def test_wide_adapters_prefill_in_two_launches(name: str, clusters: tuple[int, ...]) -> None:
+    test_adapters_of_all_ranks_prefill_in_one_launch(name, clusters, RESIDENCIES)

@@ -188,3 +188,36 @@ def test_exactly_the_tokens_are_kept_that_the_torch_sampler_keeps(
     device = make_sampler(host_library(torch.float32), 2000, block=32, capacity=64)
 
     compare(device, Sampler(vocab_size=2000, device=CPU), make_edge_batch(edge, NUM_SLOTS), steps)
+
+
+@pytest.mark.parametrize(("tokens", "apart"), [(1000, 1024), (403, 448)])
+def test_rows_that_lie_apart_draw_what_rows_beside_each_other_draw(
+    host_library: MakeHostLibrary, tokens: int, apart: int
+) -> None:
+    """Adapters may add tokens: rows, counts and bitmaps have room for them; a step without any draws over its own columns."""
+    library, batch = host_library(torch.bfloat16), make_batch(ROWS, tokens, seed=8)
+    logits = make_logits("peaked", ROWS, tokens, torch.bfloat16, 6)
+    wide = torch.full((ROWS, apart), 1e30).to(torch.bfloat16)
+    wide[:, :tokens] = logits
+    samplers = make_sampler(library, tokens), make_sampler(library, apart)
+    for sampler in samplers:
+        for setup in batch.setups:
+            sampler.occupy(setup)
+
+    found = [
+        [draw_on_device(sampler, rows, batch.slots, batch.draws, position, batch.masks(CPU)) for position in range(2)]
+        for sampler, rows in zip(samplers, (logits, wide[:, :tokens]), strict=True)
+    ]
+
+    for own, other in zip(*found, strict=True):
+        assert (own.tokens, own.outcomes) == (other.tokens, other.outcomes)
+        assert {row: entry.logprobs.tolist() for row, entry in own.logprobs.items()} == {
+            row: entry.logprobs.tolist() for row, entry in other.logprobs.items()
+        }
+
+
+def test_rows_at_another_distance_than_the_kernel_was_made_for_are_refused(host_library: MakeHostLibrary) -> None:
+    sampler = make_sampler(host_library(torch.float32), 448)
+
+    with pytest.raises(ValueError, match=r"logits: expected contiguous .*\[3, 448\]"):
+        draw_on_device(sampler, torch.zeros(3, 403), np.arange(3, dtype=np.int32), [Draw()] * 3, 0)

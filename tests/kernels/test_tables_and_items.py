@@ -28,8 +28,9 @@ from loraplex_kernels.lora.items import (
     op_shapes,
     range_index,
 )
-from loraplex_kernels.lora.prefill import make_segments, plan_op, table_size
+from loraplex_kernels.lora.prefill import make_segments, plan_op
 from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
+from loraplex_kernels.lora.prefill_shape import table_size
 from loraplex_kernels.lora.ranges import RangeAllocator, TableFullError
 from loraplex_kernels.lora.tables import (
     AdapterTables,
@@ -69,7 +70,7 @@ def read_matrix(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("ranks", [(16, 16, 16), (64, 1, 33), (0, 24, 0), (256, 8, 65), (256, 256, 256)])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (64, 1, 33), (0, 24, 0), (256, 8, 65), (256, 256, 256), (512, 320, 8)])
 def test_entries_address_every_element_of_a_and_b(dtype: str, ranks: tuple[int, int, int]) -> None:
     pool = AdapterPool(make_geometry(dtype=dtype, hidden=648, page_bytes=48 * 1024), 128, np.random.default_rng(0))
     adapter = pool.add({(1, name): rank for name, rank in zip(OPS["qkv"], ranks, strict=True) if rank})
@@ -161,9 +162,9 @@ def test_too_few_pages_are_refused() -> None:
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({"q_proj": 8, "k_proj": 257, "v_proj": 8}, r"layer 1: rank 257 \(k_proj\) exceeds the 256"),
-        ({"down_proj": 300}, r"layer 1: rank 300 \(down_proj\) exceeds the 256"),
-        ({"q_proj": 256, "k_proj": 256, "v_proj": 256, "gate_proj": 256, "up_proj": 200, "o_proj": 256}, ""),
+        ({"q_proj": 8, "k_proj": 513, "v_proj": 8}, r"layer 1: rank 513 \(k_proj\) exceeds the 512"),
+        ({"down_proj": 600}, r"layer 1: rank 600 \(down_proj\) exceeds the 512"),
+        ({"q_proj": 512, "k_proj": 512, "v_proj": 512, "gate_proj": 256, "up_proj": 200, "o_proj": 256}, ""),
     ],
 )
 def test_ranks_the_kernels_cannot_take_are_refused_by_name(ranks: dict[str, int], message: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_image import LOW_RANK, Geometry
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loraplex_common.adapter_image import Tensors
     from loraplex_common.part_kind import Arrays
+    from loraplex_common.projections import LayerProjections
 
 OPS: Final = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -34,8 +35,9 @@ def decoder_geometry(
     num_kv_heads: int,
     head_dim: int,
     tp_degree: int = 1,
+    vocab_size: int = 0,
 ) -> Geometry:
-    """Return the image geometry of a decoder whose layers are all alike."""
+    """Return the image geometry of a decoder whose layers are all alike; with a vocabulary, embedding and lm_head too."""
     layer = gated_decoder_layer(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -43,7 +45,12 @@ def decoder_geometry(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
     )
-    return Geometry.of((layer,) * num_layers, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
+    outside: LayerProjections = ()
+    if vocab_size:
+        outside = embedding_and_head(
+            vocab_size=vocab_size, hidden_size=hidden_size, embedding="model.embed_tokens", lm_head="lm_head"
+        )
+    return Geometry.of((layer,) * num_layers, outside, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
 
 
 def pair_tensors(pairs: Mapping[tuple[int, str], Arrays]) -> Tensors:

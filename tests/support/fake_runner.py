@@ -1,6 +1,6 @@
 """A model runner that computes a hash, and the scheduler's oracle: it checks every plan against the plans before it.
 
-A sequence's next token is a hash of its tokens, its adapter, its seed and the position, read back from the "pool"
+A sequence's next token is a hash of its tokens, its adapters, its seed and the position, read back from the "pool"
 through the plan's block tables. So if the scheduler mixes up a page, an adapter or an input, a token changes or the
 runner raises. A page may be in several rows, but then all rows only read it, and all have the adapter and the scale it
 was written with.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import AdapterSpec, Geometry
 
+Adapters = tuple[tuple[str, float], ...]
+"""Digest and scale of each adapter that a row adds up, in order."""
 VOCAB_SIZE = 50
 NO_OWNER = -1
 
@@ -42,14 +44,14 @@ def require(condition: bool, message: str) -> None:
 
 def draw(
     tokens: NDArray[np.int32],
-    digest: str,
-    scale: float,
+    adapters: Adapters,
     seed: int,
     banned: tuple[int, ...] = (),
     allowed: Callable[[int], bool] = lambda _token: True,
 ) -> int:
     """Return the token after ``tokens``; -1 if none may follow."""
-    text = np.ascontiguousarray(tokens, dtype=np.int32).tobytes() + f"{digest}/{scale}/{seed}".encode()
+    named = "+".join(f"{digest}/{scale}" for digest, scale in adapters) or "/1.0"
+    text = np.ascontiguousarray(tokens, dtype=np.int32).tobytes() + f"{named}/{seed}".encode()
     token = zlib.crc32(text) % VOCAB_SIZE
     candidates = [(token + offset) % VOCAB_SIZE for offset in range(VOCAB_SIZE)]
     return next((each for each in candidates if each not in banned and allowed(each)), -1)
@@ -80,6 +82,13 @@ class FakeStep:
             all(step is self for step in self.runner.launched), "masks are filled before all earlier results are read"
         )
         self.is_drawn = True
+
+    def adapters_of(self, row: int) -> Adapters:
+        """Digests and scales of a row's adapters."""
+        more = self.plan.more_adapters
+        scales = [float(self.plan.adapter_scales[row]), *more.scales[more.rows == row].tolist()]
+        indices = _indices_of_row(self.plan, row)
+        return tuple((self.adapters[each].spec.digest, scale) for each, scale in zip(indices, scales, strict=False))
 
     def allows(self, index: int, token: int) -> bool:
         """Whether a sampling row may draw a token."""
@@ -130,7 +139,7 @@ class FakeRunner:
         self._memory = np.zeros((num_pages, page_bytes), dtype=np.uint8)
         self._slots: dict[int, _Slot] = {}
         self._num_occupants = 0
-        self._identities: dict[tuple[str, float], int] = {}
+        self._identities: dict[Adapters, int] = {}
         self._launched: deque[FakeStep] = deque()
         self._next_step = 0
         self._last_tokens: dict[int, int] = {}
@@ -195,7 +204,7 @@ class FakeRunner:
         adapter = self.adapters.pop(index)
         require(adapter.is_loaded, f"index {index} is unbound while it is loaded")
         for step in self._launched:
-            require(index not in step.plan.adapters, f"index {index} is unbound while a step uses it")
+            require(index not in _indices_of(step.plan), f"index {index} is unbound while a step uses it")
 
     # --- steps ---
 
@@ -209,7 +218,7 @@ class FakeRunner:
         self._check_shapes(plan)
         self._check_pages(plan)
         occupants = self._check_rows(plan)
-        for index in np.unique(plan.adapters[plan.adapters != NO_ADAPTER]).tolist():
+        for index in _indices_of(plan):
             require(index in self.adapters and self.adapters[index].is_loaded, f"adapter {index} is not loaded")
         step = FakeStep(self, plan, occupants, dict(self.adapters))
         self._launched.append(step)
@@ -244,6 +253,13 @@ class FakeRunner:
         require(int(plan.num_tokens.sum()) == len(plan.token_ids), "token_ids does not match num_tokens")
         require(len(plan.token_ids) <= self._max_num_batched_tokens, f"{len(plan.token_ids)} tokens exceed the budget")
         require(bool((plan.num_tokens > 0).all()), "a row computes nothing")
+        more = plan.more_adapters
+        require(len(more.rows) == len(more.adapters) == len(more.scales), "more_adapters differ in length")
+        require(bool((np.diff(more.rows) >= 0).all()), "rows of more_adapters do not rise")
+        require(bool((plan.adapters[more.rows] != NO_ADAPTER).all()), "a row without an adapter has more of them")
+        require(
+            all(len(set(i)) == len(i) for i in map(partial(_indices_of_row, plan), range(num_rows))), "one comes twice"
+        )
         decode = plan.num_decode_rows
         require(bool((plan.num_tokens[:decode] == 1).all()), "a decode row has not one token")
         require(bool((plan.token_ids[:decode] == FROM_DEVICE).all()), "a decode row has a token of the host")
@@ -325,12 +341,8 @@ class FakeRunner:
         step.result = self._sample(step, sequences)
 
     def _identity(self, step: FakeStep, row: int) -> int:
-        """Return a number for the adapter and scale of a row, on which its keys and values depend besides tokens."""
-        index = int(step.plan.adapters[row])
-        is_base = index == NO_ADAPTER
-        scale = 1.0 if is_base else float(step.plan.adapter_scales[row])
-        digest = "" if is_base else step.adapters[index].spec.digest
-        return self._identities.setdefault((digest, scale), len(self._identities))
+        """Return a number for the adapters and scales of a row, on which its keys and values depend besides tokens."""
+        return self._identities.setdefault(step.adapters_of(row), len(self._identities))
 
     def _read(self, step: FakeStep, row: int) -> NDArray[np.int32]:
         plan = step.plan
@@ -338,8 +350,7 @@ class FakeRunner:
         pages = plan.block_tables[row, positions // self._block_tokens]
         owners = self._owners[pages, positions % self._block_tokens]
         require(bool((owners == self._identity(step, row)).all()), f"slot {plan.slots[row]} reads another's pages")
-        index = int(plan.adapters[row])
-        if index != NO_ADAPTER:
+        for index in _indices_of_row(plan, row):
             adapter = step.adapters[index]
             image = fake_image(adapter.spec.digest, len(adapter.pages), self._memory.shape[1])
             require(bool((self._memory[adapter.pages] == image).all()), f"adapter {index}'s pages were overwritten")
@@ -351,12 +362,10 @@ class FakeRunner:
         token_ids = np.empty(len(plan.sample_rows), dtype=np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
         for index, row in enumerate(plan.sample_rows.tolist()):
-            adapter = int(plan.adapters[row])
-            digest = "" if adapter == NO_ADAPTER else step.adapters[adapter].spec.digest
             setup = self._setups_of(step, row)
             banned = setup.stop_token_ids if plan.sampling.ban_stops[index] and setup else ()
-            scale, seed = float(plan.adapter_scales[row]), int(plan.sampling.seed[index])
-            token_ids[index] = draw(sequences[row], digest, scale, seed, banned, partial(step.allows, index))
+            seed = int(plan.sampling.seed[index])
+            token_ids[index] = draw(sequences[row], step.adapters_of(row), seed, banned, partial(step.allows, index))
             self._last_tokens[int(plan.slots[row])] = int(token_ids[index])
             if plan.sampling.num_logprobs[index] >= 0:
                 logprobs[index] = _logprobs(int(token_ids[index]), int(plan.sampling.num_logprobs[index]))
@@ -385,6 +394,17 @@ class FakeRunner:
                 first, count = int(step.plan.starts[row]), int(step.plan.num_tokens[row])
                 entries[slot] = [_logprobs(at, setup.prompt_logprobs) for at in range(max(1, first), first + count)]
         return {slot: listed for slot, listed in entries.items() if listed}
+
+
+def _indices_of_row(plan: StepPlan, row: int) -> list[int]:
+    if plan.adapters[row] == NO_ADAPTER:
+        return []
+    more: list[int] = plan.more_adapters.adapters[plan.more_adapters.rows == row].tolist()
+    return [int(plan.adapters[row]), *more]
+
+
+def _indices_of(plan: StepPlan) -> set[int]:
+    return {*plan.adapters.tolist(), *plan.more_adapters.adapters.tolist()} - {NO_ADAPTER}
 
 
 def _logprobs(token: int, num: int) -> TokenLogprobs:

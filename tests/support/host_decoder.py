@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
+from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
@@ -16,9 +17,12 @@ from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
+from loraplex_engine.runners.cuda.outside import OutsideModules
 from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.step import StepResult
 from loraplex_kernels.lora.tables import AdapterTables
 
@@ -78,6 +82,7 @@ class HostRunner:
         *,
         max_rows_beside: int = BUCKET,
         min_decode_runs: int = MIN_DECODE_RUNS,
+        max_added_tokens: int = 0,
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
         self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
@@ -85,7 +90,7 @@ class HostRunner:
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
         model = LlamaModel(model_config(info.config), reader, CUDA_LINEARS, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
-        limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128)
+        limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128, max_added_tokens=max_added_tokens)
         self.decoder = LlamaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
         self.tables = AdapterTables(self.geometry, max_adapters=8, tile_capacity=4096, device=CPU)
         self.lora = DecodeLora(
@@ -107,8 +112,11 @@ class HostRunner:
             min_decode_runs=min_decode_runs,
         )
         self.base = BasePath(self.decoder.followers)
-        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1)
+        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1, num_passes=MAX_ADAPTERS)
         self.token_parts = TokenParts(token_lora, self.tables, self.decoder.followers, parts)
+        self.rows = TokenRows(self.geometry, vocab_size=info.vocab_size, max_added_tokens=max_added_tokens)
+        self.outside = OutsideModules(library, self.tables, self.pool, self.decoder, limits, num_sms=2)
+        library.track(*self.outside.fixed_tensors, *self.tables.outside.entries.values())
         library.track(self.pool, self.tables.tiles, *self.tables.tensors)
         library.track(*self.lora.fixed_tensors, *token_lora.fixed_tensors, *parts.fixed_tensors)
         self.writer = InputWriter(block_tokens=self.pool_geometry.block_tokens, pad_slot=NUM_SLOTS)
@@ -125,11 +133,14 @@ class HostRunner:
 
     def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
         self.pool[torch.from_numpy(pages.astype(np.int64))] = torch.from_numpy(source)
+        self.rows.bind(index, spec, source)
         self.tables.bind(index, spec, pages)
+        self.outside.forget()
         self.num_binds += 1
         return Done()
 
     def unload_adapter(self, index: int) -> None:
+        self.rows.unbind(index)
         self.tables.unbind(index)
 
     def close(self) -> None:
@@ -138,12 +149,17 @@ class HostRunner:
     def launch(self, plan: StepPlan) -> Done:
         is_decode, has_adapters = is_pure_decode(plan), bool((plan.adapters >= 0).any())
         path: LayerPath = self.base
+        if is_decode and has_adapters:
+            self.variants.append(
+                self.lora.prepare(
+                    plan.adapters, BUCKET, self.num_binds, scales=plan.adapter_scales, more=plan.more_adapters
+                )
+            )
+            is_decode = self.variants[-1] != NO_GRAPH
         if is_decode:
             shape = StepShape(num_tokens=BUCKET, num_rows=BUCKET, width=9, num_samples=BUCKET)
             if has_adapters:
-                variant = self.lora.prepare(plan.adapters, BUCKET, self.num_binds)
-                path = self.lora.path(BUCKET, variant)
-                self.variants.append(variant)
+                path = self.lora.path(BUCKET, self.variants[-1])
         else:
             shape = StepShape(
                 num_tokens=len(plan.token_ids),
@@ -163,9 +179,13 @@ class HostRunner:
         step = layout.views(torch.from_numpy(buffer))
         if self.instead is not None:
             path = self.instead(plan, self.base)
+        if has_outside := self.outside.have(plan):
+            self.outside.embed(plan, step)
         rest = self.decoder.forward(step, path, num_decode=plan.num_decode_rows)
         count = len(plan.sample_rows)
         self.logits = self.decoder.logits(step, rest)[:count]
+        if has_outside and count:
+            self.logits = self.outside.edit(plan, self.rows.num_columns(plan))
         drawn = self.logits.argmax(-1).to(torch.int32)
         slots = plan.slots[plan.sample_rows]
         self.decoder.last_sampled[torch.from_numpy(slots.astype(np.int64))] = drawn

@@ -51,6 +51,11 @@ class Oracle:
             else:
                 self._model = PeftModel.from_pretrained(self._model, directory, adapter_name=name).eval()
 
+    @property
+    def model(self) -> Any:
+        """Peft's model, or the base model without adapters."""
+        return self._model
+
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
         """Return the logits after each token, ``[tokens, vocab]``."""

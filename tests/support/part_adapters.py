@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
+from loraplex_common.flora import FLORA, Flora
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, Bias, InVector, OutVector
@@ -31,8 +32,11 @@ FAMILIES: Final[dict[str, tuple[Part, ...]]] = {
     "(IA)3": (OutVector(scales_bias=True), InVector()),
     "lora_bias": (LowRank(4, 0.5), Bias()),
     "everything": (LowRank(3, 1.0), OutVector(), Bias(), SparseDelta(1, 0.5)),
+    "FLoRA": (Flora(3),),
 }
 """By name, the parts of each module; a sparse delta gets its number of non-zeros when it is drawn."""
+GRAPHED: Final = tuple(name for name in FAMILIES if name != "FLoRA")
+"""Families of which decode steps are graphs; FLoRA is behind them."""
 DENSITY: Final = 0.03
 
 
@@ -82,6 +86,12 @@ def _draw(part: Part, columns: int, outputs: int, rng: np.random.Generator, stre
     if isinstance(part, LowRank):
         a = rng.standard_normal((part.rank, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
         return part, (a, rng.standard_normal((outputs, part.rank), dtype=np.float32) * np.float32(strength))
+    if isinstance(part, Flora):  # B A is near 1 everywhere, as training would begin
+        a, b = (rng.standard_normal((part.rank, size), dtype=np.float32) for size in (columns, outputs))
+        a, b = a * np.float32(strength), b.T * np.float32(strength)
+        a[0] += 1
+        b[:, 0] += 1
+        return part, (a, b)
     if isinstance(part, SparseDelta):
         dense = rng.random((outputs, columns)) < DENSITY
         starts = np.concatenate([[0], np.cumsum(dense.sum(1))]).astype(np.int32)
@@ -159,6 +169,48 @@ class PlainPath(BasePath):
         return y
 
 
+class SummedPath(PlainPath):
+    """A `PlainPath` of tokens that add several adapters up: what each adds to the base's product, one after the other.
+
+    Attributes:
+        more: Plain paths, one for each further place in the lists, with each token's factor, fp32 ``[tokens]``.
+        base: The path without adapters.
+    """
+
+    more: tuple[tuple[PlainPath, Tensor], ...] = ()
+    base: PlainPath
+
+    @classmethod
+    def of_plan_with_lists(
+        cls, followers: Followers, geometry: Geometry, adapters: dict[int, PartAdapter], plan: StepPlan
+    ) -> SummedPath:
+        """Return the path of a step."""
+        path = cls(followers, geometry, adapters, np.repeat(plan.adapters, plan.num_tokens))
+        entries, found = plan.more_adapters, []
+        place = np.array([int((entries.rows[:i] == row).sum()) for i, row in enumerate(entries.rows)], dtype=np.int32)
+        for number in range(int(place.max(initial=-1)) + 1):
+            chosen, of_row = place == number, np.full(len(plan.slots), -1, dtype=np.int32)
+            factors = np.zeros(len(plan.slots), dtype=np.float32)
+            of_row[entries.rows[chosen]], factors[entries.rows[chosen]] = (
+                entries.adapters[chosen],
+                entries.scales[chosen],
+            )
+            own = PlainPath(followers, geometry, adapters, np.repeat(of_row, plan.num_tokens))
+            found.append((own, torch.from_numpy(np.repeat(factors, plan.num_tokens))))
+        path.more = tuple(found)
+        path.base = PlainPath(followers, geometry, adapters, np.full(len(path._of_token), -1, dtype=np.int32))
+        return path
+
+    def _output(self, layer: int, op: str, linear: Linear, x: Tensor, step: StepInputs) -> Tensor:
+        y = super()._output(layer, op, linear, x, step)
+        base = self.base._output(layer, op, linear, x, step)
+        for path, factors in self.more:
+            scales = torch.zeros_like(step.scales)
+            scales[: len(factors)] = factors.to(scales.device)
+            y = y + path._output(layer, op, linear, x, replace(step, scales=scales)) - base
+        return y
+
+
 def _module_output(
     module: ModuleSpec, tensors: Tensors, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
 ) -> Tensor:
@@ -167,7 +219,10 @@ def _module_output(
         kind: [torch.from_numpy(t).to(x.device) for t in tensors[module.layer, module.projection, kind]]
         for kind in parts
     }
-    y = (x * found[IN_VECTOR][0] if IN_VECTOR in parts else x) @ weight.T
+    replaced = weight
+    if FLORA in parts:
+        replaced = weight * (found[FLORA][1] @ found[FLORA][0])
+    y = (x * found[IN_VECTOR][0] if IN_VECTOR in parts else x) @ replaced.T
     adapted = weight
     if module.pair is not None:
         a, b = found[LOW_RANK]

@@ -14,7 +14,8 @@ from loraplex_common.low_rank import LowRank
 from loraplex_common.sparse_delta import SparseDelta
 from loraplex_common.vectors import Bias, InVector, OutVector
 from peft import IA3Config, LoraConfig, ShiraConfig, get_peft_model
-from support.adapter_algebra import random_part
+from support.adapter_algebra import dense_of, random_part
+from support.adapters import module_name
 from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
@@ -65,11 +66,25 @@ class PeftTruth:
         self.tuned = {
             f"{tuner}-{at}": _tune(copy.deepcopy(self._base), tuner, seed + at) for at, tuner in enumerate(tuners)
         }
+        self._summed: dict[str, Any] = {}
+
+    def add_sum(self, name: str, terms: Sequence[tuple[str, float]]) -> None:
+        """Add an adapter that is the sum of others, each times its weight, merged by hand into a copy of the base."""
+        model = copy.deepcopy(self._base)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        for adapter, weight in terms:
+            tuned = self.tuned[adapter]
+            for module in tuned.spec.modules:
+                linear = linears[module_name(module.layer, module.projection)]
+                for part in module.parts:
+                    arrays = tuned.tensors[module.layer, module.projection, part.kind]
+                    _merge(linear, part, arrays, weight)
+        self._summed[name] = model
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
         """Return the logits after each token, ``[tokens, vocab]``."""
-        model = self._base if adapter is None else self.tuned[adapter].model
+        model = self._base if adapter is None else self._summed.get(adapter) or self.tuned[adapter].model
         found: NDArray[np.float32] = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].numpy()
         return found
 
@@ -79,6 +94,20 @@ class PeftTruth:
         for _ in range(num_tokens):
             tokens.append(int(self.logits(tokens, adapter)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def _merge(linear: torch.nn.Linear, part: Part, arrays: Arrays, weight: float) -> None:
+    if isinstance(part, LowRank):
+        a, b = (torch.from_numpy(each) for each in arrays)
+        linear.weight += weight * part.scaling * (b @ a)
+    elif isinstance(part, SparseDelta):
+        dense = dense_of(arrays, (linear.out_features, linear.in_features))
+        linear.weight += torch.from_numpy(weight * part.scaling * dense).float()
+    else:
+        assert isinstance(part, Bias), part
+        own = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+        linear.bias = torch.nn.Parameter(own + weight * torch.from_numpy(arrays[0]))
 
 
 def _tune(model: Any, tuner: str, seed: int) -> TunedModel:

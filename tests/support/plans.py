@@ -10,7 +10,7 @@ import numpy as np
 from loraplex_engine.step import (
     FROM_DEVICE,
     NO_ADAPTER,
-    ModelRunner,
+    MoreAdapters,
     SamplingArrays,
     SlotSetup,
     StepPlan,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.model_runner import ModelRunner
     from loraplex_engine.pool_geometry import PoolGeometry
     from numpy.typing import NDArray
 
@@ -68,6 +69,7 @@ class Sequence_:  # noqa: N801
     """One sequence as the harness sees it.
 
     Attributes:
+        more: Indices and scales of the adapters that are added to ``adapter``.
         forced: If not empty, tokens fed instead of the drawn ones (teacher forcing).
         chunks: Lengths of the prefill's chunks; the rest of the prompt is one more chunk.
         allowed: If not empty, the sequence draws under a mask of these tokens.
@@ -79,6 +81,7 @@ class Sequence_:  # noqa: N801
     prompt: list[int]
     adapter: int = NO_ADAPTER
     scale: float = 1.0
+    more: list[tuple[int, float]] = field(default_factory=list)
     draw: Draw = field(default_factory=Draw)
     forced: list[int] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
@@ -104,6 +107,16 @@ class Sequence_:  # noqa: N801
         if self.forced:
             return [self.forced[self.computed - len(self.prompt)]]
         return [FROM_DEVICE]
+
+
+def _more_adapters(rows: Sequence[Sequence_]) -> MoreAdapters:
+    found = [(row, index, scale) for row, sequence in enumerate(rows) for index, scale in sequence.more]
+    at, indices, scales = zip(*found, strict=True) if found else ((), (), ())
+    return MoreAdapters(
+        rows=np.array(at, dtype=np.int32),
+        adapters=np.array(indices, dtype=np.int32),
+        scales=np.array(scales, dtype=np.float32),
+    )
 
 
 class Harness:
@@ -169,6 +182,7 @@ class Harness:
                 [rows[row].draw for row in finished],
                 [max(rows[row].computed + len(chunks[row]) - len(rows[row].prompt), 0) for row in finished],
             ),
+            more_adapters=_more_adapters(rows),
             masked=np.array([at for at, row in enumerate(finished) if rows[row].allowed], dtype=np.int32),
             setups=tuple(s.setup for s in rows if s.computed == 0 and s.setup is not None),
         )

@@ -36,8 +36,8 @@ from support.fake_adapters import fake_image, fake_pool, fake_spec
 from support.fake_runner import VOCAB_SIZE, FakeRunner, draw
 
 if TYPE_CHECKING:
+    from loraplex_engine.model_runner import LoadHandle, ModelRunner, StepHandle
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
 
 PAGE_BYTES = 64
 Images = dict[str, tuple[AdapterSpec, NDArray[np.uint8]]]
@@ -86,9 +86,9 @@ def solo(submission: Submission, max_outputs: int, eos: tuple[int, ...] = (EOS,)
     num_resumed = len(outputs)
     while len(outputs) < max_outputs:
         banned = stops if len(outputs) < stopping.min_new_tokens else ()
-        digest = submission.adapter_digest or ""
+        adapters = tuple((term.digest, term.scale) for term in submission.adapters)
         tokens = np.array(prompt + outputs, dtype=np.int32)
-        token = draw(tokens, digest, submission.adapter_scale, submission.sampling.seed, banned)
+        token = draw(tokens, adapters, submission.sampling.seed, banned)
         outputs.append(token)
         if token in stops and not banned:
             break

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 NUM_FORCED = 5
 
 
+Sums = dict[str, list[tuple[str, float]]]
+"""Adapters that are added up, by the sum's name: names and weights."""
+
+
 class Truth(Protocol):
     """What results are compared with; see `support.oracle.Oracle`."""
 
@@ -26,16 +30,20 @@ class Truth(Protocol):
 
 
 def add_sequences(
-    rig: Rig, oracle: Truth, rng: np.random.Generator, vocab_size: int
+    rig: Rig, oracle: Truth, rng: np.random.Generator, vocab_size: int, sums: Sums | None = None
 ) -> list[tuple[str | None, Sequence_]]:
-    """Two sequences per adapter and for the base: prompts of any length, in chunks of any length, teacher-forced."""
+    """Two sequences per adapter, per sum of several and for the base: prompts and chunks of any length, teacher-forced."""
     added = []
-    for name, index in list(rig.adapters.items()) * 2:
+    lists = {name: [(index, 1.0)] for name, index in rig.adapters.items()}
+    lists |= {name: [(rig.adapters[each], scale) for each, scale in terms] for name, terms in (sums or {}).items()}
+    for name, ((index, scale), *more) in list(lists.items()) * 2:
         prompt = rng.integers(0, vocab_size, int(rng.integers(1, 45))).tolist()
         cuts = np.flatnonzero(rng.random(len(prompt) - 1) < 0.08) + 1
         sequence = rig.harness.add(
             prompt,
             adapter=index,
+            scale=scale,
+            more=more,
             forced=oracle.greedy(prompt, NUM_FORCED, name),
             chunks=np.diff([0, *cuts]).tolist(),
             draw=Draw(num_logprobs=vocab_size),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.messages import StoreEvent
     from loraplex_engine.model.weights import WeightSource
-    from loraplex_engine.step import ModelRunner
+    from loraplex_engine.model_runner import ModelRunner
     from numpy.typing import NDArray
 
 

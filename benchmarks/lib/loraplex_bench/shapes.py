@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
         max_position_embeddings=4096,
         config=config,
         layers=(layer,) * 32,
+        outside=embedding_and_head(
+            vocab_size=vocab, hidden_size=4096, embedding="model.embed_tokens", lm_head="lm_head"
+        ),
     )
 
 

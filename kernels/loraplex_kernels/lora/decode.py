@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
@@ -15,14 +15,14 @@ from loraplex_kernels.lora.items import (
     header_ints,
     range_index,
 )
-from loraplex_kernels.lora.tables import MAX_RANK
+from loraplex_kernels.lora.tables import PLAIN_MAX_RANK
 from loraplex_kernels.params import ExpandAddParams, LoraTables, ShrinkParams
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from loraplex_kernels.lora.tables import AdapterTables
+    from loraplex_kernels.lora.outside_tables import OpTables
     from loraplex_kernels.module import Kernel, KernelLibrary
     from loraplex_kernels.params import ExpandParams
 
@@ -37,13 +37,19 @@ class StepItems:
     Groups lie at a fixed place, and items behind the room for ``max_groups``, so that graphs stay valid.
     """
 
-    def __init__(self, *, num_ops: int, max_rows: int, max_items: int, device: torch.device) -> None:
-        self._max_groups, self._max_items = max_rows, max_items
+    def __init__(
+        self, *, num_ops: int, max_rows: int, max_items: int, device: torch.device, group_ints: int = GROUP_INTS
+    ) -> None:
+        self._max_groups, self._max_items, self._group_ints = max_rows, max_items, group_ints
         self._header_ints = header_ints(num_ops)
-        self._items_at = self._header_ints + max_rows * GROUP_INTS
+        self._items_at = self._header_ints + max_rows * group_ints
         size = self._items_at + max_items * ITEM_INTS
         self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self._pinned = device.type == "cuda"
+
+    def count(self, built: ItemRanges) -> int:
+        """Return the number of a step's items."""
+        return (len(built.buffer) - self._header_ints - built.num_groups * self._group_ints) // ITEM_INTS
 
     def upload(self, built: ItemRanges) -> None:
         """Copy a step's items to the device on the current stream.
@@ -51,14 +57,14 @@ class StepItems:
         Raises:
             ValueError: If there are more items than the buffers hold.
         """
-        items = (len(built.buffer) - self._header_ints) // ITEM_INTS - built.num_groups * GROUP_INTS // ITEM_INTS
+        items = self.count(built)
         if built.num_groups > self._max_groups or items > self._max_items:
             raise ValueError(
                 f"{built.num_groups} groups, {items} items exceed {self._max_groups} and {self._max_items}"
             )
         host = torch.from_numpy(built.buffer)
         host = host.pin_memory() if self._pinned else host
-        head = self._header_ints + built.num_groups * GROUP_INTS
+        head = self._header_ints + built.num_groups * self._group_ints
         self.buffer[:head].copy_(host[:head], non_blocking=self._pinned)
         self.buffer[self._items_at : self._items_at + items * ITEM_INTS].copy_(host[head:], non_blocking=self._pinned)
 
@@ -82,10 +88,14 @@ class LoraDecode:
         max_items: Most items of a step.
     """
 
+    DEFINES: ClassVar[tuple[str, ...]] = ()
+    EXPAND: ClassVar[str] = "lora_expand"
+    RANKS: ClassVar[int] = PLAIN_MAX_RANK
+
     def __init__(
         self,
         library: KernelLibrary,
-        tables: AdapterTables,
+        tables: OpTables,
         pool: torch.Tensor,
         shapes: tuple[OpShape, ...],
         *,
@@ -98,9 +108,9 @@ class LoraDecode:
         self._library, self._tables, self._shapes = library, tables, shapes
         self._kept = (pool,)  # kept alive: the kernels have its address
         planes = max(shape.num_planes for shape in shapes)
-        self.scratch_shape = (planes, max_rows, MAX_RANK * max(len(shape.outputs) for shape in shapes))
-        self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)
-        self._expand = library.load("lora_expand", ExpandAddParams(), EXPAND_BLOCK)
+        self.scratch_shape = (planes, max_rows, self.RANKS * max(len(shape.outputs) for shape in shapes))
+        self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK, defines=self.DEFINES)
+        self._expand = library.load(self.EXPAND, ExpandAddParams(), EXPAND_BLOCK, defines=self.DEFINES)
         kernels: tuple[Kernel[ShrinkParams] | Kernel[ExpandAddParams], ...] = (self._shrink, self._expand)
         for kernel in kernels:
             kernel.params.lora.pool = pool.data_ptr()
@@ -143,12 +153,12 @@ class LoraDecode:
             op: One of the layer's ops.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
-            y: ``[tokens, out_features of all slices]``, updated in place.
+            y: ``[tokens, out_features of all slices]``, or as wide as the shape says, updated in place.
             grid: CTAs.
         """
         params, index = self._expand.params, self._tables.op_index(layer, op)
         shape = self._shapes[index]
-        params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
+        params.y = self._library.check("y", y, self._library.dtype, -1, shape.row_columns)
         params.delta, params.accumulates = None, True
         self._launch_expand(layer, index, h, scale, grid)
 
@@ -183,7 +193,7 @@ class LoraDecode:
 
     def _launch_expand(self, layer: int, op_index: int, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
         params, shape = self._expand.params, self._shapes[op_index]
-        params.y_stride = shape.slice_begin[-1]
+        params.y_stride = shape.row_columns
         self._fill_lora(params.lora, layer, op_index, expand=True)
         self._fill_expand(params.expand, shape, h, scale)
         self._expand.launch(grid)

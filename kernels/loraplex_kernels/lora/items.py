@@ -48,6 +48,7 @@ class OpShape:
         max_run: Longest run the kernel takes.
         complete: Every output of every row has an item, adapted or not: the kernel that reads the delta reads all of
             it.
+        row_columns: Columns of a row of the output; more than there are outputs only in logits.
         slice_begin: First fused output of each slice, and the end.
         kernel_slice_begin: The same as kernels take it; slices that the op lacks are empty.
     """
@@ -56,12 +57,14 @@ class OpShape:
     outputs: tuple[int, ...]
     max_run: int = 512
     complete: bool = False
+    row_columns: int = 0
     slice_begin: tuple[int, ...] = field(init=False)
     kernel_slice_begin: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         begin = tuple(accumulate(self.outputs, initial=0))  # kept, as every launch reads it
         object.__setattr__(self, "slice_begin", begin)
+        object.__setattr__(self, "row_columns", self.row_columns or begin[-1])
         object.__setattr__(self, "kernel_slice_begin", begin + begin[-1:] * (MAX_SLICES + 1 - len(begin)))
 
     @property

@@ -2,107 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import TILE_BYTES
+from loraplex_common.request_limits import MAX_ADAPTERS
 
 from loraplex_kernels.lora.items import ITEM_INTS, OpShape, within_runs
 from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, choose_cut, num_shares
-from loraplex_kernels.lora.tables import MAX_RANK, MAX_STACKED_RANK
+from loraplex_kernels.lora.prefill_shape import NARROW_STACKED_RANK, RANK_CLASSES, TILE_TOKENS, WHOLE_STEPS, Shape
+from loraplex_kernels.lora.tables import MAX_STACKED_RANK, PLAIN_MAX_RANK
 from loraplex_kernels.params import PrefillParams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import Kernel, KernelLibrary
 
 BLOCK: Final = 256
-SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's SM; each CTA takes 1 KiB more than it asks for
-CTAS_PER_SM: Final = 3  # with the shortest ring
-TILE_TOKENS: Final = 64  # kTokens
-RANK_BLOCK: Final = 64  # kStep
-WHOLE_STEPS: Final = TILE_BYTES // 128
-"""Stacked rank up to which a tile of A holds the 64 columns of a step; above it 32, or 16 up to `MAX_STACKED_RANK`."""
-RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
-"""Classes with a kernel each: by a slice's largest rank; the last one is for stacked ranks above `WHOLE_STEPS`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """How the kernel is cut; the macros of csrc/lora/prefill.cu.
-
-    Attributes:
-        cluster: CTAs of a work item.
-        table: Most steps of 64 columns, and chunks of 64 outputs, of a CTA.
-        ranks: Most rank rows of a block: 16, 32 or 64.
-        blocks: Most blocks of 64 rank rows of a slice.
-        parts: Parts of a step's columns, each within one tile of A.
-        ctas_per_sm: CTAs that share a multiprocessor's shared memory.
-    """
-
-    cluster: int
-    table: int
-    ranks: int = RANK_BLOCK
-    blocks: int = 1
-    parts: int = 1
-    ctas_per_sm: int = CTAS_PER_SM
-
-    @classmethod
-    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...], ctas_per_sm: int) -> Shape:
-        """Return the shape for a class of `RANK_CLASSES` of a model's ops."""
-        return cls(
-            cluster=cluster,
-            table=table_size(shapes, cluster),
-            ranks=min(ranks, RANK_BLOCK),
-            blocks=-(-min(ranks, MAX_RANK) // RANK_BLOCK),
-            parts=4 if ranks > MAX_RANK else 1,
-            ctas_per_sm=ctas_per_sm,
-        )
-
-    @property
-    def stages(self) -> int:
-        """Slots of the ring: shared memory left with as many CTAs per SM as registers allow, one fewer above 64."""
-        ctas = self.ctas_per_sm if self.blocks == 1 else min(self.ctas_per_sm, CTAS_PER_SM - 1)
-        return (SM_SHARED_BYTES // ctas - 1024 - self._fixed_bytes) // self._slot_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Size of the kernel's struct Shared, in bytes."""
-        return -(-(self.stages * self._slot_bytes + self._fixed_bytes) // 8) * 8
-
-    @property
-    def _slot_bytes(self) -> int:
-        return 128 * (TILE_TOKENS + self.ranks)
-
-    @property
-    def _fixed_bytes(self) -> int:
-        """Bytes of partial sums, h, tables, scales and mbarriers."""
-        exchanged = TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + 16 * self.blocks
-        return exchanged + (8 + 12 * self.parts) * self.table
-
-    @property
-    def defines(self) -> tuple[str, ...]:
-        """The kernel's macros."""
-        values = {
-            "CLUSTER": self.cluster,
-            "RANKS": self.ranks,
-            "BLOCKS": self.blocks,
-            "STAGES": self.stages,
-            "TABLE": self.table,
-            "PARTS": self.parts,
-            "SHARED_BYTES": self.shared_bytes,
-        }
-        return tuple(f"{name}={value}" for name, value in values.items())
-
-
-def table_size(shapes: tuple[OpShape, ...], cluster: int) -> int:
-    """Return the most steps of 64 columns, or chunks of 64 outputs, that a CTA has."""
-    longest = max(max(shape.columns, *shape.outputs) for shape in shapes)
-    return -(-longest // 64) // cluster + 1
 
 
 def make_segments(adapters: NDArray[np.int32], counts: NDArray[np.int32], first_token: int) -> NDArray[np.int32]:
@@ -141,6 +61,7 @@ class OpPlan(NamedTuple):
         cluster: CTAs of an item.
         ranks: One of `RANK_CLASSES`.
         ctas_per_sm: CTAs per SM of the kernel that takes it.
+        num_more: Items of a second launch behind them: ranks above `PLAIN_MAX_RANK`.
     """
 
     first: int
@@ -149,6 +70,7 @@ class OpPlan(NamedTuple):
     cluster: int
     ranks: int
     ctas_per_sm: int
+    num_more: int = 0
 
 
 def plan_op(
@@ -183,6 +105,23 @@ def plan_op(
     return plan, rows.reshape(-1, ITEM_INTS)
 
 
+def split_ranks(
+    items: NDArray[np.int32], ranks: NDArray[np.int32], shares: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return an op's items as the kernel of wide ranks takes them: the first `PLAIN_MAX_RANK` rank rows', then the others'.
+
+    Args:
+        items: From `plan_op`.
+        ranks: As `plan_op` had them.
+        shares: The plan's.
+    """
+    first = items.copy()
+    first[:, 3] = (items[:, 3] & 3) + 8 * (items[:, 3] >> 2)
+    second = first[np.repeat(ranks[np.nonzero(ranks)] > PLAIN_MAX_RANK, shares)]
+    second[:, 3] += 4
+    return first, second
+
+
 class LoraPrefill:
     """The LoRA kernel of prefill chunks.
 
@@ -191,7 +130,7 @@ class LoraPrefill:
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
         shapes: Shapes of the model's ops.
-        max_items: Most items of a step.
+        max_items: Most items of a pass of a step.
         clusters: Sizes of cluster to choose from; those of the library's architecture if unset.
         residencies: Numbers of CTAs per SM to choose from.
     """
@@ -210,7 +149,7 @@ class LoraPrefill:
         self._library, self._tables, self._shapes = library, tables, shapes
         self._kept = (pool,)  # kept alive: the kernels have its address
         self._pinned = library.device.type == "cuda"
-        self.buffer = torch.zeros(max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
+        self.buffer = torch.zeros(2 * MAX_ADAPTERS * max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
         self._clusters = clusters or (CLUSTERS if library.arch.startswith(("sm_9", "sm_1")) else (1,))
         self._residencies = residencies
         self._kernels = {
@@ -219,7 +158,7 @@ class LoraPrefill:
             for ranks in RANK_CLASSES
             for ctas in residencies
         }
-        self._plans: list[OpPlan] = []
+        self._passes: list[list[OpPlan]] = []
 
     def _load(self, shape: Shape, pool: torch.Tensor) -> Kernel[PrefillParams]:
         kernel = self._library.load(
@@ -241,24 +180,55 @@ class LoraPrefill:
         Raises:
             ValueError: If the items exceed the buffer.
         """
-        segments = make_segments(adapters, counts, first_token)
-        ranks, stacked = self._tables.max_ranks[segments[:, 2]], self._tables.max_stacked[segments[:, 2]]
-        self._plans, parts, first = [], [], 0
-        for op, shape in enumerate(self._shapes):
-            plan, items = plan_op(
-                segments, ranks[:, op, : len(shape.outputs)], shape, self._clusters, self._residencies
-            )
-            is_narrow = stacked[:, op].max(initial=0) > WHOLE_STEPS
-            self._plans.append(plan._replace(first=first, ranks=MAX_STACKED_RANK if is_narrow else plan.ranks))
-            parts.append(items)
-            first += plan.num_items
+        self.prepare_passes([adapters], counts, first_token)
+
+    def prepare_passes(
+        self, passes: Sequence[NDArray[np.int32]], counts: NDArray[np.int32], first_token: int = 0
+    ) -> None:
+        """Build the items of a step whose chunks have several adapters, a pass for each place in their lists.
+
+        Args:
+            passes: int32 ``[N]`` for each pass; adapter of each chunk, -1 for none.
+            counts: As `prepare` has them.
+            first_token: The same.
+
+        Raises:
+            ValueError: If the items exceed the buffer.
+        """
+        parts, first = list["NDArray[np.int32]"](), 0
+        self._passes = []
+        for adapters in passes:
+            plans, items = self._plan(make_segments(adapters, counts, first_token), first)
+            self._passes.append(plans)
+            parts += items
+            first += sum(len(each) for each in items)
         built = np.concatenate(parts).reshape(-1)
         if len(built) > len(self.buffer):
             raise ValueError(f"{len(built)} ints of items exceed {len(self.buffer)}")
         host = torch.from_numpy(built)
         self.buffer[: len(built)].copy_(host.pin_memory() if self._pinned else host, non_blocking=self._pinned)
 
-    def apply(self, layer: int, op: str, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor) -> None:
+    def _plan(self, segments: NDArray[np.int32], first: int) -> tuple[list[OpPlan], list[NDArray[np.int32]]]:
+        """Return the launches of one pass and their items, which lie from item ``first`` on."""
+        ranks, stacked = self._tables.max_ranks[segments[:, 2]], self._tables.max_stacked[segments[:, 2]]
+        plans, parts = [], []
+        for op, shape in enumerate(self._shapes):
+            of_op, highest = ranks[:, op, : len(shape.outputs)], int(stacked[:, op].max(initial=0))
+            plan, items = plan_op(segments, of_op, shape, self._clusters, self._residencies)
+            plan, own = plan._replace(first=first), [items]
+            if plan.ranks > PLAIN_MAX_RANK or highest > NARROW_STACKED_RANK:
+                own = list(split_ranks(items, of_op, plan.shares))
+                plan = plan._replace(ranks=MAX_STACKED_RANK, num_more=len(own[1]))
+            elif highest > WHOLE_STEPS:
+                plan = plan._replace(ranks=NARROW_STACKED_RANK)
+            plans.append(plan)
+            parts += own
+            first += plan.num_items + plan.num_more
+        return plans, parts
+
+    def apply(
+        self, layer: int, op: str, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, *, number: int = 0
+    ) -> None:
         """Compute ``y[t] += scaling * scale[t] * (x[t] @ A.T) @ B.T`` for the step's chunks.
 
         Args:
@@ -267,12 +237,13 @@ class LoraPrefill:
             x: ``[tokens, in_features]``.
             scale: fp32 ``[tokens]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
+            number: The pass.
 
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
         index = self._tables.op_index(layer, op)
-        shape, plan = self._shapes[index], self._plans[index]
+        shape, plan = self._shapes[index], self._passes[number][index]
         begin, check = shape.slice_begin, self._library.check
         kernel = self._kernels[plan.cluster, plan.ranks, plan.ctas_per_sm]
         params = kernel.params
@@ -284,3 +255,6 @@ class LoraPrefill:
         params.lora.entries = self._tables.entry_address(layer, index)
         params.lora.items = self.buffer.data_ptr() + 4 * ITEM_INTS * plan.first
         kernel.launch(plan.num_items * plan.cluster)
+        if plan.num_more:
+            params.lora.items += 4 * ITEM_INTS * plan.num_items
+            kernel.launch(plan.num_more * plan.cluster)

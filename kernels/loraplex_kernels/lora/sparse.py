@@ -141,8 +141,12 @@ class LoraSparse:
         slices = sum(len(shape.outputs) for shape in shapes)
         self._max_items = sum(self._grids) + slices * max_rows
         size = self._items_at + self._max_items * ITEM_INTS
-        self.buffer = torch.zeros(size, dtype=torch.int32, device=library.device)
+        self.buffer = torch.zeros((1, size), dtype=torch.int32, device=library.device)
         self._pinned = library.device.type == "cuda"
+
+    def reserve_passes(self, num_passes: int) -> None:
+        """Make room for the items of that many passes at a time: rows may have a sparse delta of each."""
+        self.buffer = self.buffer.new_zeros((num_passes, self.buffer.shape[1]))
 
     def _load(self, pool: torch.Tensor, columns: int, item_bytes: int) -> Kernel[SparseParams]:
         variant = self._variant
@@ -161,12 +165,13 @@ class LoraSparse:
         params.column_shift, params.start_shift = tile_bits - 1, tile_bits - 2
         return kernel
 
-    def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> None:
+    def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None, *, number: int = 0) -> None:
         """Build a step's items and copy them to the device on the current stream.
 
         Args:
             adapters: int32 ``[N]``; adapter of each row, -1 for none.
             rows: int32 ``[N]``; the rows' numbers in activations, 0..N-1 if unset.
+            number: The pass, below what was reserved.
         """
         numbers = np.arange(len(adapters), dtype=np.int32) if rows is None else rows
         chosen = np.flatnonzero((adapters >= 0) & self._tables.has_part[SPARSE_DELTA][adapters].any(axis=1))
@@ -180,10 +185,13 @@ class LoraSparse:
         head = np.zeros(self._groups_at + work.groups.size, dtype=np.int32)
         head[: self._ranges_at[-1]] = np.concatenate(work.ranges)
         head[self._groups_at :] = work.groups.reshape(-1)
-        self._send(self.buffer[: len(head)], head)
-        self._send(self.buffer[self._items_at : self._items_at + work.items.size], work.items.reshape(-1))
+        buffer = self.buffer[number]
+        self._send(buffer[: len(head)], head)
+        self._send(buffer[self._items_at : self._items_at + work.items.size], work.items.reshape(-1))
 
-    def add(self, layer: int, op: str, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> None:
+    def add(
+        self, layer: int, op: str, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, *, number: int = 0
+    ) -> None:
         """Compute ``y[t] += scaling * scale[t] * S x[t]`` for the rows of the step's items.
 
         Args:
@@ -192,6 +200,7 @@ class LoraSparse:
             x: ``[tokens, in_features]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
             scale: fp32 ``[tokens]``.
+            number: The pass.
         """
         index = self._tables.op_index(layer, op)
         shape, kernel = self._shapes[index], self._kernels[index]
@@ -201,7 +210,7 @@ class LoraSparse:
         params.scale = self._library.check("scale", scale, torch.float32, -1)
         params.slice_begin[:] = shape.kernel_slice_begin
         params.width = width
-        base = self.buffer.data_ptr()
+        base = self.buffer.data_ptr() + INT_BYTES * number * self.buffer.stride(0)
         params.lora.entries = self._tables.entry_address(layer, index, SPARSE_DELTA)
         params.lora.range = base + INT_BYTES * int(self._ranges_at[index])
         params.lora.groups = base + INT_BYTES * self._groups_at

@@ -60,7 +60,7 @@ class Sample:
 
     Args:
         library: Compiles and loads the kernel.
-        vocab_size: Size of the vocabulary, at most `MAX_VOCAB`.
+        vocab_size: Most tokens, at most `MAX_VOCAB`: how far rows of logits and counts lie apart.
         block: Threads of a CTA.
         list_capacity: Candidates that shared memory holds, a power of two; more candidates are found by passes over the
             row.
@@ -81,7 +81,7 @@ class Sample:
             raise ValueError(f"a vocabulary of {vocab_size} tokens is not in [1, {MAX_VOCAB}]")
         self._library, self._vocab, self._capacity = library, vocab_size, list_capacity
         defines = (f"THREADS={block}", f"CAPACITY={list_capacity}")
-        self._kernel = library.load("sample", SampleParams(vocab=vocab_size), block, defines=defines)
+        self._kernel = library.load("sample", SampleParams(stride=vocab_size), block, defines=defines)
 
     @property
     def bitmap_bytes(self) -> int:
@@ -90,7 +90,7 @@ class Sample:
 
     @property
     def mask_words(self) -> int:
-        """Words of one row of ``masks``."""
+        """Words of one row of ``masks`` for as many tokens as there may be."""
         return -(-self._vocab // WORD)
 
     def launch(
@@ -109,7 +109,7 @@ class Sample:
         """Draw one token per row; the host does not wait for the device.
 
         Args:
-            logits: ``[rows, vocab]``.
+            logits: ``[rows, tokens]``, rows ``vocab_size`` apart; tokens behind the last column are not drawn.
             rows: int32 ``[rows, ROW_INTS]``, of `ROW_DTYPE`; each row and slot in it must exist in the other arguments.
             drawn: int32 ``[2, rows]``; tokens, and `VALID`; `NOTHING_LEFT` where no token can be drawn, `NOT_FINITE`
                 where the row's largest logit is NaN or infinite.
@@ -118,7 +118,7 @@ class Sample:
             edit_bits: uint8 ``[edit rows, bitmap_bytes]``; bit ``t % 8`` of byte ``t // 8`` is set for a token with an edit.
             counts: int16 ``[count rows, vocab]``; bit 15: the token is in the prompt; other bits: its count in the
                 output, at most `MOST_COUNTED`. The drawn token is counted. None if no row has penalties.
-            masks: int32 ``[mask rows, mask_words]``; bit ``t % 32`` of word ``t // 32`` is set if token t may be drawn. None
+            masks: int32 ``[mask rows, ceil(tokens / 32)]``; bit ``t % 32`` of word ``t // 32`` is set if token t may be drawn. None
                 if no row has a mask.
             report: int32 ``[rows, 1 + 2 n]``; fp32 bits of the log probabilities of the drawn token and the n likeliest
                 tokens, then the ids of these; written for rows that ask, as far as they ask. None if no row asks.
@@ -128,7 +128,8 @@ class Sample:
                 report.
         """
         check, params, count, vocab = self._library.check, self._kernel.params, drawn.shape[1], self._vocab
-        params.logits = check("logits", logits, self._library.dtype, count, vocab)
+        params.logits = check("logits", self._whole_rows(logits), self._library.dtype, count, vocab)
+        params.vocab = tokens = logits.shape[1]
         params.rows = check("rows", rows, torch.int32, count, ROW_INTS)
         params.drawn = check("drawn", drawn, torch.int32, 2, count)
         params.last_sampled = check("last_sampled", last_sampled, torch.int32, -1)
@@ -140,7 +141,7 @@ class Sample:
             params.max_edits = edits.shape[1]
         if counts is not None:
             params.counts = check("counts", counts, torch.int16, -1, vocab)
-        params.masks = None if masks is None else check("masks", masks, torch.int32, -1, self.mask_words)
+        params.masks = None if masks is None else check("masks", masks, torch.int32, -1, -(-tokens // WORD))
         params.report, params.report_top = None, 0
         if report is not None:
             params.report = check("report", report, torch.int32, count, -1)
@@ -148,3 +149,10 @@ class Sample:
             if params.report_top > self._capacity:
                 raise ValueError(f"{params.report_top} likeliest tokens exceed the list of {self._capacity}")
         self._kernel.launch(count)
+
+    def _whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return rows with all their columns, those that are not drawn included."""
+        rows, tokens = logits.shape
+        if tokens >= self._vocab or (rows > 1 and logits.stride(0) != self._vocab):
+            return logits  # as it has to be, or refused
+        return logits.as_strided((rows, self._vocab), (self._vocab, 1))

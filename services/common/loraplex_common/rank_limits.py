@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_parts import PartSizes
     from loraplex_common.base_model import BaseModelInfo
 
-CUDA_MAX_RANK: Final = 256
+CUDA_MAX_RANK: Final = 512
 """Largest rank of one projection that the CUDA kernels take (kMaxRank); stacked, q, k and v have three times that."""
 _ANY_PAGE_BYTES: Final = 2 * 1024 * 1024  # holds the largest tile
 

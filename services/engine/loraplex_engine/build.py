@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loraplex_common.weight_digests import FileState
 
     from loraplex_engine.loop.engine import RunnerFactory
-    from loraplex_engine.step import ModelRunner
+    from loraplex_engine.model_runner import ModelRunner
 
 STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""

@@ -92,6 +92,13 @@ class Submission:
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     rules: OutputRules | None = None
 
+    @property
+    def adapters(self) -> tuple[AdapterTerm, ...]:
+        """All adapters that it adds up, the first one first; none for the base model."""
+        if self.adapter_digest is None:
+            return ()
+        return (AdapterTerm(self.adapter_digest, self.adapter_scale), *self.more_adapters)
+
 
 # --- commands: asyncio side -> step loop ---
 
@@ -167,10 +174,11 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:
-    """A request waits for its adapter.
+    """A request waits for its adapters.
 
     Attributes:
-        state: State of the adapter.
+        state: State of the adapter; of several, the state of the one that has come least far.
+        bytes_done: Bytes in the arena, of all its adapters together; so is ``bytes_total``, as far as sizes are known.
     """
 
     session_slot: int
@@ -235,30 +243,6 @@ class StepOutputs:
     token_positions: NDArray[np.int32]
     token_ids: NDArray[np.int32]
     events: list[SessionEvent]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadSnapshot:
-    """The engine's load between two steps; fields as in engine.proto LoadReport.
-
-    Attributes:
-        pages_free: Pages that can be had at once, including those of cached blocks.
-        pages_cached: The part of ``pages_free`` that holds cached blocks.
-    """
-
-    sequence: int
-    running: int
-    waiting: int
-    queued_uncached_tokens: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int = 0
-    pages_kv: int
-    pages_adapter: int
-    pages_pinned: int
-    adapters_resident: int
-    tokens_per_s: float
-    draining: bool
 
 
 # --- events: step loop -> store client ---

@@ -60,9 +60,9 @@ def test_q_k_and_v_share_the_largest_rank_that_a_tile_holds(
 def test_kernels_bound_each_projection(base: BaseModelInfo) -> None:
     limits = engine(base, "bfloat16", max_rank=CUDA_MAX_RANK)
 
-    limits.check(ranks(q_proj=256, k_proj=256, v_proj=256))
-    with pytest.raises(ImageError, match="layer 1 v_proj: rank 257 exceeds the 256 that the kernels of engine e1 take"):
-        limits.check(ranks(q_proj=8, v_proj=257))
+    limits.check(ranks(q_proj=512, k_proj=512, v_proj=512))
+    with pytest.raises(ImageError, match="layer 1 v_proj: rank 513 exceeds the 512 that the kernels of engine e1 take"):
+        limits.check(ranks(q_proj=8, v_proj=513))
 
 
 def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo) -> None:

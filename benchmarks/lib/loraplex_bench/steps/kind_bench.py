@@ -19,7 +19,8 @@ from loraplex_bench.steps.plan import StepSize, make_plan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.step import LoadHandle, StepHandle, StepPlan
+    from loraplex_engine.model_runner import LoadHandle, StepHandle
+    from loraplex_engine.step import StepPlan
     from numpy.typing import NDArray
 
     from loraplex_bench.shapes import Shape

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 from loraplex_engine.step import NO_ADAPTER
 
 from loraplex_bench.results import Row
 from loraplex_bench.shapes import Shape, llama
-from loraplex_bench.steps.part_images import DORA, IA3, LORA, SHIRA
+from loraplex_bench.steps.part_images import DORA, FLORA, FLORA_RANK, HEAD, IA3, LORA, SHIRA
 
 if TYPE_CHECKING:
-    from loraplex_engine.step import LoadHandle
+    from loraplex_engine.model_runner import LoadHandle
     from numpy.typing import NDArray
 
     from loraplex_bench.results import Results
@@ -27,7 +27,8 @@ ROWS: Final = 64
 TIMED_STEPS: Final = 60
 LOADING_STEPS: Final = 200
 OP_US: Final = 3.0
-KINDS: Final = (LORA, DORA, SHIRA, IA3)
+MIXED: Final = (LORA, DORA, SHIRA, IA3)
+KINDS: Final = (*MIXED, FLORA, HEAD)
 
 
 def numbers_of(rows: int) -> dict[str, range]:
@@ -68,8 +69,12 @@ class Measurement:
         self._sparse(base_us)
         self._load_all(IA3)
         self._step(IA3, np.array(self._numbers[IA3]))
-        mixed = [self._numbers[KINDS[row % len(KINDS)]][row // len(KINDS)] for row in range(self._rows)]
+        mixed = [self._numbers[MIXED[row % len(MIXED)]][row // len(MIXED)] for row in range(self._rows)]
         self._step("mixed", np.array(mixed))
+        self._load_all(FLORA)
+        self._flora(base_us)
+        self._load_all(HEAD)
+        self._outside(lora_us)
 
     def _step(self, name: str, adapters: NDArray[np.int_]) -> float:
         times = self._steps.step_times(adapters.astype(np.int32), TIMED_STEPS)
@@ -87,6 +92,30 @@ class Measurement:
         )
         self._add(case, "added", added_us, "us", floor=floor_us)
         self._add(case, "of its bar", added_us / (1.5 * floor_us + OP_US * self._num_ops), "share", floor=1.0)
+
+    def _outside(self, lora_us: float) -> None:
+        added_us = self._step(HEAD, np.array(self._numbers[HEAD])) - lora_us
+        floor_us = self._images[HEAD].head_bytes * self._rows / self._steps.copy_bytes_per_s() * 1e6
+        self._add(f"{self._rows} rows/{HEAD}", "added to LoRA's step", added_us, "us", floor=floor_us)
+
+    def _flora(self, base_us: float) -> None:
+        """Time FLoRA of all rows, of one alone, and of one among rows without an adapter.
+
+        The floor of what it adds is W's bytes and the factors', at the rate of a copy.
+        """
+        geometry, rate = self._shape.geometry, self._steps.copy_bytes_per_s()
+        projections = [projection for layer in geometry.layers for projection in layer]
+        weight_bytes = sum(2 * each.in_features * each.out_features for each in projections)
+        factor_bytes = sum(4 * FLORA_RANK * (each.in_features + each.out_features) for each in projections)
+        self._results.note(f"one pass over W reads {weight_bytes / 1e9:.2f} GB")
+        numbers = np.array(self._numbers[FLORA])
+        one = np.full(self._rows, NO_ADAPTER)
+        one[0] = numbers[0]
+        self._step(FLORA, numbers[:1])
+        for name, adapters, count in ((FLORA, numbers, self._rows), (f"one {FLORA}, others without", one, 1)):
+            added_us = self._step(name, adapters) - base_us
+            floor_us = (weight_bytes + count * factor_bytes) / rate * 1e6
+            self._add(f"{self._rows} rows/{name}", "added", added_us, "us", floor=floor_us)
 
     def _load_all(self, kind: str) -> None:
         begin_s = time.perf_counter()
@@ -161,5 +190,6 @@ def tiny_shape() -> Shape:
         head_dim=64,
         num_layers=2,
         layers=(layer,) * 2,
+        outside=embedding_and_head(vocab_size=256, hidden_size=256, embedding="model.embed_tokens", lm_head="lm_head"),
     )
     return Shape(info=info, pool_gib=0.1)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, pack
+from loraplex_common.flora import Flora
 from loraplex_common.low_rank import LowRank
 from loraplex_common.sparse_delta import SparseDelta
+from loraplex_common.token_rows import Rows
 from loraplex_common.vectors import InVector, OutVector
 from numpy.typing import NDArray
 
@@ -23,6 +25,10 @@ LORA: Final = "LoRA r16"
 DORA: Final = "DoRA r16"
 SHIRA: Final = "SHiRA 1 %"
 IA3: Final = "(IA)3"
+HEAD: Final = "LoRA r16, lm_head r16 and 64 rows"
+NUM_TOKEN_ROWS: Final = 64
+FLORA: Final = "FLoRA r2"
+FLORA_RANK: Final = 2
 RANK: Final = 16
 DENSITY: Final = 0.01
 IA3_OUTPUTS: Final = ("k_proj", "v_proj")
@@ -37,11 +43,13 @@ class KindImage:
         modules: Their modules.
         image: uint8 ``[pages, page_bytes]``.
         num_nonzeros: Non-zeros of their sparse deltas, all layers.
+        head_bytes: Bytes of what they do to lm_head.
     """
 
     modules: tuple[ModuleSpec, ...]
     image: NDArray[np.uint8]
     num_nonzeros: int = 0
+    head_bytes: int = 0
 
     def spec(self, number: int) -> AdapterSpec:
         """Return the spec of one of them."""
@@ -50,7 +58,7 @@ class KindImage:
 
 def kind_images(geometry: Geometry) -> dict[str, KindImage]:
     """Return every kind's image."""
-    return {name: _image(geometry, name) for name in (LORA, DORA, SHIRA, IA3)}
+    return {name: _image(geometry, name) for name in (LORA, DORA, SHIRA, IA3, FLORA, HEAD)}
 
 
 def _image(geometry: Geometry, name: str) -> KindImage:
@@ -65,9 +73,31 @@ def _image(geometry: Geometry, name: str) -> KindImage:
             if parts:
                 modules.append(ModuleSpec(layer, projection.name, tuple(part for part, _ in parts)))
                 tensors |= {(layer, projection.name, part.kind): arrays for part, arrays in parts}
+    head_bytes = _add_outside(geometry, rng, modules, tensors) if name == HEAD else 0
     spec = AdapterSpec("0" * 64, tuple(modules))
     nonzeros = sum(part.num_nonzeros for each in modules for part in each.parts if isinstance(part, SparseDelta))
-    return KindImage(tuple(modules), pack(geometry, spec, tensors), nonzeros)
+    return KindImage(tuple(modules), pack(geometry, spec, tensors), nonzeros, head_bytes)
+
+
+def _add_outside(
+    geometry: Geometry,
+    rng: np.random.Generator,
+    modules: list[ModuleSpec],
+    tensors: dict[tuple[int, str, str], Arrays],
+) -> int:
+    """Add a pair on lm_head and rows of the same tokens on both ends; return the bytes of what lm_head's kernels read."""
+    outside = geometry.outside
+    assert outside is not None, "the model offers its embedding and lm_head"
+    head = geometry.projection(outside, "lm_head")
+    hidden, vocab = head.shape
+    ids = np.linspace(0, vocab - 1, NUM_TOKEN_ROWS).astype(np.int32)
+    rows = Rows(NUM_TOKEN_ROWS, int(ids[-1]))
+    for name, parts in (("embed_tokens", [rows]), ("lm_head", [*(part for part, _ in _parts(HEAD, head, rng)), rows])):
+        modules.append(ModuleSpec(outside, name, tuple(parts)))
+        values = rng.standard_normal((NUM_TOKEN_ROWS, hidden), dtype=np.float32) * np.float32(VALUE_STD)
+        tensors[outside, name, rows.kind] = ids, values
+    tensors |= {(outside, "lm_head", part.kind): arrays for part, arrays in _parts(HEAD, head, rng)}
+    return 2 * (RANK * (hidden + vocab) + NUM_TOKEN_ROWS * hidden)
 
 
 def _parts(name: str, projection: Projection, rng: np.random.Generator) -> list[tuple[Part, Arrays]]:
@@ -84,6 +114,8 @@ def _parts(name: str, projection: Projection, rng: np.random.Generator) -> list[
         if projection.name in IA3_OUTPUTS:
             return [(OutVector(scales_bias=True), near_one)]
         return [(InVector(), (1 + normal(columns),))] if projection.name in IA3_INPUTS else []
+    if name == FLORA:
+        return [(Flora(FLORA_RANK), (1 + normal(FLORA_RANK, columns), (1 + normal(outputs, FLORA_RANK)) / FLORA_RANK))]
     pair: tuple[Part, Arrays] = (LowRank(RANK, 2.0), (normal(RANK, columns), normal(outputs, RANK)))
     return [pair, (OutVector(is_magnitude=True), (1 + normal(outputs),))] if name == DORA else [pair]
 

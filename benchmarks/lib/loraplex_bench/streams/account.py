@@ -97,9 +97,19 @@ def summary(rungs: Sequence[Rung]) -> dict[str, Any]:
     }
 
 
+def add_latency_added(result: dict[str, Any], direct: Mapping[str, Any]) -> None:
+    """Say what of a median latency at half load is the gateway's: what clients see without it at that pace is not."""
+    at_half = min(result["rungs"], key=lambda each: abs(each["events_per_s"] - result["half_load_events_per_s"]))
+    without = next((each for each in direct["rungs"] if each["pace"] == at_half["pace"]), None)
+    if without is not None:
+        result["half_load_direct_p50_ms"] = without["p50_ms"]
+        result["half_load_added_p50_ms"] = at_half["p50_ms"] - without["p50_ms"]
+
+
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the median over rounds of each number."""
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "rungs"}
+    common = set.intersection(*(set(run) for run in runs)) - {"rungs"}
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0] if key in common}
 
 
 def _rate(each: Rung) -> float:

@@ -37,14 +37,17 @@ class Stream:
 
 
 def run_client(kind: str, target: str, request_ids: list[str], folder: Path, name: str, connections: int) -> None:
-    """Stream until a line on stdin says that it is enough; writes `folder`/`name`.json, counts in `name`.count."""
+    """Stream until a line on stdin says that it is enough; `target` may be several, with commas, that share the streams.
+
+    Writes `folder`/`name`.json, counts in `name`.count.
+    """
     count = SharedNumber(folder / f"{name}.count")
     streams = [Stream(request_id) for request_id in request_ids]
     if kind == "sse":
         _read_sse(target, streams, count)
         events = [_sse_events(stream) for stream in streams]
     else:
-        _run(_read_grpc(target, streams, count, connections))
+        run_loop(_read_grpc(target, streams, count, connections))
         events = [_grpc_events(stream) for stream in streams]
     result = {stream.request_id: each for stream, each in zip(streams, events, strict=True)}
     (folder / f"{name}.json").write_text(json.dumps(result))
@@ -54,10 +57,11 @@ def run_client(kind: str, target: str, request_ids: list[str], folder: Path, nam
 
 
 def _read_sse(target: str, streams: list[Stream], count: SharedNumber) -> None:
-    host, _, port = target.rpartition(":")
+    targets = target.split(",")
     selector, num_events = selectors.DefaultSelector(), 0
     selector.register(sys.stdin, selectors.EVENT_READ)
-    for stream in streams:
+    for n, stream in enumerate(streams):
+        host, _, port = targets[n % len(targets)].rpartition(":")
         connection = socket.create_connection((host, int(port)))
         connection.sendall(_http_request(stream.request_id))
         connection.setblocking(False)
@@ -106,7 +110,8 @@ def _sse_events(stream: Stream) -> list[tuple[int, int]]:
 # --- gRPC ---
 
 
-def _run(main: Any) -> None:
+def run_loop(main: Any) -> None:
+    """Run a coroutine on uvloop, where it is there."""
     try:
         import uvloop
     except ImportError:
@@ -120,7 +125,8 @@ async def _read_grpc(target: str, streams: list[Stream], count: SharedNumber, co
     from loraplex.v1 import gateway_pb2
 
     options = (("grpc.use_local_subchannel_pool", 1),)
-    channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(connections)]
+    targets = target.split(",")
+    channels = [grpc.aio.insecure_channel(targets[n % len(targets)], options=options) for n in range(connections)]
     stopping = gateway_pb2.StoppingParams(max_new_tokens=MAX_TOKENS, ignore_eos=True)
     num_events = 0
 

@@ -54,6 +54,28 @@ class Part:
             self.process.kill()
             self.process.wait()
 
+    def read_addresses(self) -> dict[str, str]:
+        """Wait for its ready line; return kind of port -> address."""
+        assert self.process.stdout is not None
+        ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
+        if ready is None:
+            raise SystemExit(f"a part ended before it was ready: {self.process.args!r}")
+        return dict(word.split("=", 1) for word in ready.split()[1:])
+
+    def cpu_s(self) -> float:
+        """Return what it has computed, all of its processes."""
+        family, total = {self.process.pid}, 0
+        for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it has ended meanwhile
+            pid = int(stat.parent.name)
+            if pid in family or int(fields[1]) in family:
+                family.add(pid)
+                total += int(fields[11]) + int(fields[12])
+        return total / os.sysconf("SC_CLK_TCK")
+
 
 class Gateway(Part):
     """A gateway.
@@ -78,25 +100,32 @@ class Gateway(Part):
             cores=cores_of("gateway", workers=max(1, workers)),
             environment={"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])},
         )
-        assert self.process.stdout is not None
-        ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
-        if ready is None:
-            raise SystemExit("the gateway ended before it was ready")
-        self.addresses = dict(word.split("=", 1) for word in ready.split()[1:])
+        self.addresses = self.read_addresses()
+
+
+class Direct:
+    """Servers that give the clients what a gateway would, each a process: the streams without a gateway.
+
+    Args:
+        commands: What starts each server.
+
+    Attributes:
+        addresses: Kind of port -> addresses of all, with commas.
+    """
+
+    def __init__(self, commands: list[list[str]]) -> None:
+        self._parts = [Part(command, cores=cores_of("others")) for command in commands]
+        found = [part.read_addresses() for part in self._parts]
+        self.addresses = {kind: ",".join(each[kind] for each in found) for kind in found[0]}
 
     def cpu_s(self) -> float:
-        """Return what it has computed, all of its processes."""
-        family, total = {self.process.pid}, 0
-        for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # it has ended meanwhile
-            pid = int(stat.parent.name)
-            if pid in family or int(fields[1]) in family:
-                family.add(pid)
-                total += int(fields[11]) + int(fields[12])
-        return total / os.sysconf("SC_CLK_TCK")
+        """Return what they have computed."""
+        return sum(part.cpu_s() for part in self._parts)
+
+    def close(self) -> None:
+        """End them."""
+        for part in self._parts:
+            part.close()
 
 
 class Load:
@@ -116,7 +145,7 @@ class Load:
         self._run = run
         self._pace = SharedNumber(folder / "pace")
 
-    def run(self, gateway: Gateway, face: str) -> list[Rung]:
+    def run(self, gateway: Gateway | Direct, face: str) -> list[Rung]:
         """Return what happened at each pace, up to the first that was not kept up."""
         arguments = self._arguments
         target = gateway.addresses["http" if face == "sse" else "grpc"]
@@ -141,7 +170,7 @@ class Load:
                 client.close()
         return self._account(windows, names)
 
-    def _climb(self, gateway: Gateway, counts: list[SharedNumber]) -> list[Window]:
+    def _climb(self, gateway: Gateway | Direct, counts: list[SharedNumber]) -> list[Window]:
         windows: list[Window] = []
         for pace in self._arguments.paces:
             self._set_pace(pace)

@@ -11,21 +11,11 @@
 // Shared memory: 4 warps x kAhead slots of 2 KiB, 8.25 KiB of h, 3.25 KiB of items. Alignment: y rows on 16 bytes;
 // outputs % 8 == 0.
 // Registers: 6 CTAs of 128 threads per SM, hence at most 80. Architectures: sm_80 and up.
+#include "lora/expand_output.cuh"
 #include "lora/expand_ring.cuh"
 #include "lora/expand_rows.cuh"
 
 constexpr int kCtasPerSm = 6;  // lora_paths.py's EXPAND_CTAS_PER_SM
-
-struct Params {
-    LoraTables lora;
-    ExpandParams expand;
-    elem* y;       // [tokens, y_stride]
-    float* delta;  // [tokens, y_stride], or null: y is written
-    i64 y_stride;
-    int accumulates;  // y is added to
-    int reserved;
-};
-static_assert(sizeof(Params) == 136, "params.py mirrors it");
 
 struct Shared {
 #ifndef LORAPLEX_FP32
@@ -34,61 +24,6 @@ struct Shared {
 #endif
     ExpandBatch resolved;
 };
-
-// Where a lane's outputs of an item's first block of its warp are: elements of y or delta, negative without a token.
-struct Target {
-    i64 at[2];
-};
-__device__ __forceinline__ Target find_target(const Params& p, const Group& group, int n) {
-    Target target;
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-        const int token = lane_token(group, which);
-        target.at[which] = token < 0 ? -1 : token * p.y_stride + n + lane_row();
-    }
-    return target;
-}
-
-// A lane's part of y of a block, asked for before the product: two tokens' eight outputs.
-struct Before {
-    Octet tokens[2];
-};
-__device__ __forceinline__ Before load_before(const Params& p, const Target& target, int n, int rows) {
-    Before before = {};
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-        if (p.accumulates && target.at[which] >= 0 && lane_row() < rows)
-            before.tokens[which] = load_octet(p.y + target.at[which] + n);
-    }
-    return before;
-}
-
-__device__ __forceinline__ void prefetch_before(const Params& p, const Target& target, int n, int rows) {
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-        if (p.accumulates && target.at[which] >= 0 && lane_row() < rows) prefetch_to_l1(p.y + target.at[which] + n);
-    }
-}
-
-__device__ __forceinline__ void store_block(const Params& p, const Target& target, int n, int rows, const Before& before,
-                                            const Delta& delta) {
-    if (lane_row() >= rows) return;
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-        const i64 at = target.at[which] + n;
-        if (target.at[which] < 0) continue;
-        if (p.delta == nullptr) {
-            store_octet(p.y + at, sum_octet(before.tokens[which], delta, which));
-        } else {
-#pragma unroll
-            for (int j = 0; j < kLaneRows; j += 4) {
-                const float* v = delta.v[which] + j;
-                *reinterpret_cast<Quad*>(p.delta + at + j) = {__float_as_uint(v[0]), __float_as_uint(v[1]),
-                                                              __float_as_uint(v[2]), __float_as_uint(v[3])};
-            }
-        }
-    }
-}
 
 // What a warp does of an item.
 struct AddItem {
@@ -182,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, kCtasPerSm) lora_ex
     Ring ring(p.lora.pool, resolved, shared.ring);
 #endif
     const Pair range = load_range(p.lora);
-    const int num_items = static_cast<int>(range.y);
+    const ItemWalk walk{static_cast<int>(range.x), static_cast<int>(range.y)};
 #pragma unroll 1
-    for (int first = 0; item_index(first) < num_items; first += kBatch) {
-        const int count = resolve(p.lora, p.expand, static_cast<int>(range.x), first, num_items, shared.resolved);
+    for (int first = 0; walk.has(first, 0); first += kBatch) {
+        const int count = resolve(p.lora, p.expand, walk, first, shared.resolved);
 #ifndef LORAPLEX_FP32
         ring.start(count);
 #endif

@@ -86,6 +86,12 @@ struct alignas(16) Block {
     i64 offset;       // in the pool, of the first row; fp32, whose tiles may be narrower than a block: the row's number
     int vector_rank;  // the rank where rows are read as whole 16-byte vectors, 0 where they are not, or there are none
     int rows;         // live outputs, a multiple of 8
+#ifdef LORAPLEX_CHAINS
+    i64 upper;  // the same as offset for rows 32 on, which ranks above 256 have in another tile: less the bytes of 32 rows
+    __device__ __forceinline__ i64 base(int g) const { return g < 4 ? offset : upper; }
+#else
+    __device__ __forceinline__ i64 base(int) const { return offset; }
+#endif
 };
 
 struct ExpandBatch {
@@ -95,23 +101,43 @@ struct ExpandBatch {
 };
 
 __device__ __forceinline__ Block find_block(const LoraTables& t, const BEntry& e, int n, int rows) {
-    Block block{0, 0, max(0, min(kBlockRows, rows))};
+    Block block = {};
+    block.rows = max(0, min(kBlockRows, rows));
     if (e.rank == 0 || block.rows == 0) return block;
 #ifdef LORAPLEX_FP32
     block.offset = n;
 #else
     block.offset = b_offset(t, e, n);
     if (e.rank % 8 == 0) block.vector_rank = e.rank;
+#ifdef LORAPLEX_CHAINS
+    constexpr int kHalfBlock = kBlockRows / 2;
+    block.upper = block.offset;
+    if (e.b_step < kBlockRows && block.rows > kHalfBlock) {
+        block.upper = b_offset(t, e, n + kHalfBlock) - kHalfBlock * e.rank * static_cast<i64>(sizeof(elem));
+    }
+#endif
 #endif
     return block;
 }
 
-// Walks to the weights of up to kBatch items, `first` on; returns how many there are.
-__device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& p, int first_item, int first, int num_items,
+// A CTA's items, counted over all batches.
+struct ItemWalk {
+    int first_item, num_items;
+
+    __device__ __forceinline__ bool has(int first, int which) const { return item_index(first + which) < num_items; }
+    __device__ __forceinline__ Item load(const LoraTables& t, int first, int which) const {
+        return load_item(t, first_item + item_index(first + which));
+    }
+    __device__ __forceinline__ int left(int first) const { return items_left(num_items, first, kBatch); }
+};
+
+// Walks to the weights of a batch of items, `first` on; returns how many there are.
+template <class Walk>
+__device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& p, const Walk& walk, int first,
                                        ExpandBatch& shared) {
     const int which = threadIdx.x / kItemBlocks, block = threadIdx.x % kItemBlocks;
-    if (item_index(first + which) < num_items) {
-        const Item item = load_item(t, first_item + item_index(first + which));
+    if (walk.has(first, which)) {
+        const Item item = walk.load(t, first, which);
         const int slice = slice_of(p, item.begin), begin = block * kBlockRows;
         const Quad group = load_group_part(t, item, block, 1);
         const BEntry e = load_b_entry(t, item.adapter, slice);
@@ -123,13 +149,13 @@ __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& 
         keep_group_part(shared.batch.groups[which], block, 1, group);
     }
     __syncthreads();
-    return items_left(num_items, first, kBatch);
+    return walk.left(first);
 }
 
-// This lane's token `which` (0 or 1) of a group, or -1.
+// The row of this lane's token `which` (0 or 1) of a group, or -1.
 __device__ __forceinline__ int lane_token(const Group& group, int which) {
     const int t = threadIdx.x % 4 * 2 + which;
-    return t < group.count ? group.tokens[t] : -1;
+    return t < group.count ? group.row(t) : -1;
 }
 // This lane's first output of a block.
 __device__ __forceinline__ int lane_row() { return threadIdx.x % kWarp / 4 * kLaneRows; }

@@ -84,13 +84,13 @@ struct Ring {
         const bool is_one_pass = rank <= 16;
         const int stride = is_one_pass ? 64 : row_bytes, step = rank == 8 ? kItemBlocks : kExpandWarps;
         const int within = (kLaneRows * g + half * 4) * row_bytes + k * 2 + c * 16;
-        const u8* upper = pool + block.offset + within;
+        const u8* upper = pool + block.base(g) + within;
         const u8* lower = upper + 2 * stride;
         const bool is_live = kLaneRows * g < block.rows;
         bool is_lower_live = is_live;
         if (rank == 8) {
             const Block other = blocks[at + kExpandWarps];
-            lower = pool + other.offset + within, is_lower_live = kLaneRows * g < other.rows;
+            lower = pool + other.base(g) + within, is_lower_live = kLaneRows * g < other.rows;
         }
         const u32 bytes = is_one_pass || k + c * 8 < rank ? 16 : 0;
         const SharedAddress to = slots + slot + vector_at(g, c);

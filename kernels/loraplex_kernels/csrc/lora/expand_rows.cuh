@@ -117,11 +117,15 @@ __device__ __forceinline__ void sum_planes(const ExpandParams& p, const float* f
     for (; plane < p.num_planes; ++plane) add(load(plane));
 }
 
+// `turn` places on around the tokens of a group; of none, known to the compiler, there is nothing to compute.
+__device__ __forceinline__ int turned(int token, int turn) { return turn == 0 ? token : (token + turn) % kGroupTokens; }
+
 // 16 threads a token, four values each: a round takes as long as a load from the L2, and up to rank 64 there is one. Values past
-// the rank are zeros; tokens that the group does not have are left as they are: their results are nobody's.
+// the rank are zeros; tokens that the group does not have are left as they are: their results are nobody's. h begins at word
+// `begin` of the tile, and token 0 is the last `turn` threads' of 16.
 __device__ __forceinline__ void stage_hidden(const ExpandParams& p, const SliceInfo& slice, const Group& group,
-                                             HiddenTile& tile) {
-    const int rank = slice.rank, padded = (rank + 31) / 32 * 32, t = threadIdx.x / 16;
+                                             HiddenTile& tile, int begin = 0, int turn = 0) {
+    const int rank = slice.rank, padded = (rank + 31) / 32 * 32, t = turned(threadIdx.x / 16, turn);
     if (t >= group.count) return;
     const int token = group.tokens[t];
     const float* from = p.h + static_cast<i64>(token) * p.h_stride + slice.first_row;
@@ -136,17 +140,18 @@ __device__ __forceinline__ void stage_hidden(const ExpandParams& p, const SliceI
             float one[1] = {};
             if (!is_aligned && r + j < rank) sum_planes(p, from + r + j, one), v[j] = one[0];
         }
-        const int at = t * stride_of(rank) + r / 2;
+        const int at = begin + t * stride_of(rank) + r / 2;
         split(v[0] * scale, v[1] * scale, tile.high[at], tile.low[at]);
         split(v[2] * scale, v[3] * scale, tile.high[at + 1], tile.low[at + 1]);
     }
 }
-// Operands of 32 values from k on.
-__device__ __forceinline__ Hidden<4> read_hidden(const HiddenTile& tile, int rank, int k) {
-    const int lane = threadIdx.x % kWarp, at = lane / 4 * stride_of(rank) + k / 2 + lane % 4;
-    Hidden<4> hidden;
+// Operands of 8 values a pair from k on: 32 of ranks above 16.
+template <int kPairs = 4>
+__device__ __forceinline__ Hidden<kPairs> read_hidden(const HiddenTile& tile, int rank, int k, int begin = 0) {
+    const int lane = threadIdx.x % kWarp, at = begin + lane / 4 * stride_of(rank) + k / 2 + lane % 4;
+    Hidden<kPairs> hidden;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) hidden.high[j] = tile.high[at + 4 * j], hidden.low[j] = tile.low[at + 4 * j];
+    for (int j = 0; j < kPairs; ++j) hidden.high[j] = tile.high[at + 4 * j], hidden.low[j] = tile.low[at + 4 * j];
     return hidden;
 }
 
@@ -189,14 +194,14 @@ __device__ __forceinline__ Delta block_delta(const Fragments& a, int block, cons
 }
 // A block's delta in passes over 32 values of k of outputs 8 g .. 8 g + 3, then of 8 g + 4 .. + 7: next(half, k, fragments).
 template <class Next>
-__device__ __forceinline__ Delta block_delta(const HiddenTile& tile, int rank, Next next) {
+__device__ __forceinline__ Delta block_delta(const HiddenTile& tile, int rank, Next next, int begin = 0) {
     Delta delta;
     float d[4][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll 1
         for (int k = 0; k < rank; k += 32) {
-            const Hidden<4> hidden = read_hidden(tile, rank, k);
+            const Hidden<4> hidden = read_hidden(tile, rank, k, begin);
             Fragments a;
             next(half, k, a);
 #pragma unroll
@@ -226,7 +231,7 @@ __device__ __forceinline__ void load_unaligned(const u8* pool, const Block& bloc
         for (int j = 0; j < 4; ++j) {
             const int row = kLaneRows * g + half * 4 + i / 2 * 2 + j % 2;
             const int k = begin + i % 2 * 16 + j / 2 * 8 + c * 2;
-            const u16* from = reinterpret_cast<const u16*>(pool + block.offset) + row * rank + k;
+            const u16* from = reinterpret_cast<const u16*>(pool + block.base(g)) + row * rank + k;
             const u32 low = is_live && k < rank ? from[0] : 0, high = is_live && k + 1 < rank ? from[1] : 0;
             to.v[i][j] = high << 16 | low;
         }

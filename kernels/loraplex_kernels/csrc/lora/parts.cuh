@@ -47,16 +47,20 @@ struct Numbers {
     float v[kVec];
 };
 
-// The kVec numbers from `at` on; `step` is not 0, and no tile ends between them.
-__device__ __forceinline__ Numbers load_numbers(const PartTables& t, int first, int step, i64 offset, int at) {
-    const i64 from = offset >= 0 ? offset + at * static_cast<i64>(sizeof(float))
-                                 : load_lasting8(t.tiles + first + at / step) + at % step * static_cast<i64>(sizeof(float));
+__device__ __forceinline__ Numbers read_numbers(const u8* from) {
     Numbers n;
 #pragma unroll
     for (int q = 0; q < kVec / 4; ++q) {
-        const Quad quad = load_weights16(t.pool + from + q * 16);
+        const Quad quad = load_weights16(from + q * 16);
         n.v[q * 4] = __uint_as_float(quad.x), n.v[q * 4 + 1] = __uint_as_float(quad.y);
         n.v[q * 4 + 2] = __uint_as_float(quad.z), n.v[q * 4 + 3] = __uint_as_float(quad.w);
     }
     return n;
+}
+
+// The kVec numbers from `at` on; `step` is not 0, and no tile ends between them.
+__device__ __forceinline__ Numbers load_numbers(const PartTables& t, int first, int step, i64 offset, int at) {
+    const i64 from = offset >= 0 ? offset + at * static_cast<i64>(sizeof(float))
+                                 : load_lasting8(t.tiles + first + at / step) + at % step * static_cast<i64>(sizeof(float));
+    return read_numbers(t.pool + from);
 }

@@ -12,7 +12,9 @@
 // so that a lane ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as
 // 16-byte vectors. Within 16 rank rows A's are, so that a lane sends 4 neighbouring sums at a time.
 // Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load. A stacked
-// rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves.
+// rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves. PARTS = 8 is for
+// ranks above 256 of a slice, and above 768 stacked: tiles of 8 columns, and two launches, one for the first 256 rank rows and one
+// for the others of the slices that have them, as h of more would leave the ring no shared memory.
 // Alignment: columns % 8 == 0, x and y rows on 16 bytes.
 // Shared memory: an SM's divided by 2 or 3 (by 2 for a rank above 64); the ring's slots take what the rest leaves.
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.

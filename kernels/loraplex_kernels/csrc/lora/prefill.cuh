@@ -7,7 +7,7 @@ struct alignas(16) Segment {
     int token_begin;
     int count;  // <= kTokens
     int adapter;
-    int part;  // slice + 4 * share
+    int part;  // slice + 4 * share; of wide ranks slice + 4 * (not the first 256 rank rows) + 8 * share
 };
 
 __device__ __forceinline__ const Segment* segments(const LoraTables& t) { return reinterpret_cast<const Segment*>(t.items); }

@@ -15,11 +15,16 @@ constexpr u32 kStep = 64;  // columns of x, rank rows of a block, outputs of a c
 constexpr u32 kActivationBytes = kTokens * kStep * 2;
 constexpr u32 kSlotBytes = kActivationBytes + kRanks * kStep * 2;
 constexpr u32 kOwned = kTokens / kCluster;  // tokens whose h a CTA sums
-constexpr u32 kParts = PARTS;               // of a step's columns, each within one tile of A: 1, or 4 where tiles are narrower
+constexpr u32 kParts = PARTS;  // of a step's columns, each within one tile of A: 1, or 4 or 8 where tiles are narrower
 constexpr u32 kPartColumns = kStep / kParts;
+// Ranks above 256, of which an item has the first 256 rows or the others, and which have 32 outputs to a tile of B.
+constexpr bool kIsWide = kParts == 8;
+constexpr u32 kHalfRank = 256;
+constexpr u32 kBParts = kIsWide ? 2 : 1;  // of a chunk's outputs, each within one tile of B
+constexpr u32 kPartOutputs = kStep / kBParts;
 static_assert(kTokens == 16 * kWarpsM && kThreads == 256 && kOwned * kCluster == kTokens);
 static_assert(kMaxBlocks == 1 || kRanks == kStep, "blocks but the last are full");
-static_assert(kParts == 1 || kPartColumns == 16, "the narrowest tiles of up to 768 stacked rank rows");
+static_assert(kParts == 1 || kPartColumns == 16 || kIsWide, "the narrowest tiles of up to 768 stacked rank rows");
 
 struct Params {
     LoraTables lora;
@@ -37,9 +42,9 @@ struct Shared {
     u8 ring[kStages][kSlotBytes];
     float partial[kTokens * kRanks];  // [source CTA][owned token][rank row]
     u8 hidden[kMaxBlocks][kTokens * kStep * 2];
-    const u8* a_base[kTable * kParts];  // of the first rank row of each part of a step
-    const u8* b_base[kTable];           // of each chunk's first output
-    u32 a_stride[kTable * kParts];      // bytes
+    const u8* a_base[kTable * kParts];   // of the first rank row of each part of a step
+    const u8* b_base[kTable * kBParts];  // of the first output of each part of a chunk
+    u32 a_stride[kTable * kParts];       // bytes
     float scale[kTokens];
     u64 partial_landed[kMaxBlocks], hidden_landed[kMaxBlocks];  // mbarriers: what peers store to `partial` and `hidden`
 };
@@ -51,7 +56,13 @@ struct Job {
     u32 rank, first;                         // of the slice; its first row in A
     u32 slice_begin, first_output, outputs;  // first counted from the slice's
     u32 first_step, steps;
+    u32 b_stride, b_first;  // of wide ranks: elements from one row of B to the next, and those before this item's
 };
+// Elements from one row of B to the next.
+__device__ __forceinline__ u32 row_length(const Job& job) {
+    if constexpr (kIsWide) return job.b_stride;
+    return job.rank;
+}
 
 // Byte offset of 16-byte vector `vec` of 128-byte row `row`.
 __device__ __forceinline__ u32 swizzled(u32 row, u32 vec) { return row * 128 + (vec ^ (row & 7)) * 16; }
@@ -68,7 +79,7 @@ __device__ __forceinline__ u32 padded(u32 rank) { return min(kStep, (rank + 15) 
 
 __device__ __forceinline__ Job make_job(const Params& p, const Segment& item, const OpEntry& e, u32 cta) {
     Job job;
-    const u32 slice = item.part & 3, share = item.part >> 2;
+    const u32 slice = item.part & 3, share = item.part >> (kIsWide ? 3 : 2);
     job.token_begin = item.token_begin, job.count = item.count;
     job.rank = e.rank[slice];
     job.first = 0;
@@ -79,6 +90,12 @@ __device__ __forceinline__ Job make_job(const Params& p, const Segment& item, co
         if (s > slice) break;
         job.first += e.rank[s - 1];
         job.slice_begin = p.slice_begin[s], slice_end = p.slice_begin[s + 1];
+    }
+    if constexpr (kIsWide) {
+        const bool is_second = item.part >> 2 & 1;
+        job.b_stride = job.rank, job.b_first = is_second ? kHalfRank : 0;
+        job.first += job.b_first;
+        job.rank = is_second ? max(job.rank, kHalfRank) - kHalfRank : min(job.rank, kHalfRank);
     }
     const u32 steps = (p.columns + kStep - 1) / kStep;
     job.first_step = steps * cta / kCluster;
@@ -99,9 +116,13 @@ __device__ __forceinline__ void look_up_tiles(const Params& p, const OpEntry& e,
         shared.a_stride[i] = width * 2;
     }
     // From the other end, so that different warps wait for the two kinds of tiles.
-    for (u32 i = kThreads - 1 - threadIdx.x; i * kStep < job.outputs; i += kThreads) {
-        const u32 n = job.first_output + i * kStep, step = e.b_step[slice], tile = n / step;
-        shared.b_base[i] = p.lora.pool + b_tile(p.lora, e, slice, tile) + (n - tile * step) * job.rank * 2;
+    for (u32 i = kThreads - 1 - threadIdx.x; i / kBParts * kStep < job.outputs; i += kThreads) {
+        u32 n = job.first_output + i * kPartOutputs;
+        if constexpr (kIsWide) n = min(n, job.first_output + job.outputs - 1);  // a chunk's second part may be empty
+        const u32 step = e.b_step[slice], tile = n / step;
+        const u8* base = p.lora.pool + b_tile(p.lora, e, slice, tile) + (n - tile * step) * row_length(job) * 2;
+        if constexpr (kIsWide) base += job.b_first * 2;
+        shared.b_base[i] = base;
     }
 }
 
@@ -174,15 +195,24 @@ struct Loader {
             copy_async16_if(to + kThreads * 16, weights + kThreads / 8 * bytes, inside && r < left ? 16 : 0, r < padded(left));
         }
     }
+    // Where column `column` of B's row `r` of a chunk is.
+    __device__ __forceinline__ const u8* b_address(u32 r, u32 column) const {
+        if constexpr (kIsWide) {
+            const u32 part = at * kBParts + min(r / kPartOutputs, kBParts - 1);
+            return as_global(shared.b_base[part]) + (r % kPartOutputs * job.b_stride + column) * 2;
+        }
+        return as_global(shared.b_base[at]) + (r * job.rank + column) * 2;
+    }
     __device__ __forceinline__ void load_b(SharedAddress to) const {
         const u32 column = block * kStep + b_from, rows = job.outputs - at * kStep;
         const bool needed = b_from < padded(job.rank - block * kStep);
         to += b_to;
-        const u8* weights = as_global(shared.b_base[at]) + (b_row * job.rank + column) * 2;
-        if (job.rank % 8 != 0) {  // rows are not aligned: element by element
+        const u8* weights = b_address(b_row, column);
+        if (row_length(job) % 8 != 0) {  // rows are not aligned: element by element
             u16* element = reinterpret_cast<u16*>(generic_address(shared, to));
 #pragma unroll 1
             for (u32 r = b_row; needed && r < min(kStep, rows); r += kThreads >> lg) {
+                if constexpr (kIsWide) weights = b_address(r, column);
 #pragma unroll 1
                 for (u32 j = 0; j < 8; ++j) element[j] = column + j < job.rank ? reinterpret_cast<const u16*>(weights)[j] : 0;
                 element += kThreads * 8, weights += (kThreads >> lg) * job.rank * 2;
@@ -193,7 +223,8 @@ struct Loader {
         copy_async16_if(to, weights, bytes, needed && b_row < min(kStep, rows));
         if constexpr (kRanks > 32) {
             const bool second = lg == 3 && needed && b_row + kThreads / 8 < rows;
-            copy_async16_if(to + kThreads * 16, weights + kThreads / 4 * job.rank, bytes, second);
+            const u8* below = kIsWide ? b_address(b_row + kThreads / 8, column) : weights + kThreads / 4 * job.rank;
+            copy_async16_if(to + kThreads * 16, below, bytes, second);
         }
     }
     __device__ __forceinline__ SharedAddress next_slot() {

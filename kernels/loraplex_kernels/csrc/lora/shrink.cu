@@ -140,7 +140,7 @@ __device__ __forceinline__ void keep(Shared& shared, int half, bool is_first, co
 __device__ __forceinline__ void multiply_group(const Params& p, const Shared& shared, int which, int piece, int row, int column,
                                                bool upper, bool lower, const Group& group, float (&d)[4]) {
     for (int t = 0; t < group.count; ++t) {
-        const float* x = p.x + static_cast<i64>(group.tokens[t]) * p.columns;
+        const float* x = p.x + static_cast<i64>(group.row(t)) * p.columns;
         float sums[2] = {};
         for (int s = 0; s < kSteps; ++s) {
             const int k = column + s * 32;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void multiply_group(const Params& p, const Shared& sh
 __device__ __forceinline__ void multiply_group(const Params& p, const Group& group, int column, const Quad (&a0)[kSteps],
                                                const Quad (&a1)[kSteps], float (&d)[4]) {
     const int g = threadIdx.x % kWarp / 4;
-    const elem* from = p.x + static_cast<i64>(g < group.count ? group.tokens[g] : 0) * p.columns + column;
+    const elem* from = p.x + static_cast<i64>(g < group.count ? group.row(g) : 0) * p.columns + column;
     Quad x[kSteps];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {

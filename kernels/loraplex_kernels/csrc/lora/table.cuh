@@ -4,7 +4,12 @@
 
 constexpr int kSlices = 3;       // most projections of one op (q, k, v)
 constexpr int kGroupTokens = 8;  // tokens of one adapter that share a load of its weights: the N of mma.m16n8k16
-constexpr int kMaxRank = 256;    // most rank rows of a slice; up to as many stacked, 64 columns of them fit a 32 KiB tile
+// Kernels built with LORAPLEX_CHAINS take rows that add several adapters up, each a term of its row, and larger ranks.
+#ifdef LORAPLEX_CHAINS
+constexpr int kMaxRank = 512;  // most rank rows of a slice, of which 32 outputs fit a 32 KiB tile
+#else
+constexpr int kMaxRank = 256;  // most rank rows of a slice; up to as many stacked, 64 columns of them fit a 32 KiB tile
+#endif
 
 // One (adapter, layer, op). Ranks of 0: not adapted. Tiles are numbered in the tile table, which is one load too many on
 // the way to a matrix that no page's end divides: its tiles lie behind each other from an offset of the pool on.
@@ -28,9 +33,19 @@ struct alignas(16) Group {
     int adapter;  // -1: base model alone
     int count;
     int reserved[2];
-    int tokens[kGroupTokens];
+    int tokens[kGroupTokens];  // rows of h and of scales
+#ifdef LORAPLEX_CHAINS
+    int rows[kGroupTokens];  // rows of activations
+    __device__ __forceinline__ int row(int t) const { return rows[t]; }
+#else
+    __device__ __forceinline__ int row(int t) const { return tokens[t]; }
+#endif
 };
+#ifdef LORAPLEX_CHAINS
+static_assert(sizeof(Group) == 80, "chains.py writes 80 bytes");
+#else
 static_assert(sizeof(Group) == 48, "items.py writes 48 bytes");
+#endif
 
 // One CTA's share of a group; what begin and extent count is each kernel's.
 struct alignas(16) Item {

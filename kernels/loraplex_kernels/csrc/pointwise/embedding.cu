@@ -1,6 +1,7 @@
 // out[t] = table[ids[t]]; an id outside the vocabulary gives a row of zeros rather than a fault.
 //
-// ids[t] < 0 means: the token last sampled for slot slots[t], still on the device (StepPlan's FROM_DEVICE).
+// ids[t] == -1 means: the token last sampled for slot slots[t], still on the device (StepPlan's FROM_DEVICE); below, that
+// lora/embed_rows.cu has written the row, as the token's adapter adapts the embedding.
 // Grid: one CTA per token. Block: 128 threads copying 16-byte vectors. No shared memory. Alignment: rows on 16 bytes.
 // Registers: 16 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
 #include "common.cuh"
@@ -24,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(128, 16) embedding(const Params p) 
     dependency_wait();
     const int token = blockIdx.x;
     int id = p.ids[token];
+    if (id < -1) return;
     if (id < 0) id = p.last_sampled[p.slots[token]];
     const bool known = id >= 0 && id < p.vocab;
     for (int column = threadIdx.x * kVec; column < kHidden; column += 128 * kVec) {

@@ -21,11 +21,11 @@
 constexpr int kWanted = 7 * kThreads / 8;  // candidates of a top_p row: about 2.1 kThreads tokens reach the list
 
 struct Params {
-    const elem* logits;     // [rows, vocab]
+    const elem* logits;     // [rows, stride]; tokens from vocab on cannot be drawn
     const SampleRow* rows;  // [rows]
     const Edit* edits;      // [edit rows, max_edits]
-    const u8* edit_bits;    // [edit rows, ceil(vocab / 8)]
-    u16* counts;            // [count rows, vocab]; the drawn token is counted
+    const u8* edit_bits;    // [edit rows, ceil(stride / 8)]
+    u16* counts;            // [count rows, stride]; the drawn token is counted
     const u8* masks;        // [mask rows, 4 ceil(vocab / 32)]
     int* drawn;             // [2, rows]: tokens, and what became of the draw, `kValid` or another
     int* last_sampled;      // [slots]
@@ -33,7 +33,7 @@ struct Params {
     int vocab;
     int max_edits;
     int report_top;
-    int reserved;
+    int stride;  // a multiple of 8 wherever vocab is
 };
 static_assert(sizeof(Params) == 88, "params.py mirrors it");
 
@@ -198,15 +198,15 @@ __device__ __forceinline__ float report_likeliest(const Best best, int* report, 
 __device__ __forceinline__ void set_up(const Params& p) {
     const SampleRow& row = shared.row;
     const i64 at = blockIdx.x;
-    Source s = {p.logits + at * p.vocab, nullptr, nullptr, nullptr, nullptr, p.vocab, 0, false, false};
+    Source s = {p.logits + at * p.stride, nullptr, nullptr, nullptr, nullptr, p.vocab, 0, false, false};
     if (row.mask_row >= 0) s.mask = p.masks + static_cast<i64>(row.mask_row) * ((p.vocab + 31) / 32 * 4);
     if (row.edit_row >= 0) {
-        s.bits = p.edit_bits + static_cast<i64>(row.edit_row) * ((p.vocab + kUnit - 1) / kUnit);
+        s.bits = p.edit_bits + static_cast<i64>(row.edit_row) * ((p.stride + kUnit - 1) / kUnit);
         s.edits = p.edits + static_cast<i64>(row.edit_row) * p.max_edits;
         s.num_edits = abs(row.num_edits);
         s.only_edited = row.num_edits < 0;
     }
-    if (row.count_row >= 0) s.counts = p.counts + static_cast<i64>(row.count_row) * p.vocab;
+    if (row.count_row >= 0) s.counts = p.counts + static_cast<i64>(row.count_row) * p.stride;
     s.is_special = s.bits || s.counts;
     shared.source = s;
 }

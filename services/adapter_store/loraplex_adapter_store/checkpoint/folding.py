@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loraplex_adapter_store.checkpoint.peft_methods import ADALORA, SHIRA, VERA
+from loraplex_common.vectors import IN_VECTOR
+
+from loraplex_adapter_store.checkpoint.peft_methods import ADALORA, FLORA, SHIRA, VERA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +25,9 @@ def folded_of(config: PeftConfig, modules: Sequence[Module]) -> Iterator[str]:
     """Yield what was folded; nothing for plain LoRA."""
     if said := _BY_METHOD.get(config.method):
         yield said.format(count=len(modules), rank=config.rank)
+    factors = sum(config.method == FLORA and module.of_kind(IN_VECTOR) is not None for module in modules)
+    if factors:
+        yield f"lora_A and lora_B of rank 1 are factors on inputs and outputs: {factors} modules"
     if config.lora_bias:
         yield "lora_B.bias times the scaling is the module's bias"
     if config.bias != "none":

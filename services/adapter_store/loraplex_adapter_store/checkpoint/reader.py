@@ -21,7 +21,8 @@ from loraplex_adapter_store.checkpoint.outside_names import split_outside
 from loraplex_adapter_store.checkpoint.parts import Module
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
-from loraplex_adapter_store.checkpoint.peft_methods import LORA, VERA
+from loraplex_adapter_store.checkpoint.peft_methods import FLORA, LORA, VERA
+from loraplex_adapter_store.checkpoint.rank_one import fold_rank_one
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
 from loraplex_adapter_store.checkpoint.trial import check_trial
@@ -146,7 +147,7 @@ def _read_modules(
         )
         if parts := parts_of(source):
             modules.append(Module(layer, projection.name, name, tuple(parts)))
-    return modules
+    return fold_rank_one(modules, base) if config.method == FLORA else modules
 
 
 def _checked_invocation(config: PeftConfig, base: BaseModelInfo, found: _Found) -> tuple[int, ...]:

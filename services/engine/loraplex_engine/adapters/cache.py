@@ -158,7 +158,7 @@ class AdapterCache:
             is_warming: Whether no request has asked for it yet.
         """
         adapter = self.states[digest]
-        room = self._reclaim_index(may_evict)
+        room = self.reclaim_indices(1, may_evict)
         if room is Room.NOW:
             room = self.reclaim(adapter.num_pages, may_evict)
         if room is Room.NOW:
@@ -208,15 +208,15 @@ class AdapterCache:
             self.evict(adapter)
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
-    def _reclaim_index(self, may_evict: Callable[[Adapter], bool]) -> Room:
-        """Make an index of the adapter table free."""
-        if not self.loads.indices.num_free and not self.loads.indices.num_retiring:
-            victims = self.ranking.choose_idle(1, may_evict)  # any adapter has a page
-            if victims is None:
-                return Room.NO
-            for adapter in victims:
-                self.evict(adapter)
-        return Room.NOW if self.loads.indices.num_free else Room.SOON
+    def reclaim_indices(self, count: int, may_evict: Callable[[Adapter], bool]) -> Room:
+        """Make ``count`` indices of the adapter table free; none if that is not enough."""
+        indices = self.loads.indices
+        victims = self.ranking.choose_idle_adapters(count - indices.num_free - indices.num_retiring, may_evict)
+        if victims is None:
+            return Room.NO
+        for adapter in victims:
+            self.evict(adapter)
+        return Room.NOW if indices.num_free >= count else Room.SOON
 
     def drop(self, digest: str) -> None:
         """Take an adapter off device and arena as soon as it has no lease; a pin does not save it."""

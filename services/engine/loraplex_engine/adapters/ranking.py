@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from loraplex_engine.adapters.arrival_rates import ArrivalRates
@@ -81,6 +82,14 @@ class AdapterRanking:
     def choose_idle(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
         """Return the idle adapters worth least that together free ``num_pages``; None if all of them are too few."""
         return self._idle.choose(num_pages, may_evict)
+
+    def choose_idle_adapters(self, count: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
+        """Return the ``count`` idle adapters worth least; None if there are fewer."""
+        if count <= 0:
+            return []
+        with self._idle.in_order() as idle:
+            chosen = list(islice(filter(may_evict, idle), count))
+        return chosen if len(chosen) == count else None
 
     # --- images that may leave the arena, and adapters worth loading ahead ---
 

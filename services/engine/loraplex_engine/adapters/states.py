@@ -12,7 +12,7 @@ from loraplex_engine.adapters.adapter import Adapter, AdapterStatus
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, WantImage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from loraplex_common.adapter_image import AdapterSpec
 
@@ -69,6 +69,14 @@ class AdapterStates:
         adapter = self._adapters.get(digest)
         return adapter.state if adapter else ResidencyState.ABSENT
 
+    def have_come(self, digests: Iterable[str]) -> bool:
+        """Tell whether the images of these adapters are all in the arena or on the device."""
+        return all(self.state_of(digest) not in (ResidencyState.ABSENT, ResidencyState.WANTED) for digest in digests)
+
+    def are_resident(self, digests: Iterable[str]) -> bool:
+        """Tell whether these adapters can all be leased."""
+        return all(self.state_of(digest) is ResidencyState.RESIDENT for digest in digests)
+
     def due_s(self, digest: str) -> float:
         """Return when a WANTED adapter's image gets its turn for room in the arena; -inf if the adapter is unknown."""
         adapter = self._adapters.get(digest)
@@ -80,9 +88,9 @@ class AdapterStates:
         return adapter.spec if adapter is not None else None
 
     def num_pages_of(self, digest: str) -> int | None:
-        """Return the pages that an adapter takes; None until its image has been seen."""
+        """Return the pages that an adapter takes; None until its image has been seen or offered."""
         adapter = self._adapters.get(digest)
-        return adapter.num_pages if adapter and adapter.spec else None
+        return adapter.num_pages if adapter and adapter.num_pages else None
 
     @property
     def num_pinned(self) -> int:
@@ -163,9 +171,9 @@ class AdapterStates:
         return len(self._claims)
 
     @property
-    def num_claims(self) -> int:
-        """Claims on all adapters together."""
-        return sum(self._claims.values())
+    def claims(self) -> dict[str, int]:
+        """How many waiting requests claim each claimed adapter, a copy."""
+        return dict(self._claims)
 
     # --- the store ---
 
@@ -189,6 +197,14 @@ class AdapterStates:
         adapter = self._adapters.get(digest)
         if adapter and adapter.state is ResidencyState.WANTED:
             self.move(adapter, ResidencyState.ABSENT)
+
+    def note_size(self, digest: str, num_pages: int, *, is_news: bool) -> None:
+        """Note how many pages an image on offer has; ``is_news`` has the requests that wait with it looked at again."""
+        adapter = self._adapters.get(digest)
+        if adapter is not None and adapter.state is ResidencyState.WANTED:
+            adapter.num_pages = num_pages
+            if is_news:
+                self._changed.add(digest)
 
     # --- pins ---
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.loop.engine_state import EngineState
     from loraplex_engine.messages import ImageArrived
-    from loraplex_engine.step import LoadHandle, ModelRunner
+    from loraplex_engine.model_runner import LoadHandle, ModelRunner
 
 
 class AdapterLoading:

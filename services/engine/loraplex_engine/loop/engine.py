@@ -15,12 +15,12 @@ from loraplex_engine.limits import EngineLimits
 from loraplex_engine.loop.adapter_operations import AdapterOperations
 from loraplex_engine.loop.calls import failing_into
 from loraplex_engine.loop.engine_state import EngineState
-from loraplex_engine.loop.load_report import LoadReport
+from loraplex_engine.loop.load_report import LoadReport, LoadSnapshot
 from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
-from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
-from loraplex_engine.step import ModelRunner
+from loraplex_engine.messages import Call, Command, StoreEvent
+from loraplex_engine.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry

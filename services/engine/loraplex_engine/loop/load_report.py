@@ -6,12 +6,34 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.messages import LoadSnapshot
-
 if TYPE_CHECKING:
     from loraplex_engine.loop.engine_state import EngineState
 
 RATE_WINDOW_S: Final = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSnapshot:
+    """The engine's load between two steps; fields as in engine.proto LoadReport.
+
+    Attributes:
+        pages_free: Pages that can be had at once, including those of cached blocks.
+        pages_cached: The part of ``pages_free`` that holds cached blocks.
+    """
+
+    sequence: int
+    running: int
+    waiting: int
+    queued_uncached_tokens: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int = 0
+    pages_kv: int
+    pages_adapter: int
+    pages_pinned: int
+    adapters_resident: int
+    tokens_per_s: float
+    draining: bool
 
 
 @dataclass(frozen=True, slots=True)

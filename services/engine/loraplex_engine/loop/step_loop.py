@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.outbox import SessionOutbox
     from loraplex_engine.loop.step_times import StepTimes
     from loraplex_engine.loop.totals import LoopTotals
-    from loraplex_engine.step import ModelRunner
+    from loraplex_engine.model_runner import ModelRunner
 
 
 JOIN_S: Final = 0.1

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.loop.step_times import StepTimes
     from loraplex_engine.loop.step_watchdog import Pulse
+    from loraplex_engine.model_runner import ModelRunner, StepHandle
     from loraplex_engine.scheduler.scheduler import Scheduler
-    from loraplex_engine.step import ModelRunner, StepHandle, StepPlan
+    from loraplex_engine.step import StepPlan
 
 
 class StepsInFlight:
@@ -65,7 +66,7 @@ class StepsInFlight:
         totals = self.totals
         totals.launch_s += time.perf_counter() - began_s
         totals.add_step(len(plan.token_ids))
-        totals.num_adapters += len(set(plan.adapters.tolist()) - {NO_ADAPTER})
+        totals.num_adapters += len({*plan.adapters.tolist(), *plan.more_adapters.adapters.tolist()} - {NO_ADAPTER})
 
     def complete(self) -> None:
         """Wait for the oldest step and pass its result on."""

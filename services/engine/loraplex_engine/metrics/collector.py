@@ -15,7 +15,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from loraplex_engine.messages import LoadSnapshot, ResidencyChanged, ResidencyState
+from loraplex_engine.messages import ResidencyChanged, ResidencyState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_names import AdapterNames
 
     from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.loop.totals import LoopTotals
     from loraplex_engine.metrics.residency import ResidencyMetrics

@@ -1,7 +1,7 @@
 """Names of blocks of tokens: equal names mean equal keys and values in every layer.
 
-A block's name is a hash over everything that its keys and values depend on: the adapter's revision (or none), the
-request's factor on the adapter's scaling, the cache salt, and *all* tokens up to the block's end. A layer's keys and
+A block's name is a hash over everything that its keys and values depend on: the adapter's revision (or none, or several in
+the order in which they are added), the request's factor on each adapter's scaling, the cache salt, and *all* tokens up to the block's end. A layer's keys and
 values depend on every adapted module below it, so blocks of an adapter never have the base model's names, whichever
 modules the adapter changes. The one exception: blocks that lie wholly before the token from which an activated adapter
 applies are computed by the base model alone, and have its names.
@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
+
+    from loraplex_engine.messages import AdapterTerm
 
 KEY_BYTES: Final = 16
 
@@ -34,6 +38,7 @@ class BlockKeys:
         cache_salt: Sequences share blocks only if their salts are equal.
         block_tokens: Tokens of a block.
         adapter_start: First token that the adapter applies to; None: it applies to all.
+        more_adapters: Adapters that are added to the first one, in this order; none of them beside ``adapter_start``.
 
     Attributes:
         keys: Names of the full blocks, in order.
@@ -49,12 +54,16 @@ class BlockKeys:
         cache_salt: str,
         block_tokens: int,
         adapter_start: int | None = None,
+        more_adapters: Iterable[AdapterTerm] = (),
     ) -> None:
         self._block_tokens = block_tokens
         self._hash = hashlib.blake2b(digest_size=KEY_BYTES)
         self._activation: tuple[bytes, ...] = ()
         self._num_base_blocks = 0
         identity = ((adapter_digest or "").encode(), struct.pack("<f", adapter_scale if adapter_digest else 1.0))
+        for term in more_adapters:  # with its length, no list reads as another
+            digest = term.digest.encode()
+            identity = (identity[0] + struct.pack("<qf", len(digest), term.scale) + digest, identity[1])
         if adapter_start is not None and adapter_digest is not None:
             self._activation = (*identity, struct.pack("<q", adapter_start))
             self._num_base_blocks = adapter_start // block_tokens

@@ -18,6 +18,7 @@ from loraplex_common.request_limits import (
     MAX_PROMPT_LOGPROBS,
     NOTHING_LEFT,
     RANGES,
+    Range,
     leaves_nothing,
 )
 
@@ -73,7 +74,15 @@ def check_range(value: float, field: str) -> float:
     Raises:
         InvalidParameterError: If the value is out of range; NaN and infinities always are.
     """
-    limits = RANGES[field.rpartition(".")[2]]
+    return check_within(value, RANGES[field.rpartition(".")[2]], field)
+
+
+def check_within(value: float, limits: Range, field: str) -> float:
+    """Return a number if it is in a range.
+
+    Raises:
+        InvalidParameterError: If it is not.
+    """
     require(
         value in limits,
         field,
@@ -105,20 +114,6 @@ def check_digest(digest: str, field: str) -> str:
     """
     require(is_digest(digest), field, f"{digest[:80]!r} is not 64 lower-case hex digits")
     return digest
-
-
-def check_adapter_start(submit: engine_pb2.Submit) -> int | None:
-    """Return the first token that the request's adapter applies to, if it says one.
-
-    Raises:
-        InvalidParameterError: If the prompt has no such token, or there is no adapter.
-    """
-    if not submit.HasField("adapter_start"):
-        return None
-    start, num_tokens = submit.adapter_start, len(submit.prompt_token_ids)
-    require(bool(submit.adapter_digest), "adapter_start", "the request names no adapter")
-    require(start < num_tokens, "adapter_start", f"{start} is behind the prompt's {num_tokens} tokens")
-    return int(start)
 
 
 def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -15,19 +15,18 @@ from loraplex_engine.messages import (
     Ended,
     FinishReason,
     Loading,
-    LoadSnapshot,
     Priority,
     ResidencyState,
     Started,
     Submission,
     TokenWithLogprobs,
 )
+from loraplex_engine.rpc.adapter_fields import check_adapter_start, check_more_adapters
 from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structured_output
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
     added_token_ids,
-    check_adapter_start,
     check_digest,
     check_drawable,
     check_range,
@@ -38,6 +37,7 @@ from loraplex_engine.rpc.validation import (
 )
 
 if TYPE_CHECKING:
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from loraplex_engine.step import TokenLogprobs
 
 _PRIORITIES: Final = {
@@ -104,6 +104,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         stopping=stopping,
         adapter_digest=check_digest(submit.adapter_digest, "adapter_digest") if submit.adapter_digest else None,
         adapter_scale=check_range(_scale(submit), "adapter_scale"),
+        more_adapters=check_more_adapters(submit),
         adapter_start=check_adapter_start(submit),
         **_moments(submit, now_s),
         fairness_key=submit.fairness_key,

@@ -1,4 +1,4 @@
-"""What a request and its adapter must agree on; known once the adapter's image has arrived."""
+"""What a request and its adapters must agree on; known of each adapter once its image has arrived."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.flora import FLORA
-from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_common.adapter_parts import PartSize
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.messages import Submission
@@ -20,15 +20,16 @@ _MULTIPLIERS: Final = {
     OUT_VECTOR: "a factor on its outputs (DoRA, (IA)3)",
     IN_VECTOR: "a factor on its inputs ((IA)3)",
     FLORA: "FLoRA",
-    ROWS: "rows of tokens",
 }
 
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
-    """Return why a request cannot be computed with its adapter; None if it can."""
+    """Return why a request cannot be computed with an adapter of its own; None if it can."""
     for field, token_id in submission.added_token_ids:
         if token_id > spec.last_row_id:
             return InvalidParameterError(_no_row(field, token_id, spec), field=field)
+    if submission.more_adapters:
+        return _why_not_added(spec)
     if spec.is_activated and submission.adapter_start is None:
         return AdapterIncompatibleError(
             f"adapter {spec.digest} is activated by a sequence of tokens, and the gateway did not say where the prompt has it: "
@@ -43,8 +44,7 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         return None
     return InvalidParameterError(
         f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
-        f"{_MULTIPLIERS[part.kind]}, which multiplies or replaces what the base model computes; leave adapter_scale out, or name an "
-        "adapter of pairs, biases and sparse deltas alone",
+        f"{_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
     )
 
@@ -56,3 +56,26 @@ def _no_row(field: str, token_id: int, spec: AdapterSpec) -> str:
         f"{field}: token id {token_id} is behind the base model's vocabulary, and adapter {spec.digest} has no row for it: "
         f"{what}; use ids of the vocabulary, or name the adapter that adds the token"
     )
+
+
+def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
+    """Return why an adapter cannot be one of several of a request; None if it can."""
+    part = spec.unscalable
+    if spec.is_activated:
+        why = "it is activated by a sequence of tokens, from which on it alone applies"
+    elif part is not None:
+        why = f"in layer {part.layer}, {part.projection} has {_what(part)}"
+    else:
+        return None
+    return InvalidParameterError(
+        f"adapters: adapter {spec.digest} cannot be added to others: {why}; name it alone, or name adapters of pairs, biases and "
+        "sparse deltas",
+        field="adapters",
+    )
+
+
+def _what(part: PartSize) -> str:
+    multiplier = _MULTIPLIERS.get(part.kind)
+    if multiplier is None:
+        return "rows of tokens, which replace what the base model has"
+    return f"{multiplier}, which multiplies what the base model computes"

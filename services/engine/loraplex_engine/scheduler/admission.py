@@ -21,6 +21,8 @@ from loraplex_engine.scheduler.placement import Outcome, Placement
 from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.limits import EngineLimits
     from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
@@ -68,9 +70,9 @@ class Admission:
         self._look_again_s = math.inf
 
     @property
-    def reserving_digest(self) -> str | None:
-        """Adapter of the request that pages are reserved for; the growth of other requests must not evict it."""
-        return self._reserving.adapter_digest if self._reserving else None
+    def reserving_digests(self) -> tuple[str, ...]:
+        """Adapters of the request that pages are reserved for; the growth of other requests must not evict them."""
+        return self._reserving.digests if self._reserving else ()
 
     @property
     def is_reserving(self) -> bool:
@@ -85,15 +87,18 @@ class Admission:
         return min(self._look_again_s, self._queue.next_promotion_s)
 
     def arrive(self, request: Request, now_s: float) -> None:
-        """Start to fetch a new request's adapter from the store, if it has any and the arena lacks it."""
-        digest = request.adapter_digest
-        if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
-            self._fetch(request, digest, now_s)
+        """Start to fetch a new request's adapters from the store, if it has any and the arena lacks one."""
+        states, digests = self._cache.states, request.digests
+        if not digests:
+            return
+        is_loadable = any(states.state_of(digest) is ResidencyState.IN_ARENA for digest in digests)
+        if not (is_loadable and states.have_come(digests)):
+            self._fetching.fetch(request, now_s, reserving=self._reserving)
 
-    def load_unattended(self, digest: str) -> None:
-        """Load an adapter that no request waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
+    def load_unattended(self, digest: str, beside: Iterable[str] = ()) -> None:
+        """Load an adapter that no request waits with, if idle room allows; see `AdapterFetching.load_unattended`."""
         if self._reserving is None:
-            self._fetching.load_unattended(digest)
+            self._fetching.load_unattended(digest, beside)
 
     def admit(self, now_s: float) -> None:
         """Admit the requests that fit, and start the loads of adapters that the next ones need."""
@@ -147,8 +152,8 @@ class Admission:
                     return
                 self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
             self._queue.set_aside(request)
-            if request.has_claim and request.adapter_digest is not None:
-                self._spared.add(request.adapter_digest)
+            if request.has_claim:
+                self._spared.update(request.digests)
 
     @property
     def _is_idle(self) -> bool:
@@ -165,10 +170,9 @@ class Admission:
         is_waiting = request.state is RequestState.WAITING
         if is_waiting and not request.is_parked:
             is_waiting = self._consider(request, now_s) is not Outcome.GONE or request.is_parked
-        digest = request.adapter_digest
-        if is_waiting and request.is_parked and digest is not None:
-            # pages do not help while the store has yet to send the adapter
-            is_waiting = self._cache.state_of(digest) is not ResidencyState.WANTED
+        if is_waiting and request.is_parked:
+            # pages do not help while the store has yet to send an adapter
+            is_waiting = self._cache.states.have_come(request.digests)
         if not is_waiting:
             self._reserving = None
         return is_waiting
@@ -180,15 +184,13 @@ class Admission:
         return outcome
 
     def _look_at(self, request: Request, now_s: float) -> Outcome:
-        digest = request.adapter_digest
-        if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            return self._fetch(request, digest, now_s)
+        if not self._cache.states.are_resident(request.digests):
+            return self._fetching.fetch(request, now_s, reserving=self._reserving)
         if not self._batch.state.num_free or not self._has_budget:
             self._fetching.claim(request, is_reserving=request is self._reserving)
             return Outcome.NO_PLACE
         if self._feasibility.refuse_if_unservable(request) or self._feasibility.end_if_unreachable(request, now_s):
             return Outcome.GONE
-        return self._placement.seat(request, set() if request is self._reserving else set(self._spared))
-
-    def _fetch(self, request: Request, digest: str, now_s: float) -> Outcome:
-        return self._fetching.fetch(request, digest, now_s, reserving=self._reserving)
+        if request is self._reserving:
+            return self._placement.seat(request, set())
+        return self._placement.seat(request, self._spared | self._book.claimed_ahead_of(request))

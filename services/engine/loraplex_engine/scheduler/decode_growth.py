@@ -62,8 +62,7 @@ class DecodeGrowth:
 
     def _make_room(self, num_pages: int) -> Room:
         """Make pages free, a few ahead of need if that takes nothing from a waiting request."""
-        own = self._admission.reserving_digest
-        spared = set() if own is None else {own}
+        spared = set(self._admission.reserving_digests)
         spare = EvictionRule(spared, spares_claimed=True)
         room = self._source.make_room(num_pages + self.watermark, spare)
         if room is Room.NO:
@@ -76,7 +75,6 @@ class DecodeGrowth:
         """Return the request admitted last, except one whose adapter drains: a drained adapter might not come again."""
         requests = self._batch.requests
         for request in reversed(requests):
-            digest = request.adapter_digest
-            if digest is None or self._cache.state_of(digest) is not ResidencyState.DRAINING:
+            if all(self._cache.state_of(digest) is not ResidencyState.DRAINING for digest in request.digests):
                 return request
         return requests[-1]

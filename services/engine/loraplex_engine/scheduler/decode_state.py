@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from loraplex_common.request_limits import MAX_ADAPTERS
 from numpy.typing import NDArray
 
-from loraplex_engine.step import NO_ADAPTER, SamplingArrays
+from loraplex_engine.step import NO_ADAPTER, MoreAdapters, SamplingArrays
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.scheduler.request import Request
 
@@ -46,6 +49,9 @@ class DecodeState:
         adapters: int32 ``[S]``; index in the runner's table of the adapter that the row's next tokens are computed with.
         leased: int32 ``[S]``; index of the occupant's adapter, also while its tokens are the base model's.
         adapter_scales: fp32 ``[S]``.
+        more_adapters: int32 ``[S, M]``, M the most adapters beside the first; in the order in which they are added, then
+            `NO_ADAPTER`.
+        more_scales: fp32 ``[S, M]``.
         stop_ids: int32 ``[K, S]``; ids that end the output, filled up with -1.
         sessions: int64 ``[S]``.
         session_slots: int32 ``[S]``.
@@ -72,6 +78,8 @@ class DecodeState:
         self.adapters = np.full(size, NO_ADAPTER, dtype=np.int32)
         self.leased = np.full(size, NO_ADAPTER, dtype=np.int32)
         self.adapter_scales = np.ones(size, dtype=np.float32)
+        self.more_adapters = np.full((size, MAX_ADAPTERS - 1), NO_ADAPTER, dtype=np.int32)
+        self.more_scales = np.ones((size, MAX_ADAPTERS - 1), dtype=np.float32)
         self.stop_ids = np.full((_MIN_STOP_IDS, size), _NO_TOKEN, dtype=np.int32)
         self.sessions = np.zeros(size, dtype=np.int64)
         self.session_slots = np.zeros(size, dtype=np.int32)
@@ -100,10 +108,10 @@ class DecodeState:
         """The slot that `seat` takes."""
         return self._free[-1]
 
-    def seat(self, request: Request, *, adapter: int, pages: Pages, stop_ids: tuple[int, ...]) -> int:
+    def seat(self, request: Request, *, adapters: Sequence[int], pages: Pages, stop_ids: tuple[int, ...]) -> int:
         """Give a request a slot with its tokens, pages and settings; returns the slot.
 
-        The first pages already hold the request's first ``request.num_cached`` tokens. If it raises, the slot is still
+        ``adapters`` are the indices of its adapters in the runner's table, in its order. The first pages already hold the request's first ``request.num_cached`` tokens. If it raises, the slot is still
         free.
         """
         slot = self.next_slot
@@ -119,9 +127,7 @@ class DecodeState:
         self.max_outputs[slot] = request.max_outputs
         self.min_outputs[slot] = submission.stopping.min_new_tokens
         self.is_decoding[slot] = False
-        self.leased[slot] = adapter
-        self.adapters[slot] = adapter if request.applies_adapter_at(request.num_cached) else NO_ADAPTER
-        self.adapter_scales[slot] = submission.adapter_scale
+        self._set_adapters(slot, request, adapters)
         self._set_stop_ids(slot, stop_ids)
         self.has_rules[slot] = submission.rules is not None
         self.sessions[slot] = submission.session_id
@@ -131,6 +137,27 @@ class DecodeState:
         self.num_blocks[slot] = len(pages)
         self._free.pop()
         return slot
+
+    def _set_adapters(self, slot: int, request: Request, adapters: Sequence[int]) -> None:
+        first = adapters[0] if adapters else NO_ADAPTER
+        self.leased[slot] = first
+        self.adapters[slot] = first if request.applies_adapter_at(request.num_cached) else NO_ADAPTER
+        self.adapter_scales[slot] = request.submission.adapter_scale
+        self.more_adapters[slot] = NO_ADAPTER
+        if len(adapters) > 1:
+            num_more = len(adapters) - 1
+            self.more_adapters[slot, :num_more] = adapters[1:]
+            self.more_scales[slot, :num_more] = [term.scale for term in request.submission.more_adapters]
+
+    def more_adapters_of(self, rows: Rows) -> MoreAdapters:
+        """Return the adapters beside the first of ``rows``, by their place in ``rows``."""
+        indices = self.more_adapters.take(rows, axis=0)
+        places = indices != NO_ADAPTER
+        return MoreAdapters(
+            rows=places.nonzero()[0].astype(np.int32),
+            adapters=indices[places],
+            scales=self.more_scales.take(rows, axis=0)[places],
+        )
 
     def activate(self, request: Request) -> None:
         """Let a row's tokens be computed with its adapter from where the adapter applies on."""

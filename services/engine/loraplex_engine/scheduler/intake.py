@@ -100,21 +100,20 @@ class RequestIntake:
         )
 
     def _arrive(self, request: Request, now_s: float) -> None:
-        digest = request.adapter_digest
-        if digest is not None:
+        for digest in request.digests:
             self._cache.states.count_arrival(digest)
         self._admission.arrive(request, now_s)
-        if digest is None or request.state is RequestState.ENDED or self._is_resident(digest):
+        lacking = [d for d in request.digests if self._cache.state_of(d) is not ResidencyState.RESIDENT]
+        if not lacking or request.state is RequestState.ENDED:
             return
-        if request.submission.fail_fast:
-            error = AdapterLoadingError(
-                f"adapter {digest} is being loaded", retry_after_s=max(0.05, self._cache.ranking.costs.resident_s)
-            )
-            self._book.fail(request, error)
+        if not request.submission.fail_fast:
+            self._book.report_loading(request)
+            return
+        what = f"adapter {lacking[0]} is" if len(lacking) == 1 else f"adapters {', '.join(lacking)} are"
+        error = AdapterLoadingError(
+            f"{what} being loaded", retry_after_s=max(0.05, self._cache.ranking.costs.resident_s)
+        )
+        self._book.fail(request, error)
+        for digest in lacking:
             if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
-                self._admission.load_unattended(digest)
-        else:
-            self._book.report_loading(request, digest)
-
-    def _is_resident(self, digest: str) -> bool:
-        return self._cache.state_of(digest) is ResidencyState.RESIDENT
+                self._admission.load_unattended(digest, request.digests)

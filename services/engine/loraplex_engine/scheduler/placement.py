@@ -1,4 +1,4 @@
-"""What a request gets with its place in the batch: blocks computed by others, new pages, its adapter's lease, a slot.
+"""What a request gets with its place in the batch: blocks computed by others, new pages, leases of its adapters, a slot.
 
 A request fits when there is room for its blocks, its adapter and the growth expected of all running requests
 (`expected_lengths`). Pages come from the free list, from cached blocks and from idle adapters (`eviction`); a running
@@ -15,7 +15,6 @@ from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.scheduler.eviction_rule import EvictionRule
 from loraplex_engine.scheduler.expected_lengths import peak_growth
 from loraplex_engine.scheduler.request import Request, RequestState
-from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
@@ -72,7 +71,7 @@ class Placement:
         """Give a waiting request its place; GONE if it has its place now.
 
         Args:
-            request: The request; its adapter is resident.
+            request: The request; its adapters are resident.
             spared: Digests of adapters that must not be evicted for it.
         """
         found = self._sharing.find(request)
@@ -94,7 +93,7 @@ class Placement:
         return Outcome.GONE
 
     def _make_place(self, request: Request, found: Pages, spared: set[str]) -> Outcome:
-        """Give a request slot, pages and lease (GONE), or none of them if they cannot be had or if it raises.
+        """Give a request slot, pages and leases (GONE), or none of them if they cannot be had or if it raises.
 
         Positions of the request's tokens, in blocks:
 
@@ -103,9 +102,7 @@ class Placement:
         """
         num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
         num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
-        digest = request.adapter_digest
-        if digest is not None:
-            spared.add(digest)
+        spared.update(request.digests)
         room = Room.NO
         if self._fits(request, num_pages, len(found), spared):
             room = self._source.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
@@ -113,15 +110,21 @@ class Placement:
             return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
         stop_ids = self._stop_ids_of(request)
         new = self._pool.allocate(num_pages, PageOwner.KV)
-        adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
+        leased: list[str] = []
         try:
-            self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=stop_ids)
+            adapters = [self._lease(digest, leased) for digest in request.digests]
+            self._batch.seat(request, adapters=adapters, found=found, new=new, stop_ids=stop_ids)
         except BaseException:
             self._pool.release(new, -1)
-            if digest is not None:
+            for digest in leased:
                 self._cache.release(digest, self._book.last_launched)
             raise
         return Outcome.GONE
+
+    def _lease(self, digest: str, leased: list[str]) -> int:
+        index = self._cache.lease(digest)
+        leased.append(digest)
+        return index
 
     def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:
         """Tell whether a request's pages and the growth expected of all running requests fit; alone, it always fits."""

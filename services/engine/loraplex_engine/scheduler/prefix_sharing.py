@@ -85,5 +85,6 @@ class PrefixSharing:
                 cache_salt=submission.cache_salt,
                 block_tokens=self._state.block_tokens,
                 adapter_start=submission.adapter_start,
+                more_adapters=submission.more_adapters,
             )
         return request.block_keys.extend(tokens)

@@ -7,7 +7,7 @@ These fields change on events only (arrival, admission, preemption, end); what c
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -38,10 +38,11 @@ class Request:
 
     Attributes:
         number: Rises with arrival; unique.
+        digests: Digests of the adapters that it adds up, in order; none for the base model.
         max_outputs: Output tokens, resumed ones included, at which the request ends with LENGTH.
         output_token_ids: int32; outputs known when it last had no slot: resumed ones, later those before preemption.
         slot: Row of the decode state while RUNNING, else -1.
-        is_parked: WAITING for its adapter to change state, so admission does not look at it.
+        is_parked: WAITING for an adapter of it to change state, so admission does not look at it.
         parked_since_s: When it was parked last.
         misfit_since_s: Since when it has lacked only pages; None if it was not passed over yet.
         adapter_load_s: Time spent parked.
@@ -52,7 +53,7 @@ class Request:
         num_cached: Tokens found in the prefix cache when it last got a slot.
         num_confirmed: Known tokens that are in the pool, by the results read since it last got a slot.
         is_suspect: Its last step failed; blocks which that step computed must not be shared.
-        has_claim: It claims its adapter.
+        has_claim: It claims its adapters, all of them.
         block_keys: Names of its blocks, made at their first use.
         level: Its present class of service; rises as it waits.
         share: Index of its fairness key; -1 before it was queued.
@@ -82,6 +83,10 @@ class Request:
     level: int = Priority.NORMAL
     share: int = -1
     objective_s: float | None = None
+    digests: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digests = tuple(term.digest for term in self.submission.adapters)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -89,9 +94,9 @@ class Request:
         return (self.submission.session_id, self.submission.session_slot)
 
     @property
-    def adapter_digest(self) -> str | None:
-        """Digest of its adapter; None for the base model."""
-        return self.submission.adapter_digest
+    def adds_up(self) -> bool:
+        """Tell whether it has several adapters."""
+        return len(self.digests) > 1
 
     def applies_adapter_at(self, position: int) -> bool:
         """Tell whether its adapter, if it has one, applies to the token at a position."""

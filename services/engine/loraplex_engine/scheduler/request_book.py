@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.faults import internal_error
 from loraplex_engine.limits import SchedulerCounters
-from loraplex_engine.messages import Ended, FinishReason, Loading, Started
+from loraplex_engine.messages import Ended, FinishReason, Loading, ResidencyState, Started
 from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
 from loraplex_engine.scheduler.outputs import OutputCollector
 from loraplex_engine.scheduler.request import Request, RequestState
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+
+
+_COURSE: Final = (
+    ResidencyState.ABSENT,
+    ResidencyState.WANTED,
+    ResidencyState.IN_ARENA,
+    ResidencyState.LOADING,
+    ResidencyState.DRAINING,
+    ResidencyState.RESIDENT,
+)
+"""States in the order in which an adapter comes; one that drains must leave before it can come again."""
 
 
 class SlotInUseError(ValueError):
@@ -68,6 +79,7 @@ class RequestBook:
         self._page_bytes = limits.page_bytes
         self._clock = clock
         self._requests: dict[tuple[int, int], Request] = {}
+        self._claiming_several: dict[int, Request] = {}  # by number
         self.last_launched = -1
 
     def __len__(self) -> int:
@@ -98,15 +110,14 @@ class RequestBook:
         self._requests[request.key] = request
         self.queue.add(request)
 
-    def report_loading(self, request: Request, digest: str) -> None:
-        """Report how far a waiting request's adapter has come."""
-        status = self._cache.states.status(digest)
-        total = status.num_pages * self._page_bytes
+    def report_loading(self, request: Request) -> None:
+        """Report how far a waiting request's adapters have come."""
+        found = [self._cache.states.status(digest) for digest in request.digests]
         event = Loading(
             session_slot=request.submission.session_slot,
-            state=status.state,
-            bytes_done=total if status.is_in_arena else 0,
-            bytes_total=total,
+            state=min((each.state for each in found), key=_COURSE.index),
+            bytes_done=sum(each.num_pages for each in found if each.is_in_arena) * self._page_bytes,
+            bytes_total=sum(each.num_pages for each in found) * self._page_bytes,
         )
         self.outputs.event(request.submission.session_id, event)
 
@@ -135,20 +146,40 @@ class RequestBook:
         self.queue.add(request)
         self.counters.num_preemptions += 1
 
+    def claim(self, request: Request) -> None:
+        """Let a waiting request without a claim claim its adapters."""
+        for digest in request.digests:
+            self._cache.states.claim(digest)
+        request.has_claim = True
+        if request.adds_up:
+            self._claiming_several[request.number] = request
+
     def unclaim(self, request: Request) -> None:
-        """Take back a waiting request's claim on its adapter, if it has one."""
-        if request.has_claim and request.adapter_digest is not None:
-            self._cache.states.unclaim(request.adapter_digest)
+        """Take back a waiting request's claim on its adapters, if it has one."""
+        if request.has_claim:
+            for digest in request.digests:
+                self._cache.states.unclaim(digest)
             request.has_claim = False
+            self._claiming_several.pop(request.number, None)
+
+    def claimed_ahead_of(self, request: Request) -> set[str]:
+        """Return the adapters claimed by parked requests with several, of a higher class or older than ``request``.
+
+        An adapter that is resident has nothing to park for, so requests with one adapter are not among them.
+        """
+        place = (request.level, -request.number)
+        claiming = self._claiming_several.values()
+        ahead = (each for each in claiming if each.is_parked and (each.level, -each.number) > place)
+        return {digest for each in ahead for digest in each.digests}
 
     def _vacate(self, request: Request) -> None:
-        """Take slot, pages and lease of a request away; its full blocks stay in the prefix cache."""
+        """Take slot, pages and leases of a request away; its full blocks stay in the prefix cache."""
         self._sharing.leave(request, self._clock())
         self.batch.unseat(request, self.last_launched)
         self.queue.shares.cease_to_run(request.share)
         self.queue.uncap(request.share)
-        if request.adapter_digest is not None:
-            self._cache.release(request.adapter_digest, self.last_launched)
+        for digest in request.digests:
+            self._cache.release(digest, self.last_launched)
 
     @contextmanager
     def answering_for(self, request: Request, doing: str) -> Iterator[None]:
@@ -189,7 +220,7 @@ class RequestBook:
         stop_token_id: int | None = None,
         error: LoraplexError | None = None,
     ) -> None:
-        """End a request: take its slot, pages and lease, or its place in the queue, and send the one `Ended`."""
+        """End a request: take its slot, pages and leases, or its place in the queue, and send the one `Ended`."""
         if request.state is RequestState.RUNNING:
             self.lengths.observe(int(self.batch.state.num_outputs[request.slot]))
             self._vacate(request)

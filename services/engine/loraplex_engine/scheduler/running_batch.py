@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from loraplex_engine.scheduler.decode_state import Rows
 from loraplex_engine.scheduler.request import Request, RequestFaultError
-from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
+from loraplex_engine.step import FROM_DEVICE, NO_MORE_ADAPTERS, SlotSetup, StepPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_engine.pages.page_pool import PagePool, Pages
     from loraplex_engine.scheduler.decode_state import DecodeState
 
@@ -70,6 +72,7 @@ class RunningBatch:
             array.
         num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
         num_with_rules: Running requests of which the output has rules.
+        num_adding_up: Running requests with several adapters.
         version: Rises whenever a request comes or goes.
     """
 
@@ -83,6 +86,7 @@ class RunningBatch:
         self._setups: list[SlotSetup] = []
         self.num_prefill_tokens = 0
         self.num_with_rules = 0
+        self.num_adding_up = 0
         self.version = 0
 
     def __len__(self) -> int:
@@ -101,7 +105,7 @@ class RunningBatch:
         self,
         request: Request,
         *,
-        adapter: int,
+        adapters: Sequence[int],
         found: Pages,
         new: Pages,
         stop_ids: tuple[int, ...],
@@ -113,7 +117,7 @@ class RunningBatch:
         pages = np.concatenate([found, new]) if len(found) else new
         setup = _setup_of(request, self.state.next_slot, stop_ids)
         request.num_cached = len(found) * self.state.block_tokens
-        request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
+        request.slot = self.state.seat(request, adapters=adapters, pages=pages, stop_ids=stop_ids)
         request.num_prompt_logprobs_seen = 0
         request.num_confirmed = request.num_cached
         self._requests.append(request)
@@ -122,6 +126,7 @@ class RunningBatch:
         self.num_prefill_tokens += request.num_known_tokens - request.num_cached
         self._setups.append(setup)
         self.num_with_rules += request.submission.rules is not None
+        self.num_adding_up += request.adds_up
         self.rows = np.concatenate([self.rows, np.array([request.slot], np.intp)])
         self.version += 1
 
@@ -134,6 +139,7 @@ class RunningBatch:
         self._setups = [setup for setup in self._setups if setup.slot != slot]
         self._requests.remove(request)
         self.num_with_rules -= request.submission.rules is not None
+        self.num_adding_up -= request.adds_up
         del self._by_slot[slot]
         self._pool.release(self.state.vacate(slot), last_step)
         request.slot = -1
@@ -172,6 +178,7 @@ class RunningBatch:
             sample_rows=sample_rows,
             sampling=state.sampling(sampled),
             masked=state.has_rules.take(sampled).nonzero()[0].astype(np.int32) if self.num_with_rules else _NO_TOKENS,
+            more_adapters=state.more_adapters_of(rows) if self.num_adding_up else NO_MORE_ADAPTERS,
             setups=tuple(self._take_setups(rows)),
         )
         launched = self._remember(plan, rows, sampled, chunks, now_s)

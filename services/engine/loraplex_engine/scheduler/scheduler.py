@@ -99,7 +99,7 @@ class Scheduler:
         )
         self.counters = book.counters
         self.kv_source, source = page_sources(pool, cache, self.prefix, self.costs, limits.block_tokens)
-        feasibility = Feasibility(book=book, pool=pool, cache=cache, sharing=sharing, costs=self.costs)
+        feasibility = Feasibility(limits=limits, book=book, pool=pool, cache=cache, sharing=sharing, costs=self.costs)
         self._fetching = AdapterFetching(book=book, cache=cache, source=source, feasibility=feasibility)
         placement = Placement(limits=limits, book=book, pool=pool, cache=cache, source=self.kv_source, sharing=sharing)
         self.admission = admission = Admission(

@@ -66,7 +66,10 @@ class WaitingQueue:
         self._num_came = dict.fromkeys(_LEVELS, 0)  # requests that ever waited at each level
         self._num_at = dict.fromkeys(_LEVELS, 0)  # requests that wait at each level now
         self._aside: list[Request] = []
-        self._by_digest: dict[str, dict[int, Request]] = {}  # every waiting request with an adapter, parked or not
+        self._by_digest: dict[
+            str, dict[int, Request]
+        ] = {}  # waiting requests under each of their adapters, parked or not
+        self._adding_up: dict[int, Request] = {}  # those with several adapters
         self._num_requests = 0
 
     def __len__(self) -> int:
@@ -74,8 +77,8 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.eligible
-        for requests in self._by_digest.values():
-            yield from (request for request in requests.values() if request.is_parked)
+        for digest, requests in self._by_digest.items():
+            yield from (each for each in requests.values() if each.is_parked and each.digests[0] == digest)
 
     @property
     def eligible(self) -> list[Request]:
@@ -90,8 +93,10 @@ class WaitingQueue:
             request.share = self.shares.enter(request.submission.fairness_key)
         self.shares.wait(request.share)
         request.is_parked = False
-        if request.adapter_digest is not None:
-            self._by_digest.setdefault(request.adapter_digest, {})[request.number] = request
+        for digest in request.digests:
+            self._by_digest.setdefault(digest, {})[request.number] = request
+        if request.adds_up:
+            self._adding_up[request.number] = request
         self._num_requests += 1
         self.num_tokens += request.num_known_tokens
         self._line_up(request)
@@ -108,11 +113,11 @@ class WaitingQueue:
         """
         if not request.is_parked:
             self._step_out(request)
-        digest = request.adapter_digest
-        if digest is not None:
+        for digest in request.digests:
             del self._by_digest[digest][request.number]
             if not self._by_digest[digest]:
                 del self._by_digest[digest]
+        self._adding_up.pop(request.number, None)
         request.is_parked = False
         self._num_requests -= 1
         self._num_at[request.level] -= 1
@@ -131,7 +136,7 @@ class WaitingQueue:
         return any(request.is_parked for digest in digests for request in self._by_digest.get(digest, {}).values())
 
     def unpark(self, digest: str, now_s: float) -> None:
-        """Look at all requests of an adapter again."""
+        """Look at all requests with an adapter again."""
         for request in [request for request in self._by_digest.get(digest, {}).values() if request.is_parked]:
             request.is_parked = False
             request.adapter_load_s += now_s - request.parked_since_s
@@ -261,10 +266,15 @@ class WaitingQueue:
     # --- by adapter ---
 
     def of_adapter(self, digest: str) -> list[Request]:
-        """Return an adapter's waiting requests, the oldest first."""
+        """Return the waiting requests with an adapter, among others or alone, the oldest first."""
         requests = self._by_digest.get(digest, {})
         return [requests[number] for number in sorted(requests)]
 
     def is_awaited(self, digest: str) -> bool:
         """Tell whether a request waits with this adapter."""
         return digest in self._by_digest
+
+    @property
+    def oldest_adding_up(self) -> Request | None:
+        """The waiting request with several adapters that arrived first."""
+        return self._adding_up[min(self._adding_up)] if self._adding_up else None

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from loraplex_engine.sampling_params import AddedTokenId, SamplingParams
+from loraplex_common.structured_output import ConstraintKind
+from loraplex_engine.constraints.banned_sequences import BannedSequences
+from loraplex_engine.constraints.masks import GrammarMaskFiller
+from loraplex_engine.constraints.output_rules import OutputRules
+from loraplex_engine.messages import FinishReason, ResidencyChanged
+from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 from support.base_models import TinyBase, write_base_model
+from support.constraint_rig import PADDED_VOCAB_SIZE, compile_here, small_vocabulary
 from support.engine_harness import EngineHarness, torch_engine
 from support.outside_adapters import OutsideTruth
 
@@ -179,3 +185,62 @@ def test_an_adapter_with_more_tokens_than_the_engine_takes_ends_its_requests_alo
 
         assert "start it with --max-added-tokens 3" in refusal(refused)
         assert stranger.tokens == truth.greedy([5, 6], 4, LORA)
+
+
+def test_adapters_that_evict_each_other_draw_what_they_draw_alone(base_dir: Path, truth: OutsideTruth) -> None:
+    cases = prompts(truth, 3, seed=8)
+    with torch_engine(base_dir, num_pages=adapter_pages(base_dir, truth) + 24, block_tokens=4) as harness:
+        add_all(harness, truth)
+        for prompt in cases:
+            plain = [token % VOCAB for token in prompt]
+            (saved,) = harness.generate([prompt], adapter=digest(truth, SAVED), max_new_tokens=NUM_TOKENS)
+            (lora,) = harness.generate([plain], adapter=digest(truth, LORA), max_new_tokens=NUM_TOKENS)
+
+            assert saved == truth.greedy(prompt, NUM_TOKENS, SAVED)
+            assert lora == truth.greedy(plain, NUM_TOKENS, LORA)
+        states = {
+            event.digest: event.generation for event in harness.store_events if isinstance(event, ResidencyChanged)
+        }
+        assert max(states.values()) > 1, "no adapter came back"
+
+
+class VocabularyAtHand:
+    """A `VocabularySource` that has been read."""
+
+    def get(self) -> object:
+        return small_vocabulary()
+
+
+def test_structures_allow_no_added_token_but_a_stop_and_bad_words_may_name_them(tmp_path: Path) -> None:
+    model_dir = write_base_model(tmp_path, TinyBase(vocab_size=PADDED_VOCAB_SIZE))
+    truth = OutsideTruth(model_dir, ["saved"])
+    adapter, (first, second, stop) = digest(truth, SAVED), truth.adapters[SAVED].added
+    constraint = compile_here(ConstraintKind.REGEX, "a{2,9}")
+    likely = SamplingParams(temperature=0.0, logit_bias={first: 100.0, second: 90.0, stop: 80.0})
+    stopping = StoppingParams(max_new_tokens=8, ignore_eos=True)
+    filler = GrammarMaskFiller(VocabularyAtHand(), num_threads=1)  # type: ignore[arg-type]
+    with torch_engine(model_dir, block_tokens=4, filler=filler) as harness:
+        add_all(harness, truth)
+        ends = harness.submit(
+            [5, 6],
+            adapter=adapter,
+            sampling=likely,
+            stopping=StoppingParams(max_new_tokens=8, stop_token_ids=(stop,)),
+            rules=OutputRules(constraint.start([]), eos_token_ids=(1,), stop_token_ids=(stop,)),
+        )
+        structured = harness.submit([5, 6], rules=OutputRules(constraint.start([]), eos_token_ids=(1,)))
+        bad = harness.submit(
+            [5, 6],
+            adapter=adapter,
+            sampling=likely,
+            stopping=stopping,
+            rules=OutputRules(None, BannedSequences([(first,)])),
+        )
+        harness.wait([ends, structured, bad])
+
+    text = small_vocabulary().tokenizer.decode_str
+    assert ends.end is not None
+    assert (ends.end.finish_reason, ends.end.stop_token_id) == (FinishReason.STOP, stop)
+    assert set(text(ends.tokens[:-1])) == {"a"}
+    assert set(text([token for token in structured.tokens if token != 1])) == {"a"}
+    assert bad.tokens == [second] * 8

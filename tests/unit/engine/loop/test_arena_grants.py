@@ -9,7 +9,7 @@ from loraplex_engine.adapters.adapter import PATIENCE_S
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.loop.arena_grants import ArenaGrants
-from loraplex_engine.messages import ResidencyState
+from loraplex_engine.messages import AdapterTerm, ResidencyState
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.scheduler.request import Request, make_request
 from loraplex_engine.scheduler.waiting_queue import WaitingQueue
@@ -40,9 +40,10 @@ class Bench:
         self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
         return future
 
-    def wait_with(self, digest: str) -> Request:
-        """Let a request wait with an adapter."""
-        request = make_request(make_submission(adapter=digest), number=next(self.numbers), now_s=0.0, max_model_len=64)
+    def wait_with(self, digest: str, *more: str) -> Request:
+        """Let a request wait with an adapter, or with several."""
+        submission = make_submission(adapter=digest, more_adapters=tuple(AdapterTerm(each) for each in more))
+        request = make_request(submission, number=next(self.numbers), now_s=0.0, max_model_len=64)
         self.queue.add(request)
         return request
 
@@ -76,6 +77,40 @@ def test_an_image_that_a_request_waits_with_stays_and_the_demand_waits() -> None
     bench.queue.remove(waiting)
     bench.grants.serve()
     assert future.result(0) is not None
+    bench.arena.close()
+
+
+def test_images_that_wait_for_others_give_way_to_the_request_that_waits_longest() -> None:
+    bench = Bench()
+    first, second = bench.wait_with("a", "b"), bench.wait_with("c", "d")
+    bench.hold("a", 2)
+    bench.hold("c", 2)
+
+    last = bench.ask("d", 2)
+    assert not last.done(), "neither its own request's image nor that of the oldest request is evicted for it"
+    other = bench.ask("b", 2)
+
+    slots = other.result(0)
+    assert slots is not None
+    assert bench.cache.state_of("c") is ResidencyState.ABSENT
+    assert not last.done()
+    bench.cache.image_arrived(fake_spec("b"), slots)
+    bench.grants.serve()
+    assert not last.done(), "all images of the oldest request have come: they stay"
+    bench.queue.remove(first)
+    bench.grants.serve()
+    assert last.result(0) is not None
+    bench.queue.remove(second)
+    bench.arena.close()
+
+
+def test_the_image_of_a_request_that_lacks_no_other_gives_way_to_none() -> None:
+    bench = Bench()
+    bench.wait_with("a", "b")
+    bench.wait_with("c")
+    bench.hold("c", 3)
+
+    assert not bench.ask("b", 2).done()
     bench.arena.close()
 
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from loraplex_engine.messages import AdapterTerm
 from loraplex_engine.pages.block_keys import KEY_BYTES, BlockKeys
 
 tokens = st.lists(st.integers(0, 3), max_size=12)
@@ -24,9 +25,15 @@ def names(
     salt: str = "",
     start: int | None = None,
     block_tokens: int = 2,
+    more: tuple[AdapterTerm, ...] = (),
 ) -> list[bytes]:
     keys = BlockKeys(
-        adapter_digest=digest, adapter_scale=scale, cache_salt=salt, block_tokens=block_tokens, adapter_start=start
+        adapter_digest=digest,
+        adapter_scale=scale,
+        cache_salt=salt,
+        block_tokens=block_tokens,
+        adapter_start=start,
+        more_adapters=more,
     )
     return list(keys.extend(np.array(token_ids, dtype=np.int32)))
 
@@ -44,6 +51,26 @@ def test_blocks_share_a_name_only_if_all_that_they_depend_on_is_equal(first: Nam
 
     for (i, one), (j, other) in itertools.product(enumerate(names(*first)), enumerate(names(*second))):
         assert (one == other) == (depends_on(first, i) == depends_on(second, j))
+
+
+terms = st.lists(st.builds(AdapterTerm, st.sampled_from(["a", "ab", "b"]), scales), min_size=1, max_size=3)
+
+
+@given(first=st.tuples(tokens, terms, salts), second=st.tuples(tokens, terms, salts))
+def test_blocks_of_several_adapters_share_a_name_only_if_adapters_order_and_weights_are_equal(
+    first: tuple[list[int], list[AdapterTerm], str], second: tuple[list[int], list[AdapterTerm], str]
+) -> None:
+    def found(token_ids: list[int], listed: list[AdapterTerm], salt: str) -> list[bytes]:
+        return names(token_ids, listed[0].digest, listed[0].scale, salt, more=tuple(listed[1:]))
+
+    for (i, one), (j, other) in itertools.product(enumerate(found(*first)), enumerate(found(*second))):
+        assert (one == other) == ((first[0][: 2 * i + 2], *first[1:]) == (second[0][: 2 * j + 2], *second[1:]))
+
+
+def test_a_list_of_one_adapter_has_the_names_that_the_adapter_had_before_there_were_lists() -> None:
+    (name,) = names([1, 2], digest="ab" * 32, scale=0.5, salt="tenant")
+
+    assert name.hex() == "375799c5f2d6a31fe3d6e1778b68977a"
 
 
 def test_an_adapter_has_no_name_in_common_with_the_base_whatever_it_touches() -> None:

@@ -6,11 +6,11 @@ from google.rpc import code_pb2
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
 from loraplex_common.error_status import from_status
 from loraplex_common.errors import RequestTooLargeError
+from loraplex_engine.loop.load_report import LoadSnapshot
 from loraplex_engine.messages import (
     Ended,
     FinishReason,
     Loading,
-    LoadSnapshot,
     PromptLogprobs,
     ResidencyState,
     SessionEvent,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import DeadlineError, InvalidParameterError, NotSupportedError
-from loraplex_engine.messages import Priority, Submission
+from loraplex_engine.messages import AdapterTerm, Priority, Submission
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.validation import RequestLimits
 from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 
 LIMITS = RequestLimits(vocab_size=100, max_model_len=32)
-DIGEST = "ab" * 32
+DIGEST, OTHER = "ab" * 32, "cd" * 32
 
 
 def make_submit(**fields: object) -> engine_pb2.Submit:
@@ -24,6 +24,10 @@ def make_submit(**fields: object) -> engine_pb2.Submit:
         "sampling": gateway_pb2.SamplingParams(temperature=0.0, seed=7),
     }
     return engine_pb2.Submit(**(defaults | fields))  # type: ignore[arg-type]
+
+
+def more(*terms: tuple[str, float | None]) -> list[engine_pb2.AdapterTerm]:
+    return [engine_pb2.AdapterTerm(digest=digest, scale=scale) for digest, scale in terms]
 
 
 def submission(submit: engine_pb2.Submit) -> Submission:
@@ -44,6 +48,7 @@ def test_unset_fields_take_their_stated_defaults() -> None:
     assert result.sampling == SamplingParams(temperature=1.0, seed=5)
     assert result.stopping == StoppingParams()
     assert (result.adapter_digest, result.adapter_scale, result.priority) == (None, 1.0, Priority.NORMAL)
+    assert (result.more_adapters, result.adapters) == ((), ())
     assert (result.deadline_s, result.queue_deadline_s, result.time_limit_at_s) == (None, None, None)
 
 
@@ -58,6 +63,7 @@ def test_every_field_arrives() -> None:
         stopping=stopping(max_new_tokens=5, min_new_tokens=3, stop_token_ids=[9], ignore_eos=True),
         adapter_digest=DIGEST,
         adapter_scale=0.5,
+        more_adapters=more((OTHER, None), ("ef" * 32, 0.0)),
         time_left=wire.duration(10),
         queue_timeout=wire.duration(2),
         time_limit=wire.duration(3),
@@ -91,6 +97,8 @@ def test_every_field_arrives() -> None:
     )
     assert result.stopping == StoppingParams(max_new_tokens=5, min_new_tokens=3, stop_token_ids=(9,), ignore_eos=True)
     assert (result.adapter_digest, result.adapter_scale) == (DIGEST, 0.5)
+    assert result.more_adapters == (AdapterTerm(OTHER, 1.0), AdapterTerm("ef" * 32, 0.0))
+    assert result.adapters == (AdapterTerm(DIGEST, 0.5), *result.more_adapters)
     assert (result.deadline_s, result.queue_deadline_s, result.time_limit_at_s) == (1010.0, 1002.0, 1003.0)
     assert (result.fairness_key, result.priority, result.cache_salt) == ("tenant", Priority.HIGH, "salt")
     assert result.fail_fast
@@ -119,6 +127,15 @@ def test_top_k_of_minus_one_keeps_all_tokens() -> None:
         ({"adapter_scale": -0.5}, "adapter_scale"),
         ({"adapter_scale": math.inf}, "adapter_scale"),
         ({"adapter_scale": 100.5}, "adapter_scale"),
+        ({"more_adapters": more((OTHER, 1.0))}, "more_adapters"),
+        ({"adapter_digest": DIGEST, "more_adapters": more(("cd", 1.0))}, "more_adapters[0].digest"),
+        ({"adapter_digest": DIGEST, "more_adapters": more((DIGEST, 0.5))}, "more_adapters[0].digest"),
+        ({"adapter_digest": DIGEST, "more_adapters": more((OTHER, 1), (OTHER, 2))}, "more_adapters[1].digest"),
+        ({"adapter_digest": DIGEST, "more_adapters": more((OTHER, -1.0))}, "more_adapters[0].scale"),
+        ({"adapter_digest": DIGEST, "more_adapters": more((OTHER, math.nan))}, "more_adapters[0].scale"),
+        ({"adapter_digest": DIGEST, "more_adapters": more((OTHER, 101.0))}, "more_adapters[0].scale"),
+        ({"adapter_digest": DIGEST, "adapter_start": 1, "more_adapters": more((OTHER, 1.0))}, "more_adapters"),
+        ({"adapter_digest": DIGEST, "more_adapters": more(*((f"{at:064x}", 1.0) for at in range(8)))}, "more_adapters"),
         ({"queue_timeout": wire.duration(-1)}, "queue_timeout"),
         ({"time_limit": wire.duration(-1)}, "time_limit"),
         ({"logprobs": 21}, "logprobs"),
@@ -213,14 +230,16 @@ NEWER = b"\xfa\x3f\x01x"  # field 1023 of a later version, a string
         ("stopping", "stopping.1023"),
         ("structured_output", "structured_output.1023"),
         ("bad_token_sequences", r"bad_token_sequences\[1\].1023"),
+        ("more_adapters", r"more_adapters\[1\].1023"),
     ],
 )
 def test_a_field_of_a_newer_gateway_is_refused_by_its_number(part: str, name: str) -> None:
     submit = make_submit(stopping=stopping(max_new_tokens=3))
     for _ in range(2):
         submit.bad_token_sequences.add().ids.append(5)
+        submit.more_adapters.add()
     inner: Any = getattr(submit, part) if part else submit
-    (inner[1] if part == "bad_token_sequences" else inner).MergeFromString(NEWER)
+    (inner[1] if part in ("bad_token_sequences", "more_adapters") else inner).MergeFromString(NEWER)
 
     with pytest.raises(NotSupportedError, match=f"field {name} of Submit.* update the engine"):
         submission(submit)

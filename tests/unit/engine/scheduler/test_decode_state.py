@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_engine.messages import AdapterTerm
 from loraplex_engine.sampling_params import SamplingParams
 from loraplex_engine.scheduler.decode_state import NO_PAGE, DecodeState
 from loraplex_engine.scheduler.request import Request, make_request
-from loraplex_engine.step import NO_ADAPTER
 from support.scheduler_rig import make_submission
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def test_a_seat_holds_tokens_pages_and_settings() -> None:
         prompt=[1, 2, 3], resumed=[9], sampling=SamplingParams(temperature=0.5, top_k=7, seed=2**64 - 1)
     )
 
-    slot = state.seat(request, adapter=5, pages=pages(10, 11), stop_ids=(3, 4))
+    slot = state.seat(request, adapters=(5,), pages=pages(10, 11), stop_ids=(3, 4))
 
     assert state.tokens[slot, :4].tolist() == [1, 2, 3, 9]
     assert state.blocks[slot, :3].tolist() == [10, 11, NO_PAGE]
@@ -50,7 +50,7 @@ def test_a_seat_holds_tokens_pages_and_settings() -> None:
 
 def test_a_vacated_slot_gives_its_pages_back_and_changes_occupancy() -> None:
     state = make_state(1)
-    slot = state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(7), stop_ids=())
+    slot = state.seat(a_request(), adapters=(), pages=pages(7), stop_ids=())
     before = int(state.occupancy[slot])
 
     freed = state.vacate(slot)
@@ -63,7 +63,7 @@ def test_a_vacated_slot_gives_its_pages_back_and_changes_occupancy() -> None:
 
 def test_rows_to_decode_leaves_out_prefills_and_those_at_their_limit() -> None:
     state = make_state()
-    slots = [state.seat(a_request(max_new_tokens=2), adapter=NO_ADAPTER, pages=pages(i), stop_ids=()) for i in range(3)]
+    slots = [state.seat(a_request(max_new_tokens=2), adapters=(), pages=pages(i), stop_ids=()) for i in range(3)]
     rows = np.array(slots)
     state.is_decoding[slots[1:]] = True
     state.next_position[slots[2]] = 2
@@ -73,7 +73,7 @@ def test_rows_to_decode_leaves_out_prefills_and_those_at_their_limit() -> None:
 
 def test_a_row_needs_a_block_exactly_when_its_blocks_are_full() -> None:
     state = make_state()
-    row = np.array([state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(1), stop_ids=())])
+    row = np.array([state.seat(a_request(), adapters=(), pages=pages(1), stop_ids=())])
 
     needs = []
     for computed in range(3, 6):
@@ -90,9 +90,7 @@ def test_a_row_needs_a_block_exactly_when_its_blocks_are_full() -> None:
 def test_recorded_tokens_are_kept_and_stops_recognised_per_row() -> None:
     state = make_state()
     stops = [(5,), (6, 7, 8, 9, 10, 11), ()]
-    rows = np.array(
-        [state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(i), stop_ids=s) for i, s in enumerate(stops)]
-    )
+    rows = np.array([state.seat(a_request(), adapters=(), pages=pages(i), stop_ids=s) for i, s in enumerate(stops)])
 
     is_stop = state.record(rows, int32(0, 0, 0), int32(5, 11, 5))
 
@@ -102,7 +100,7 @@ def test_recorded_tokens_are_kept_and_stops_recognised_per_row() -> None:
 
 def test_a_stop_id_before_min_new_tokens_does_not_end() -> None:
     state = make_state()
-    row = np.array([state.seat(a_request(min_new_tokens=2), adapter=NO_ADAPTER, pages=pages(1), stop_ids=(5,))])
+    row = np.array([state.seat(a_request(min_new_tokens=2), adapters=(), pages=pages(1), stop_ids=(5,))])
 
     assert state.sampling(row).ban_stops[0]
     assert not state.record(row, int32(1), int32(5))[0]
@@ -111,10 +109,30 @@ def test_a_stop_id_before_min_new_tokens_does_not_end() -> None:
 
 def test_a_successors_stop_ids_replace_its_predecessors() -> None:
     state = make_state(1)
-    slot = state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(1), stop_ids=tuple(range(20)))
+    slot = state.seat(a_request(), adapters=(), pages=pages(1), stop_ids=tuple(range(20)))
     state.vacate(slot)
 
-    slot = state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(1), stop_ids=(3,))
+    slot = state.seat(a_request(), adapters=(), pages=pages(1), stop_ids=(3,))
 
     assert not state.record(np.array([slot]), int32(0), int32(4))[0]
     assert state.record(np.array([slot]), int32(0), int32(3))[0]
+
+
+def test_adapters_beside_the_first_go_with_their_rows_in_order_and_leave_with_the_occupant() -> None:
+    state = make_state()
+    terms = (AdapterTerm("b", 0.5), AdapterTerm("c", 2.0))
+    several = a_request(adapter="a", more_adapters=terms)
+    slots = [
+        state.seat(a_request(), adapters=(), pages=pages(1), stop_ids=()),
+        state.seat(several, adapters=(4, 9, 3), pages=pages(2), stop_ids=()),
+        state.seat(a_request(), adapters=(), pages=pages(3), stop_ids=()),
+    ]
+
+    more = state.more_adapters_of(np.array([slots[2], slots[1], slots[0]]))
+
+    assert (more.rows.tolist(), more.adapters.tolist(), more.scales.tolist()) == ([1, 1], [9, 3], [0.5, 2.0])
+    assert [str(each.dtype) for each in (more.rows, more.adapters, more.scales)] == ["int32", "int32", "float32"]
+    state.vacate(slots[1])
+    again = state.seat(a_request(), adapters=(), pages=pages(2), stop_ids=())
+    assert again == slots[1]
+    assert len(state.more_adapters_of(np.array([again])).rows) == 0

@@ -48,7 +48,7 @@ def expected(submission: Submission, stride: Stride) -> list[int]:
     while len(output) < stride.most:
         tokens = np.array(prompt + output, dtype=np.int32)
         allows = partial(stride.allows, len(output))
-        token = draw(tokens, "", 1.0, submission.sampling.seed, (), allows)
+        token = draw(tokens, (), submission.sampling.seed, (), allows)
         output.append(token)
     return output[num_resumed:]
 

@@ -9,11 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from loraplex_common.errors import LoraplexError, RequestTooLargeError
 from loraplex_engine.limits import QueuePolicy
-from loraplex_engine.messages import FinishReason, Priority, ResidencyState
+from loraplex_engine.messages import AdapterTerm, FinishReason, Priority, ResidencyState
 from support.scheduler_rig import Client, Rig, make_submission, solo
 
 ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 1, "huge": 30}
 adapters = st.sampled_from([None, None, None, "a", "a", "b", "b", "c", "d", "huge"])
+more_adapters = st.one_of(
+    st.just(()),
+    st.lists(
+        st.builds(AdapterTerm, st.sampled_from(["a", "b", "c", "d", "huge"]), st.sampled_from([1.0, 0.5, 0.0])),
+        max_size=3,
+        unique_by=lambda term: term.digest,
+    ),
+)
 rarely = st.sampled_from([False] * 7 + [True])
 # many begin alike, so that blocks are shared
 beginnings = st.sampled_from([[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [9] * 8])
@@ -55,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         adapter=adapters,
+        more=more_adapters,
         prompt=prompts,
         key=st.sampled_from(["", "one", "two"]),
         salt=st.sampled_from(["", "", "salt"]),
@@ -67,13 +76,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit_s=st.sampled_from([None] * 5 + [0.5, 5.0, 20.0]),
     )
     def submit(
-        self, limit_s: float | None, adapter: str | None, seed: int, key: str, salt: str, **fields: object
+        self,
+        limit_s: float | None,
+        adapter: str | None,
+        more: list[AdapterTerm],
+        seed: int,
+        key: str,
+        salt: str,
+        **fields: object,
     ) -> None:
         limits = {} if limit_s is None else {"queue_deadline_s": self.rig.now_s + limit_s}
         submission = make_submission(
             slot=self.next_slot,
             adapter=adapter,
             adapter_scale=1.0 + seed // 3,
+            more_adapters=tuple(term for term in more if term.digest != adapter) if adapter is not None else (),
             fairness_key=key,
             cache_salt=salt,
             **limits,  # type: ignore[arg-type]

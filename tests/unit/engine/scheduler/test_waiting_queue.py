@@ -190,10 +190,10 @@ class WaitingQueueMachine(RuleBasedStateMachine):
             self.shares.leave(request.share)
             request.move_to(RequestState.ENDED)
 
-    @precondition(lambda self: any(r.adapter_digest and not r.is_parked for r in self.waiting))
+    @precondition(lambda self: any(r.digests and not r.is_parked for r in self.waiting))
     @rule(data=st.data())
     def park(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from([r for r in self.waiting if r.adapter_digest and not r.is_parked]))
+        request = data.draw(st.sampled_from([r for r in self.waiting if r.digests and not r.is_parked]))
         self.queue.park(request, self.now_s)
 
     @rule(digest=st.sampled_from("xy"))

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
+from loraplex_kernels.lora.chains import LoraChains, fixed_terms
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 
 from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
 from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
 from loraplex_engine.runners.cuda.part_lora import DecodeParts
-from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS
+from loraplex_engine.runners.cuda.row_terms import needs_chains, row_terms, used_adapters
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
+from loraplex_engine.step import NO_MORE_ADAPTERS
 
 if TYPE_CHECKING:
-    import numpy as np
     from loraplex_kernels.lora.items import OpShape
     from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import KernelLibrary
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
+    from loraplex_engine.step import MoreAdapters
 
 MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
@@ -81,30 +85,44 @@ class DecodeLora:
         widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
         self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
         self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
+        self._chains = {
+            lora: LoraChains(library, tables, pool, shapes, max_rows=rows, max_terms=fixed_terms(rows))
+            for lora, rows in ((self.beside, rows_beside), (self.in_line, max_rows))
+        }
+        self._hidden |= {lora: lora.new_scratch() for lora in self._chains.values()}
         self._sent: dict[LoraDecode, tuple[object, int]] = {}
         self._parts = DecodeParts(library, tables, pool, followers=followers, max_rows=max_rows, num_sms=num_sms)
 
     @property
     def num_variants(self) -> int:
-        """The graphs that it has a path for: `variants`, then `PART_VARIANTS`."""
+        """The graphs that it has a path for: `variants`, then `PART_VARIANTS`, then chains of pairs."""
+        return self.chain_variant + 1
+
+    @property
+    def chain_variant(self) -> int:
+        """The graph of rows that add several adapters of pairs alone up, and of ranks above `PLAIN_MAX_RANK`."""
         return len(self.variants) + len(PART_VARIANTS)
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
         """Tensors whose addresses reach kernels through tables."""
         own = (self.beside.items.buffer, self.in_line.items.buffer, *self._hidden.values(), self._delta)
-        return (*own, *self._parts.fixed_tensors)
+        of_chains = (tensor for chains in self._chains.values() for tensor in chains.fixed_tensors)
+        return (*own, *of_chains, *self._parts.fixed_tensors)
 
     def path(self, bucket: int, variant: int) -> LayerPath:
         """Return how a graph of that many rows and that variant goes through the projections."""
-        if variant >= len(self.variants):
+        is_chained = variant == self.chain_variant
+        if variant >= len(self.variants) and not is_chained:
             return self._parts.path(bucket, variant - len(self.variants))
-        ops = self.variants[variant]
+        ops = self.variants[-1 if is_chained else variant]
         if not ops:
             return BasePath(self._followers)
-        lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
+        kernels = self._kernels_of(bucket)
+        lora = self._chains[kernels] if is_chained else kernels
+        grids = Grids.of(bucket, self._num_sms, is_chained=is_chained)
         hidden = self._hidden[lora]
-        if lora is self.in_line:
+        if kernels is self.in_line:
             return InLineLoraPath(self._followers, lora, hidden, grids, ops=ops)
         return BesideLoraPath(
             self._followers,
@@ -116,27 +134,64 @@ class DecodeLora:
             fork=self._fork,
         )
 
-    def prepare(self, adapters: NDArray[np.int32], bucket: int, num_binds: int) -> int:
-        """Send the items of a step, unless the device has them already; return the variant that reads them.
+    def prepare(
+        self,
+        adapters: NDArray[np.int32],
+        bucket: int,
+        num_binds: int,
+        *,
+        scales: NDArray[np.float32] | None = None,
+        more: MoreAdapters = NO_MORE_ADAPTERS,
+    ) -> int:
+        """Send the items of a step, unless the device has them already; return the variant that reads them, or `NO_GRAPH`.
+
+        A step that no graph computes gets `NO_GRAPH`: it goes the way of steps with prompts.
 
         Args:
-            adapters: int32 ``[N]``; adapter of each row, -1 for none.
+            adapters: int32 ``[N]``; first adapter of each row, -1 for none.
             bucket: Bucket of the graph that will run.
             num_binds: Rises whenever an index of the tables names another adapter.
+            scales: fp32 ``[N]``; the requests' factors on them; 1 if unset.
+            more: Further adapters of rows.
         """
         used = adapters[adapters >= 0]
         if not used.size:
             return 0
+        if len(more.rows):
+            return self._prepare_chains(adapters, bucket, num_binds, scales, more)
         lora, key = self._kernels_of(bucket), (num_binds, adapters.tobytes())
         sent = self._sent.get(lora)
         if sent is None or sent[0] != key:
+            if needs_chains(self._tables, used, more):
+                return self._prepare_chains(adapters, bucket, num_binds, scales, more)
             if self._tables.has_others[used].any():
-                return len(self.variants) + self._parts.prepare(adapters, key)
+                number = self._parts.prepare(adapters, key)
+                return number if number == NO_GRAPH else len(self.variants) + number
             lora.prepare(adapters)
             sent = self._sent[lora] = (
                 key,
                 variant_of(self.variants, self._tables.geometry, self._tables.max_stacked[used]),
             )
+        return sent[1]
+
+    def _prepare_chains(
+        self,
+        adapters: NDArray[np.int32],
+        bucket: int,
+        num_binds: int,
+        scales: NDArray[np.float32] | None,
+        more: MoreAdapters,
+    ) -> int:
+        if self._tables.has_others[used_adapters(adapters, more)].any():
+            return NO_GRAPH
+        chains = self._chains[self._kernels_of(bucket)]
+        factors = np.ones(len(adapters), dtype=np.float32) if scales is None else scales
+        arrays = (adapters, factors, more.rows, more.adapters, more.scales)
+        key = (num_binds, *(array.tobytes() for array in arrays))
+        sent = self._sent.get(chains)
+        if sent is None or sent[0] != key:
+            fits = chains.prepare_terms(row_terms(adapters, factors, more)) is not None
+            sent = self._sent[chains] = key, self.chain_variant if fits else NO_GRAPH
         return sent[1]
 
     def _kernels_of(self, bucket: int) -> LoraDecode:

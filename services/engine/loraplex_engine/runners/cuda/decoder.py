@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import torch
 from loraplex_kernels.attention.decode import AttentionDecode
@@ -25,16 +25,20 @@ from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.lora_paths import Followers
 
 if TYPE_CHECKING:
+    from loraplex_common.adapter_image import Geometry
     from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
 ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
+COLUMN_STEP: Final = 64
+"""Rows of logits with tokens that adapters add begin on 128 bytes in bf16, whatever the number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +49,30 @@ class LargestStep:
         max_tokens: Tokens of one step, decode bucket sizes included.
         max_rows: Decode rows of one step, bucket sizes included; also most sampling rows.
         max_context: Longest sequence, in tokens.
+        max_added_tokens: Tokens that adapters may add behind the base's vocabulary.
     """
 
     max_tokens: int
     max_rows: int
     max_context: int
+    max_added_tokens: int = 0
+
+    @classmethod
+    def of(cls, limits: EngineLimits, geometry: Geometry, *, max_rows: int) -> LargestStep:
+        """Return the largest step of an engine whose largest graph has so many rows."""
+        can_add = bool(limits.max_resident_adapters) and geometry.has_outside
+        return cls(
+            max_tokens=max(limits.max_num_batched_tokens, max_rows),
+            max_rows=max_rows,
+            max_context=limits.max_model_len,
+            max_added_tokens=limits.max_added_tokens if can_add else 0,
+        )
+
+    def num_columns(self, vocab_size: int) -> int:
+        """Return the columns of the buffer for logits: the vocabulary, all tokens that may be added, and what aligns rows."""
+        if self.max_added_tokens == 0:
+            return vocab_size
+        return -(-(vocab_size + self.max_added_tokens) // COLUMN_STEP) * COLUMN_STEP
 
 
 class Workspace:
@@ -59,7 +82,7 @@ class Workspace:
         hidden: The residual stream.
         x: Normed input of qkv and gate_up, and of lm_head.
         qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down, see `scratch`.
-        logits: ``[max_rows, vocab]``.
+        logits: ``[max_rows, columns]``, see `LargestStep.num_columns`; lm_head writes the first ``vocab`` columns.
     """
 
     def __init__(self, config: ModelConfig, limits: LargestStep, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,7 +98,7 @@ class Workspace:
         self.projected = buffer(limits.max_rows if fits_gate_up else tokens, hidden)
         self.gate_up = buffer(tokens, 2 * config.intermediate_size)
         self.act = buffer(tokens, config.intermediate_size)
-        self.logits = buffer(limits.max_rows, config.vocab_size)
+        self.logits = buffer(limits.max_rows, limits.num_columns(config.vocab_size))
 
     def scratch(self, tokens: int) -> Tensor:
         """Return the scratch of o and down, ``[tokens, hidden]``.
@@ -168,6 +191,25 @@ class CudaDecoder(ABC, Generic[ModelT]):
         attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
 
+    @property
+    def embedding(self) -> Tensor:
+        """The base's embedding, ``[vocab, hidden]``."""
+        embedding: Tensor = self._model.embedding
+        return embedding
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the base."""
+        return int(self._model.config.vocab_size)
+
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lm_head's input and output for hidden states ``[S, hidden]``; for steps that wait for the device anyway."""
+        return self._model.head(hidden)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """Return the base's logits of hidden states ``[S, hidden]``, as `head`."""
+        return self._model.logits(hidden)
+
     @abstractmethod
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """Compute a step's residual stream, but for what is returned: that is still to be added.
@@ -177,6 +219,10 @@ class CudaDecoder(ABC, Generic[ModelT]):
             path: How projections are computed.
             num_decode: Decode rows.
         """
+
+    def base_rows(self, count: int) -> Tensor:
+        """Return the base's logits of the last step's first sampling rows, ``[count, vocab]``."""
+        return self.work.logits[:count, : self.vocab_size]
 
     def logits(self, step: StepInputs, rest: Tensor | None) -> Tensor:
         """Return the sampling rows' logits, ``[S, vocab]``, after `forward`, which returned ``rest``."""
@@ -190,7 +236,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         return self._logits(step.sample_tokens.shape[0], None, hidden, step), hidden
 
     def _logits(self, samples: int, rest: Tensor | None, hidden: Tensor, step: StepInputs) -> Tensor:
-        logits, x = self.work.logits[:samples], self.work.x[:samples]
+        logits, x = self.base_rows(samples), self.work.x[:samples]
         if samples:
             weight = self._model.final_norm.weight
             self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
@@ -207,7 +253,7 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
         hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
         qkv, attended = work.qkv[:tokens], work.attended[:tokens]
         gate_up, act = work.gate_up[:tokens], work.act[:tokens]
-        self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
+        self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
         rest: Tensor | None = None
         for index, layer in enumerate(self._model.layers):
             self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)

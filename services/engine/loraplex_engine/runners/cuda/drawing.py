@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from loraplex_kernels.sampling.sample import WORD
 
 from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.runners.sampled import Masks
@@ -30,26 +31,29 @@ class MaskBuffer:
 
     Args:
         max_rows: Most rows of one step.
-        num_words: Words of a mask.
+        num_words: Words of the widest mask.
         device: Where they go to.
     """
 
     def __init__(self, max_rows: int, num_words: int, device: torch.device) -> None:
-        self._pinned = torch.zeros((max_rows, num_words), dtype=torch.int32, pin_memory=True)
-        self._words = torch.zeros((max_rows, num_words), dtype=torch.int32, device=device)
+        self._pinned = torch.zeros(max_rows * num_words, dtype=torch.int32, pin_memory=True)
+        self._words = torch.zeros(max_rows * num_words, dtype=torch.int32, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def on_host(self, num_rows: int) -> NDArray[np.int32]:
-        """Return the memory to fill for that many rows, int32 ``[num_rows, num_words]``."""
-        words: NDArray[np.int32] = self._pinned[:num_rows].numpy()
+    def on_host(self, num_rows: int, num_tokens: int) -> NDArray[np.int32]:
+        """Return the memory to fill for so many rows and tokens, int32 ``[num_rows, ceil(num_tokens / 32)]``."""
+        num_words = -(-num_tokens // WORD)
+        words: NDArray[np.int32] = self._pinned[: num_rows * num_words].view(num_rows, num_words).numpy()
         return words
 
-    def send(self, num_rows: int) -> Tensor:
-        """Return the masks on the device, for work of the current stream."""
+    def send(self, num_rows: int, num_tokens: int) -> Tensor:
+        """Return the masks that `on_host` was asked for on the device, for work of the current stream."""
+        num_words = -(-num_tokens // WORD)
+        size = num_rows * num_words
         with torch.cuda.stream(self._stream):
-            self._words[:num_rows].copy_(self._pinned[:num_rows], non_blocking=True)
+            self._words[:size].copy_(self._pinned[:size], non_blocking=True)
         torch.cuda.current_stream().wait_stream(self._stream)
-        return self._words[:num_rows]
+        return self._words[:size].view(num_rows, num_words)
 
 
 class Drawing:
@@ -107,13 +111,13 @@ class Drawing:
 
         Args:
             plan: The step.
-            logits: ``[S, vocab]``; unchanged until the next launch.
+            logits: ``[S, tokens]``; unchanged until the next launch.
             faults: See `CudaStepHandle`.
             prompt_logprobs: See `StepResult`.
         """
         handle = CudaStepHandle(plan, self._results, prompt_logprobs=prompt_logprobs or {}, faults=faults)
         if len(plan.masked):
-            masks = self._masks.on_host(len(plan.masked))
+            masks = self._masks.on_host(len(plan.masked), logits.shape[1])
             handle.wait_for_masks(masks, lambda: self._draw_masked(plan, logits, handle))
             self._awaiting = handle
         else:
@@ -129,7 +133,7 @@ class Drawing:
         self._awaiting = None
         torch.cuda.set_device(logits.device)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            masks = Masks(rows=plan.masked, words=self._masks.send(len(plan.masked)))
+            masks = Masks(rows=plan.masked, words=self._masks.send(len(plan.masked), logits.shape[1]))
             handle.send(*self._sample(plan, logits, masks))
 
     def _sample(self, plan: StepPlan, logits: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:

@@ -40,7 +40,7 @@ def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> i
     tile_bytes = min(TILE_BYTES, geometry.page_bytes)
     if max_adapters == 0:
         return 0
-    # A and e of each op; B, c and b of each projection, and of a sparse delta the values, columns and starts.
-    num_matrices = sum(6 * len(layer) + 2 * len({each.op for each in layer}) for layer in geometry.layers)
+    # A and e of each op; B, c and b of each projection, of a sparse delta the values, columns and starts, FLoRA's A and B.
+    num_matrices = sum(8 * len(layer) + 2 * len({each.op for each in layer}) for layer in geometry.layers)
     small = min(max_adapters, num_pages) * num_matrices
     return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)

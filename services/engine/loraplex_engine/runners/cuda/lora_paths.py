@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
 EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
+CHAIN_CTAS_PER_SM: Final = 4  # of lora/expand_chain.cu: at 128 registers x 128 threads
 CTAS_PER_ROW: Final = 64
+TERMS_PER_ROW: Final = 3  # that a graph of chains has CTAs for
 
 
 class HasQkNorm(Protocol):
@@ -144,10 +146,11 @@ class Grids:
     expand: int
 
     @classmethod
-    def of(cls, rows: int, num_sms: int) -> Grids:
-        """Return the grids of a graph with that many rows."""
-        few = rows * CTAS_PER_ROW
-        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(EXPAND_CTAS_PER_SM * num_sms, few))
+    def of(cls, rows: int, num_sms: int, *, is_chained: bool = False) -> Grids:
+        """Return the grids of a graph with that many rows, which have several adapters each if ``is_chained``."""
+        few = rows * CTAS_PER_ROW * (TERMS_PER_ROW if is_chained else 1)
+        expand = CHAIN_CTAS_PER_SM if is_chained else EXPAND_CTAS_PER_SM
+        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(expand * num_sms, few))
 
 
 class _DecodeLoraPath(BasePath):

@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.vectors import BIAS
 from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
 
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, Grids
-from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, TokenPartPath
-from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS, PartVariant, needed_parts, part_variant_of
+from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, PartPass, TokenPartPath
+from loraplex_engine.runners.cuda.part_variants import (
+    NO_GRAPH,
+    PART_VARIANTS,
+    PartVariant,
+    needed_parts,
+    part_variant_of,
+)
+from loraplex_engine.runners.cuda.row_terms import PassScales, row_passes, used_adapters
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
@@ -27,14 +37,28 @@ if TYPE_CHECKING:
 
 
 def make_part_kernels(
-    library: KernelLibrary, tables: AdapterTables, pool: Tensor, *, max_rows: int, num_sms: int
+    library: KernelLibrary,
+    tables: AdapterTables,
+    pool: Tensor,
+    *,
+    max_rows: int,
+    num_sms: int,
+    in_graphs: bool = False,
+    num_passes: int = 1,
 ) -> PartKernels:
-    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows."""
+    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows, of FLoRA for steps without a graph.
+
+    Rows have up to ``num_passes`` adapters each.
+    """
     shapes = op_shapes(tables.geometry)
+    sparse = LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms)
+    sparse.reserve_passes(num_passes)
     return PartKernels(
         LoraVectors(library, tables, pool, shapes),
-        LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms),
+        sparse,
         RowAdapters(max_rows, library.device),
+        None if in_graphs else LoraFlora(library, tables, pool, shapes, max_rows=max_rows),
+        tuple(RowAdapters(max_rows, library.device) for _ in range(1, num_passes)),
     )
 
 
@@ -60,7 +84,7 @@ class DecodeParts:
         items = max_decode_items(shapes, max_rows)
         self._lora = LoraDecode(library, tables, pool, shapes, max_rows=max_rows, max_items=items)
         self._hidden = self._lora.new_scratch()
-        self._parts = make_part_kernels(library, tables, pool, max_rows=max_rows, num_sms=num_sms)
+        self._parts = make_part_kernels(library, tables, pool, max_rows=max_rows, num_sms=num_sms, in_graphs=True)
         self._sent: tuple[object, int] | None = None
 
     @property
@@ -78,6 +102,8 @@ class DecodeParts:
     def prepare(self, adapters: NDArray[np.int32], key: object) -> int:
         """Send what a step's kernels read, unless the device has it already; return the variant that computes it.
 
+        It sends nothing for a step that no graph computes, and returns `NO_GRAPH`.
+
         Args:
             adapters: int32 ``[N]``; adapter of each row, -1 for none.
             key: Differs whenever the adapters, or what their indices name, do.
@@ -85,6 +111,8 @@ class DecodeParts:
         if self._sent is not None and self._sent[0] == key:
             return self._sent[1]
         number = part_variant_of(needed_parts(self._tables, adapters[adapters >= 0]))
+        if number == NO_GRAPH:
+            return number
         variant = PART_VARIANTS[number]
         if variant.has_pairs:
             self._lora.prepare(adapters)
@@ -111,10 +139,11 @@ class TokenParts:
     ) -> None:
         self._token_lora, self._tables, self._followers, self._parts = token_lora, tables, followers, parts
         self._added = AddedLoraPath(followers, token_lora)
+        self._scales = PassScales(len(parts.rows.buffer), parts.rows.buffer.device)
 
     def prepare(self, plan: StepPlan) -> LayerPath:
         """Send what the kernels of a step with adapters read; return its path."""
-        used = np.unique(plan.adapters[plan.adapters >= 0])
+        used = np.unique(used_adapters(plan.adapters, plan.more_adapters))
         if not self._tables.has_others[used].any():
             self._token_lora.prepare(plan)
             return self._added
@@ -126,7 +155,25 @@ class TokenParts:
             self._parts.rows.upload(adapters)
         if needs.has_sparse:
             self._parts.sparse.prepare(adapters)
-        return TokenPartPath(self._followers, self._token_lora, self._parts, self._op_needs(used))
+        if needs.has_flora:
+            assert self._parts.flora is not None
+            self._parts.flora.prepare(adapters)
+        more = self._prepare_more(plan) if len(plan.more_adapters.rows) else []
+        return TokenPartPath(self._followers, self._token_lora, self._parts, self._op_needs(used), more)
+
+    def _prepare_more(self, plan: StepPlan) -> list[PartPass]:
+        """Send b and S of further adapters of rows, a pass for each place in their lists."""
+        passes, has, found = row_passes(plan.more_adapters, len(plan.slots)), self._tables.has_part, []
+        for number, scales in enumerate(self._scales.upload(passes, plan.num_tokens)):
+            adapters = np.repeat(passes[number].adapters, plan.num_tokens)
+            used = adapters[adapters >= 0]
+            adds_bias, has_sparse = (bool(has[kind][used].any()) for kind in (BIAS, SPARSE_DELTA))
+            if adds_bias:
+                self._parts.more_rows[number].upload(adapters)
+            if has_sparse:
+                self._parts.sparse.prepare(adapters, number=number + 1)
+            found.append(PartPass(scales, adds_bias, has_sparse))
+        return found
 
     def _op_needs(self, used: NDArray[np.int32]) -> list[dict[str, PartVariant]]:
         geometry = self._tables.geometry

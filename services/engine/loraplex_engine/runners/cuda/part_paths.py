@@ -3,19 +3,24 @@
     y = c * (W (e * x) + sum of s B A x) + S x + b
 
 Pairs come first, as they read x and not e * x: their delta lies in y, x is scaled where it lies, and the product accumulates
-onto y. Then one pointwise kernel applies c and b, and S x is added by a kernel of its own. o and down write a scratch
+onto y. FLoRA replaces what then lies there, in its rows and projections, which have no pairs. Then one pointwise kernel applies c and b, and S x is added by a kernel of its own. o and down write a scratch
 instead of the residual stream where c has to multiply them before they get there.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_kernels.lora.decode import LoraDecode
+    from loraplex_kernels.lora.flora import LoraFlora, Product
     from loraplex_kernels.lora.sparse import LoraSparse
     from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
     from torch import Tensor
@@ -26,6 +31,20 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
 
+class PartPass(NamedTuple):
+    """What is added for one further place in the lists of rows with several adapters.
+
+    Attributes:
+        scales: fp32 ``[tokens]``; the requests' factors.
+        adds_bias: Whether any of the adapters has b.
+        has_sparse: Whether any has S.
+    """
+
+    scales: Tensor
+    adds_bias: bool
+    has_sparse: bool
+
+
 class PartKernels:
     """The kernels of all parts but pairs, with the rows of one step.
 
@@ -33,15 +52,25 @@ class PartKernels:
         vectors: Kernels of e, c and b.
         sparse: Kernel of S, with the step's items.
         rows: The rows' adapters.
+        flora: Kernels of FLoRA, with the step's rows; None where only steps without it come.
+        more_rows: The further adapters of rows that have several, by pass.
     """
 
-    def __init__(self, vectors: LoraVectors, sparse: LoraSparse, rows: RowAdapters) -> None:
-        self.vectors, self.sparse, self.rows = vectors, sparse, rows
+    def __init__(
+        self,
+        vectors: LoraVectors,
+        sparse: LoraSparse,
+        rows: RowAdapters,
+        flora: LoraFlora | None = None,
+        more_rows: tuple[RowAdapters, ...] = (),
+    ) -> None:
+        self.vectors, self.sparse, self.rows, self.flora, self.more_rows = vectors, sparse, rows, flora, more_rows
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
         """Tensors whose addresses reach kernels through tables."""
-        return (self.sparse.buffer, self.rows.buffer)
+        own = (self.sparse.buffer, self.rows.buffer, *(rows.buffer for rows in self.more_rows))
+        return own if self.flora is None else (*own, self.flora.buffer)
 
 
 class _PartPath(BasePath):
@@ -70,6 +99,9 @@ class _PartPath(BasePath):
             linear.onto(x, out)
         else:
             linear.into(x, out)
+        if needs.has_flora:
+            assert self._parts.flora is not None
+            self._parts.flora.replace(layer, op, _product_of(linear), linear.bias, x, out)
         self._finish(layer, op, linear, x, out, step)
 
     def add_to_residual(
@@ -77,7 +109,7 @@ class _PartPath(BasePath):
     ) -> Tensor | None:
         """See `LayerPath`."""
         needs = self._needs(layer, op)
-        if needs.has_pairs or needs.scales_inputs or needs.finishes:
+        if needs.has_pairs or needs.scales_inputs or needs.finishes or needs.has_flora:
             self.project(layer, op, linear, x, scratch, step)
             return scratch
         linear.onto(x, residual)
@@ -90,6 +122,15 @@ class _PartPath(BasePath):
             parts.vectors.finish(layer, op, y, parts.rows, step.scales, linear.bias)
         if needs.has_sparse:
             parts.sparse.add(layer, op, x, y, step.scales)
+
+
+def _product_of(linear: Linear) -> Product:
+    """Return what multiplies with some outputs of a linear layer."""
+
+    def multiply(first: int, last: int, x: Tensor, out: Tensor) -> None:
+        torch.mm(x, linear.rows(first, last).t(), out=out)
+
+    return multiply
 
 
 class DecodePartPath(_PartPath):
@@ -133,13 +174,19 @@ class TokenPartPath(_PartPath):
         lora: The pairs of any tokens.
         parts: The other kernels.
         needs: What each op of each layer needs; `prepare` of the kernels goes with it.
+        more: The passes of rows with several adapters: b and S of these add up.
     """
 
     def __init__(
-        self, followers: Followers, lora: TokenLora, parts: PartKernels, needs: list[dict[str, PartVariant]]
+        self,
+        followers: Followers,
+        lora: TokenLora,
+        parts: PartKernels,
+        needs: list[dict[str, PartVariant]],
+        more: Sequence[PartPass] = (),
     ) -> None:
         super().__init__(followers, parts)
-        self._lora, self._op_needs = lora, needs
+        self._lora, self._op_needs, self._more = lora, needs, more
 
     def _needs(self, layer: int, op: str) -> PartVariant:
         return self._op_needs[layer][op]
@@ -147,3 +194,11 @@ class TokenPartPath(_PartPath):
     def _start(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
         out.zero_()
         self._lora.apply(layer, op, x, out, step.scales)
+
+    def _finish(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor, step: StepInputs) -> None:
+        super()._finish(layer, op, linear, x, y, step)
+        for number, (scales, adds_bias, has_sparse) in enumerate(self._more):
+            if adds_bias:
+                self._parts.vectors.finish(layer, op, y, self._parts.more_rows[number], scales)
+            if has_sparse:
+                self._parts.sparse.add(layer, op, x, y, scales, number=number + 1)

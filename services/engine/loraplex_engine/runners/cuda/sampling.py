@@ -121,7 +121,7 @@ class DeviceSampler:
 
     Args:
         library: Kernels; also says the device.
-        vocab_size: Columns of the logits.
+        vocab_size: Most tokens that logits can have columns for: how far their rows lie apart.
         num_slots: Number of slots.
         max_rows: Most rows of one step.
         kernel: The sampling kernel, compiled already; made here if unset.
@@ -199,7 +199,7 @@ class DeviceSampler:
         """Draw one token per row.
 
         Args:
-            logits: ``[rows, vocab]`` in the library's dtype.
+            logits: ``[rows, tokens]`` in the library's dtype, rows ``vocab_size`` apart.
             slots: int32 ``[rows]``.
             arrays: How to draw.
             drawn: int32 ``[2, rows]``; gets tokens and outcomes as in `Sampled`.
@@ -211,10 +211,10 @@ class DeviceSampler:
             probabilities of the drawn token and of the likeliest tokens, then the ids of these. None if no row asked.
         """
         rows = self.pack_rows(slots, arrays, masks)
-        most = int(arrays.num_logprobs.max(initial=-1))
+        most = min(int(arrays.num_logprobs.max(initial=-1)), logits.shape[1])
         if most > self._report_top:
-            self._make_report(min(most, self._vocab_size))
-        columns = 1 + 2 * self._report_top
+            self._make_report(most)
+        columns = 1 + 2 * min(self._report_top, logits.shape[1])
         report = None if most < 0 else self._report[: len(rows) * columns].view(len(rows), columns)
         self.kernel.launch(
             logits,

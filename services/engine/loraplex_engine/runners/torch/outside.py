@@ -64,20 +64,17 @@ class OutsideStep:
             embedding: ``[vocab, hidden]``.
             out: ``[T, hidden]``.
         """
-        vocab_size = len(embedding)
-        out.copy_(embedding.index_select(0, token_ids.clamp(max=vocab_size - 1)))
-        for segment in self._segments:
-            views = segment.table.outside
-            if views is None or views.embed is None:
-                continue
-            tokens, rows = token_ids[segment.tokens], out[segment.tokens]
-            if views.embed.pair is not None:
-                total = rows.float()
-                inside = tokens.clamp(max=vocab_size - 1)
-                _add_embeddings(views.embed.pair, self._pool, inside, total, segment.scales)
-                rows.copy_(total)
-            if views.embed.rows is not None:
-                _replace_embeddings(views.embed.rows, self._pool, tokens, rows)
+        inside = token_ids.clamp(max=len(embedding) - 1)
+        total = embedding.index_select(0, inside).float()
+        mine = [(each.table.outside.embed, each) for each in self._segments if each.table.outside is not None]
+        for module, segment in mine:
+            if module is not None and module.pair is not None:
+                tokens = inside[segment.tokens]
+                _add_embeddings(module.pair, self._pool, tokens, total[segment.tokens], segment.scales)
+        out.copy_(total)
+        for module, segment in mine:
+            if module is not None and module.rows is not None:
+                _replace_embeddings(module.rows, self._pool, token_ids[segment.tokens], out[segment.tokens])
 
     def logits(self, logits: Tensor, x: Tensor, positions: NDArray[np.int64]) -> Tensor:
         """Return the logits of some tokens of the step under their adapters, ``[S, columns]``.
@@ -92,14 +89,29 @@ class OutsideStep:
         if self._num_columns > vocab_size:
             wide = logits.new_full((len(logits), self._num_columns), float("-inf"))
             wide[:, :vocab_size] = logits
-        for segment in self._segments:
-            views = segment.table.outside
-            mine = np.flatnonzero((positions >= segment.tokens.start) & (positions < segment.tokens.stop))
-            if views is not None and views.head is not None and mine.size:
-                within = torch.from_numpy(positions[mine] - segment.tokens.start).to(x.device)
-                scales = None if segment.scales is None else segment.scales.index_select(0, within)
-                _edit_logits(views.head, wide, x, torch.from_numpy(mine).to(x.device), scales)
+        found = [(module, *self._rows_of(segment, positions)) for module, segment in self._heads()]
+        pairs = [(module.pair, rows, scales) for module, rows, scales in found if module.pair is not None and len(rows)]
+        if pairs:
+            total = wide.float()
+            for pair, rows, scales in pairs:
+                _add_logits(pair, total, x.index_select(0, rows).float(), rows, scales)
+            wide.copy_(total)
+        for module, rows, _ in found:
+            if module.rows is not None and len(rows):
+                _replace_logits(module.rows, wide, x.index_select(0, rows).float(), rows)
         return wide
+
+    def _heads(self) -> list[tuple[OutsideModule, Segment]]:
+        views = ((each.table.outside, each) for each in self._segments)
+        return [(view.head, segment) for view, segment in views if view is not None and view.head is not None]
+
+    def _rows_of(self, segment: Segment, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """Return which of some tokens are a segment's, int64, and their requests' own factors."""
+        mine = np.flatnonzero((positions >= segment.tokens.start) & (positions < segment.tokens.stop))
+        device = self._pool.device
+        within = torch.from_numpy(positions[mine] - segment.tokens.start).to(device)
+        scales = None if segment.scales is None else segment.scales.index_select(0, within)
+        return torch.from_numpy(mine).to(device), scales
 
     def logits_of_row(
         self, base: Callable[[Tensor], tuple[Tensor, Tensor]], position: int
@@ -141,23 +153,19 @@ def _replace_embeddings(view: RowsView, pool: Tensor, tokens: Tensor, rows: Tens
         rows.index_copy_(0, mine, pool[places])
 
 
-def _edit_logits(head: OutsideModule, logits: Tensor, x: Tensor, rows: Tensor, scales: Tensor | None) -> None:
-    """Make some rows' logits their adapter's, in place."""
-    own = x.index_select(0, rows).float()
-    if head.pair is not None:
-        _add_logits(head.pair, logits, own, rows, scales)
-    if head.rows is not None:
-        for first, last, values in head.rows.pieces:
-            columns = own @ values.float().t()
-            logits[rows[:, None], head.rows.ids[None, first:last]] = columns.to(logits.dtype)
+def _replace_logits(view: RowsView, logits: Tensor, own: Tensor, rows: Tensor) -> None:
+    """Write the logits of an adapter's rows; ``own`` fp32 ``[rows, hidden]`` is lm_head's input of these rows."""
+    for first, last, values in view.pieces:
+        columns = own @ values.float().t()
+        logits[rows[:, None], view.ids[None, first:last]] = columns.to(logits.dtype)
 
 
-def _add_logits(pair: PairView, logits: Tensor, own: Tensor, rows: Tensor, scales: Tensor | None) -> None:
+def _add_logits(pair: PairView, total: Tensor, own: Tensor, rows: Tensor, scales: Tensor | None) -> None:
+    """Add ``s * B A h`` to some rows of fp32 ``[S, columns]``."""
     shrunk = sum(own[:, start:stop] @ a.float().t() for start, stop, a in pair.a)
     assert isinstance(shrunk, Tensor)
     if scales is not None:
         shrunk.mul_(scales[:, None])
     for start, stop, b in pair.b:
-        part = logits[:, start:stop]
-        total = part.index_select(0, rows).float().addmm_(shrunk, b.float().t(), alpha=pair.scaling)
-        part.index_copy_(0, rows, total.to(part.dtype))
+        part = total[:, start:stop]
+        part.index_copy_(0, rows, part.index_select(0, rows).addmm_(shrunk, b.float().t(), alpha=pair.scaling))

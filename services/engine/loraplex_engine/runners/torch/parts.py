@@ -4,7 +4,8 @@ For a row with such an adapter, in the order of ADR 26:
 
     y = c * (W (e * x) + pairs(x)) + bias + S x + b
 
-in fp32 behind the base's product, with one rounding at the end. c multiplies the base's bias too where the adapter says so,
+in fp32 behind the base's product, with one rounding at the end. Pairs, S and b of several adapters add up, each times its
+request's factor; an adapter with one of the others is always alone. c multiplies the base's bias too where the adapter says so,
 and FLoRA takes the place of ``W (e * x)``. Rows of other adapters and of the base are computed as in steps without such
 adapters; all rows share the base's product.
 
@@ -19,33 +20,34 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from loraplex_engine.runners.torch.lora import LoraStep, Segment, shrink
+from loraplex_engine.runners.torch.lora import LoraStep, Segment, Term, add_pairs, terms_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from loraplex_engine.model.linear import Linear
-    from loraplex_engine.runners.torch.adapter_views import AdapterOp, FloraSlice, OtherParts, SparseSlice, VectorTile
+    from loraplex_engine.runners.torch.adapter_views import FloraSlice, OtherParts, SparseSlice, VectorTile
 
 
-def make_lora_step(segments: list[Segment], dtype: torch.dtype) -> LoraStep:
-    """Return the adapters of one step; a step of plain LoRA pays nothing for other parts."""
-    if any(segment.table.has_other_parts for segment in segments):
-        return PartsStep(segments, dtype)
-    return LoraStep(segments, dtype)
+def make_lora_step(groups: Sequence[Sequence[Segment]], dtype: torch.dtype) -> LoraStep:
+    """Return the adapters of one step, as of `LoraStep`; a step of plain LoRA pays nothing for other parts."""
+    if any(segment.table.has_other_parts for group in groups for segment in group):
+        return PartsStep(groups, dtype)
+    return LoraStep(groups, dtype)
 
 
 class _Work(NamedTuple):
-    """A segment with other parts in an op.
+    """Tokens in an op with an adapter that has other parts.
 
     Attributes:
-        x: The segment's rows of the op's input.
-        y: The segment's rows of its output.
+        terms: The tokens' adapters.
+        others: Other parts, with the requests' own factors on them.
+        x: The tokens' rows of the op's input.
+        y: The tokens' rows of its output.
     """
 
-    segment: Segment
-    adapter: AdapterOp
-    others: OtherParts
+    terms: list[Term]
+    others: list[tuple[OtherParts, Tensor | None]]
     x: Tensor
     y: Tensor
 
@@ -55,25 +57,26 @@ class PartsStep(LoraStep):
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor) -> None:
         """See `LoraStep.project`."""
-        plain: list[tuple[AdapterOp, Segment]] = []
+        plain: list[list[Term]] = []
         works: list[_Work] = []
-        for segment in self._segments:
-            adapter = segment.table.op(layer, op)
-            if adapter is None:
-                continue
-            if adapter.others is None:
-                plain.append((adapter, segment))
-            else:
-                works.append(_Work(segment, adapter, adapter.others, x[segment.tokens], y[segment.tokens]))
+        for group in self._groups:
+            terms = terms_of(group, layer, op)
+            others = [(t.adapter.others, t.segment.scales) for t in terms if t.adapter.others is not None]
+            if others:
+                tokens = group[0].tokens
+                works.append(_Work(terms, others, x[tokens], y[tokens]))
+            elif terms:
+                plain.append(terms)
         totals = _products(works, linear, x, y)
         for work, total in zip(works, totals, strict=True):
-            if work.adapter.shrink:
-                _add_pairs(work, total, x)
+            for term in work.terms:
+                if term.adapter.shrink:
+                    add_pairs(term, total, x)
             _finish(work, total, linear.bias)
         if linear.bias is not None:
             y.add_(linear.bias)
-        for adapter, segment in plain:
-            self._apply(adapter, segment, x, y)
+        for terms in plain:
+            self._apply(terms, x, y)
         for work, total in zip(works, totals, strict=True):
             if total is not work.y:
                 work.y.copy_(total)
@@ -86,41 +89,38 @@ def _products(works: list[_Work], linear: Linear, x: Tensor, y: Tensor) -> list[
         For each work, fp32 ``[tokens, out_features]``: its rows' product with e and FLoRA; rows of ``y`` themselves where
         what follows may be computed in place.
     """
-    scaled = [(work, work.x.clone()) for work in works if work.others.in_factors]
+    scaled = [(work, work.x.clone()) for work in works if any(others.in_factors for others, _ in work.others)]
     for work, _ in scaled:
-        _multiply(work.x, work.others.in_factors)
+        for others, _ in work.others:
+            _multiply(work.x, others.in_factors)
     linear.multiply(x, y)
     in_place = y.dtype == torch.float32 and linear.bias is None
     totals = [work.y if in_place else work.y.to(torch.float32, copy=True) for work in works]
     for work, total in zip(works, totals, strict=True):
-        for flora in work.others.flora.values():
+        for flora in (flora for others, _ in work.others for flora in others.flora.values()):
             total[:, flora.first : flora.last] = _flora_product(flora, linear, work.x)
     for work, unscaled in scaled:
         work.x.copy_(unscaled)
     return totals
 
 
-def _add_pairs(work: _Work, total: Tensor, x: Tensor) -> None:
-    """Add a segment's pairs to its product in place; ``x`` is the whole step's."""
-    parts = shrink(work.adapter, work.segment, x)
-    for start, stop, part, b, scaling in work.adapter.expand:
-        total[:, start:stop].t().addmm_(b.float(), parts[part], alpha=scaling)
-
-
 def _finish(work: _Work, total: Tensor, bias: Tensor | None) -> None:
-    """Apply in place, to product and pairs of a segment, its adapter's other parts and the base's bias."""
-    segment, others = work.segment, work.others
-    _multiply(total, others.factors)
+    """Apply in place, to product and pairs of some tokens, their adapters' other parts and the base's bias."""
+    for others, _ in work.others:
+        _multiply(total, others.factors)
     if bias is not None:
         total.add_(bias)
-    _multiply(total, others.bias_factors)
-    for sparse in others.sparse.values():
-        delta = _sparse_product(sparse, work.x)
-        if segment.scales is not None:
-            delta.mul_(segment.scales)
-        total[:, sparse.first : sparse.last].t().add_(delta, alpha=sparse.scaling)
-    for start, stop, values in others.biases:
-        total[:, start:stop].add_(values if segment.scales is None else torch.outer(segment.scales, values))
+    for others, _ in work.others:
+        _multiply(total, others.bias_factors)
+    for others, scales in work.others:
+        for sparse in others.sparse.values():
+            delta = _sparse_product(sparse, work.x)
+            if scales is not None:
+                delta.mul_(scales)
+            total[:, sparse.first : sparse.last].t().add_(delta, alpha=sparse.scaling)
+    for others, scales in work.others:
+        for start, stop, values in others.biases:
+            total[:, start:stop].add_(values if scales is None else torch.outer(scales, values))
 
 
 def _multiply(rows: Tensor, factors: Iterable[VectorTile]) -> None:

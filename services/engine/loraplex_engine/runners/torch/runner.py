@@ -29,10 +29,10 @@ from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
 from loraplex_engine.runners.torch.forwards import make_forward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchStepHandle, Undrawn
-from loraplex_engine.runners.torch.lora import Segment
 from loraplex_engine.runners.torch.outside import OutsideStep
 from loraplex_engine.runners.torch.parts import make_lora_step
-from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
+from loraplex_engine.runners.torch.segments import cut_segments, order_rows, used_adapters
+from loraplex_engine.step import FROM_DEVICE, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
-    from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.forward import Activations
     from loraplex_engine.runners.torch.handles import TorchLoadHandle
     from loraplex_engine.runners.torch.lora import LoraStep
@@ -101,17 +100,17 @@ class TorchRunner:
             raise RuntimeError(
                 f"step {plan.step_id} is launched before step {self._launched[-1].plan.step_id} was drawn"
             )
-        used = np.unique(plan.adapters).tolist()
         faults: SlotFaults = {}
         plan = self._rows.known_input(plan, faults)
         handle = TorchStepHandle(
             plan,
-            {index: self._loads.tables[index] for index in used if index != NO_ADAPTER},
+            {index: self._loads.tables[index] for index in used_adapters(plan)},
             self.compute_until,
             vocab_size=self._rows.num_columns(plan),
             computes_at_once=not self._emulate_async,
         )
-        handle.input_faults, handle.edits_outside = faults, not self._loads.outside.isdisjoint(handle.adapters)
+        outside = self._loads.outside
+        handle.input_faults, handle.edits_outside = faults, bool(outside) and not outside.isdisjoint(handle.adapters)
         self._launched.append(handle)
         if not self._emulate_async:
             self.compute_until(handle)
@@ -133,11 +132,12 @@ class TorchRunner:
         """Run a step's forward pass."""
         plan = step.plan
         faults = take_over_slots(plan, self._sampler, self._prompt_logprobs) | step.input_faults
-        order = np.argsort(plan.adapters, kind="stable")
+        order = order_rows(plan)
         attention = AttentionStep(self._pool, plan, order, self._windows)
         attention.clear_new_pages()
         token_ids = self._input_tokens(plan, order)
-        lora = self._lora_step(plan, order, step.adapters)
+        groups = cut_segments(plan, order, step.adapters, self._device) if step.adapters else []
+        lora = make_lora_step(groups, self._dtype) if groups else None
         outside = self._outside_step(step, lora)
         hidden = self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
         token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
@@ -201,21 +201,6 @@ class TorchRunner:
             last = self._last_tokens[torch.from_numpy(slots).to(self._device)]
             token_ids[torch.from_numpy(fed).to(self._device)] = last
         return token_ids
-
-    def _lora_step(self, plan: StepPlan, order: NDArray[np.int64], tables: dict[int, AdapterTable]) -> LoraStep | None:
-        if not tables:
-            return None
-        adapters = plan.adapters[order]
-        ends = np.cumsum(plan.num_tokens[order])
-        scales = np.repeat(plan.adapter_scales[order], plan.num_tokens[order]).astype(np.float32)
-        segments = []
-        for index in sorted(tables):
-            rows = np.flatnonzero(adapters == index)
-            first, last = int(ends[rows[0]] - plan.num_tokens[order[rows[0]]]), int(ends[rows[-1]])
-            own = scales[first:last]
-            column = torch.from_numpy(own).to(self._device) if (own != 1).any() else None
-            segments.append(Segment(first=first, last=last, table=tables[index], scales=column))
-        return make_lora_step(segments, self._dtype)
 
     def _activations(self, num_tokens: int) -> Activations:
         buffers = self._buffers.pop(num_tokens, None)

@@ -27,7 +27,7 @@ def test_the_backend_follows_the_device_unless_it_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
 
     assert resolve_backend(make_config(backend), torch.device(device)) == expected
-    assert max_rank(make_config(backend), torch.device(device)) == {"torch": 0, "cuda": 256}[expected]
+    assert max_rank(make_config(backend), torch.device(device)) == {"torch": 0, "cuda": 512}[expected]
 
 
 def test_our_kernels_without_a_gpu_are_refused() -> None:
@@ -58,11 +58,11 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
         head_dim=64,
     )
     modules = tuple(
-        ModuleSpec.low_rank(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
+        ModuleSpec.low_rank(3, name, rank, 1.0) for name, rank in (("q_proj", 512), ("k_proj", 512), ("v_proj", 513))
     )
 
     runner.check_adapter(AdapterSpec("a" * 64, modules[:2]))
-    with pytest.raises(AdapterIncompatibleError, match=r"layer 3: rank 257 \(v_proj\) .*--backend torch"):
+    with pytest.raises(AdapterIncompatibleError, match=r"layer 3: rank 513 \(v_proj\) .*--backend torch"):
         runner.check_adapter(AdapterSpec("a" * 64, modules))
 
 

@@ -14,7 +14,7 @@ from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad, MagnitudeLoads
 from loraplex_engine.runners.cuda.magnitudes import RowScales, has_magnitudes
-from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS, PartVariant, part_variant_of
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS, PartVariant, part_variant_of
 from support.base_models import TinyBase, write_base_model
 from support.host_decoder import CPU, NUM_PAGES, HostRunner
 from support.part_adapters import FAMILIES, PlainPath, random_adapter
@@ -69,8 +69,10 @@ class PartRunner(HostRunner):
         (["(IA)3", None, "(IA)3"], {4}),
         (["SHiRA", "SHiRA", None], {5}),
         (["everything", "(IA)3", "DoRA", "LoRA"], {6}),
+        (["FLoRA", "FLoRA", None], {NO_GRAPH}),
+        (["FLoRA", "(IA)3", "everything", "FLoRA"], {NO_GRAPH}),
     ],
-    ids=["c and b with pairs", "e and c", "sparse", "all"],
+    ids=["c and b with pairs", "e and c", "sparse", "all", "FLoRA", "all and FLoRA"],
 )
 def test_prompts_and_decode_rows_of_any_parts_have_the_logits_of_the_plain_formula(
     tmp_path: Path,
@@ -131,6 +133,7 @@ def test_prompts_and_decode_rows_of_any_parts_have_the_logits_of_the_plain_formu
         (PartVariant(has_pairs=True, has_sparse=True), 3),
         (PartVariant(has_pairs=True, scales_inputs=True), 3),
         (PART_VARIANTS[-1], 3),
+        (PartVariant(has_flora=True), NO_GRAPH),
     ],
 )
 def test_a_batch_gets_the_smallest_variant_with_all_its_parts(needed: PartVariant, expected: int) -> None:

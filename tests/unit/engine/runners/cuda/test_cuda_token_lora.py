@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -14,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
-from kernels.recording_kernels import RecordingLibrary
+from kernels.recording_kernels import RecordingKernel, RecordingLibrary
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
-from loraplex_engine.step import NO_ADAPTER, StepPlan
+from loraplex_engine.step import NO_ADAPTER, NO_MORE_ADAPTERS, MoreAdapters
 from loraplex_kernels.lora.items import op_shapes
-from loraplex_kernels.lora.tables import MAX_RANK, AdapterTables
+from loraplex_kernels.lora.tables import MAX_RANK, PLAIN_MAX_RANK, AdapterTables
 from support.decoder_shapes import OPS
-from support.plans import Draw, sampling_arrays
+from support.row_plans import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from kernels.recording_kernels import Launch
     from loraplex_common.adapter_image import Geometry
+    from loraplex_engine.step import StepPlan
     from loraplex_kernels.lora.items import OpShape
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
@@ -41,26 +43,6 @@ RANKS: Final = (
     {"o_proj": 72, "down_proj": 1},
     {"k_proj": 256, "up_proj": 200},
 )
-
-
-def make_plan(decode: Sequence[int], chunks: Sequence[tuple[int, int]]) -> StepPlan:
-    """Return a step of decode rows with these adapters and of chunks of these (tokens, adapter)."""
-    count = len(decode) + len(chunks)
-    rows = np.arange(count, dtype=np.int32)
-    num_tokens = np.array([1] * len(decode) + [tokens for tokens, _ in chunks], dtype=np.int32)
-    return StepPlan(
-        step_id=1,
-        slots=rows,
-        num_tokens=num_tokens,
-        starts=np.zeros_like(rows),
-        token_ids=np.zeros(num_tokens.sum(), dtype=np.int32),
-        block_tables=np.zeros((count, 1), dtype=np.int32),
-        adapters=np.array([*decode, *(adapter for _, adapter in chunks)], dtype=np.int32),
-        adapter_scales=np.ones(count, dtype=np.float32),
-        num_decode_rows=len(decode),
-        sample_rows=rows,
-        sampling=sampling_arrays([Draw()] * count, [0] * count),
-    )
 
 
 def resident_adapters(library: KernelLibrary) -> tuple[AdapterPool, AdapterTables]:
@@ -223,7 +205,7 @@ def test_in_fp32_all_tokens_are_groups() -> None:
     assert Recorded(1, torch.float32).kernels(plan) == {op: ["lora_shrink", "lora_expand"] for op in OPS}
 
 
-@pytest.mark.parametrize("rank", [1, 16, 85, MAX_RANK])
+@pytest.mark.parametrize("rank", [1, 16, 85, PLAIN_MAX_RANK, MAX_RANK])
 @pytest.mark.parametrize("num_decode", [300, 299, 150, 1])
 def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_decode: int) -> None:
     geometry: Geometry = make_geometry(hidden=4096, inter=14336, heads=32, kv_heads=8, head_dim=128, page_bytes=2 << 20)
@@ -231,6 +213,7 @@ def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_dec
     tables = AdapterTables(geometry, max_adapters=max_rows, tile_capacity=0, device=library.device)
     tables.max_ranks[:] = rank
     tables.max_stacked[:] = [rank * len(names) for names in OPS.values()]
+    tables.is_wide[:] = rank > PLAIN_MAX_RANK
     pool = torch.zeros(1, geometry.page_bytes, dtype=torch.uint8)
     lora = make_token_lora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens, min_decode_runs=1)
     num_chunks = max_rows - num_decode
@@ -240,6 +223,61 @@ def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_dec
     lora.prepare(make_plan(range(num_decode), list(zip(lengths.tolist(), adapters.tolist(), strict=True))))
 
     assert len({tensor.data_ptr() for tensor in lora.fixed_tensors}) == 3
+
+
+MORE: Final = MoreAdapters(
+    rows=np.array([0, 0, 2, 5, 5], dtype=np.int32),
+    adapters=np.array([1, 2, 0, 3, 2], dtype=np.int32),
+    scales=np.array([0.5, -1, 2, 1.5, 0.25], dtype=np.float32),
+)
+"""Further adapters of two decode rows and of a chunk."""
+
+
+def test_decode_rows_with_several_adapters_are_chains_and_chunks_take_a_pass_for_each_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = Recorded(NEVER)
+    launched: list[str] = []
+    monkeypatch.setattr(RecordingKernel, "launch", lambda kernel, x, *_: launched.extend([kernel.name] * (x > 0)))
+    plan = replace(make_plan([0, 1, 3, NO_ADAPTER], [(67, 0), (5, 0)]), more_adapters=MORE)
+
+    recorded.lora.prepare(plan)
+    x, y = torch.zeros(76, 200, dtype=torch.bfloat16), torch.zeros(76, 320, dtype=torch.bfloat16)
+    recorded.lora.apply(0, "qkv", x, y, torch.ones(76))
+    assert launched == ["lora_shrink", "lora_expand_chain", *["lora_prefill"] * 2]  # adapter 2 leaves qkv alone
+
+    launched.clear()
+    recorded.lora.prepare(replace(plan, more_adapters=NO_MORE_ADAPTERS))
+    recorded.lora.apply(0, "qkv", x, y, torch.ones(76))
+    assert launched == ["lora_prefill"]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
+def test_a_step_adds_up_what_all_adapters_of_a_row_add(tmp_path: Path) -> None:
+    rng, library = np.random.default_rng(12), HostLibrary(torch.bfloat16, tmp_path)
+    resident, tables = resident_adapters(library)
+    pool = torch.from_numpy(resident.pages)
+    lora = make_token_lora(
+        library, tables, pool, GEOMETRY, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, min_decode_runs=NEVER
+    )
+    library.track(pool, tables.tiles, tables.entries, *lora.fixed_tensors)
+    plan = replace(make_plan([0, 1, 3, NO_ADAPTER], [(67, 0), (5, 0)]), more_adapters=MORE)
+    of_token, num_tokens = np.repeat(plan.adapters, plan.num_tokens), len(plan.token_ids)
+    scales = np.repeat(plan.adapter_scales, plan.num_tokens)
+    lora.prepare(plan)
+    for op, shape in zip(OPS, op_shapes(GEOMETRY), strict=True):
+        x = torch.randn(num_tokens, shape.columns).bfloat16()
+        y = (0.3 * torch.randn(num_tokens, shape.slice_begin[-1])).bfloat16()
+        before, expected = y.clone(), y + resident.delta(of_token, scales, x, 0, op)
+        for row, adapter, scale in zip(MORE.rows, MORE.adapters, MORE.scales, strict=True):
+            chosen = np.repeat(np.where(np.arange(len(plan.slots)) == row, adapter, NO_ADAPTER), plan.num_tokens)
+            factors = np.full(num_tokens, scale, dtype=np.float32)
+            expected += resident.delta(chosen.astype(np.int32), factors, x, 0, op)
+
+        lora.apply(0, op, x, y, torch.from_numpy(rng.permutation(scales)))
+
+        assert relative_error(y, expected) < 6e-3, op
+        assert torch.equal(y[of_token < 0], before[of_token < 0]), op
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")

@@ -17,8 +17,8 @@ from support.peft_parts import PeftTruth
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loraplex_engine.model_runner import LoadHandle
     from loraplex_engine.runners.torch.adapter_table import AdapterTable
-    from loraplex_engine.step import LoadHandle
     from support.oracle import Rig
     from support.peft_parts import TunedModel
 

@@ -67,7 +67,7 @@ def test_a_row_of_zeros_gets_a_finite_factor_and_stays_zero() -> None:
     table = Pool(base.geometry, 100).load(spec, tensors, FactorWriter(base.linears))
     segment = Segment(first=0, last=2, table=table, scales=None)
 
-    y = project(base, make_lora_step([segment], torch.float32), 1, "down", torch.randn(2, 160), feature_major=False)
+    y = project(base, make_lora_step([[segment]], torch.float32), 1, "down", torch.randn(2, 160), feature_major=False)
 
     assert torch.isfinite(y).all()
     assert (y[:, 5] == 0).all()

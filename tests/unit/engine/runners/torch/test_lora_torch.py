@@ -91,7 +91,7 @@ def test_every_fused_projection_gets_its_adapters_part(dtype: str, page_bytes: i
             if feature_major:
                 x, y = x.t().contiguous().t(), y.t().contiguous().t()
             segments = [
-                Segment(first=first, last=last, table=table, scales=scale)
+                [Segment(first=first, last=last, table=table, scales=scale)]
                 for table, (first, last), scale in zip(tables, bounds, scales, strict=True)
             ]
 
@@ -114,7 +114,7 @@ def test_ops_of_one_name_may_differ_between_layers() -> None:
     table = AdapterTable(
         geometry, spec, np.arange(len(image), dtype=np.int32), torch.from_numpy(image).view(-1).view(torch.float32)
     )
-    step = LoraStep([Segment(first=0, last=3, table=table, scales=None)], torch.float32)
+    step = LoraStep([[Segment(first=0, last=3, table=table, scales=None)]], torch.float32)
 
     for layer, offered in enumerate(layers):
         for each in offered:

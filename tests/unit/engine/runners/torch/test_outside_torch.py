@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, pack
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.low_rank import LowRank
@@ -17,6 +19,7 @@ from support.base_models import TinyBase, write_base_model
 from support.oracle import make_rig
 from support.outside_adapters import OutsideTruth
 from support.plans import Draw, Sequence_
+from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -263,3 +266,86 @@ def test_the_answers_to_prompts_and_outputs_with_probabilities_name_added_tokens
         assert np.allclose(entry.logprobs, expected[at][entry.token_ids], atol=1e-4)
     assert len(base.prompt_logprobs) == 2
     assert all((entry.token_ids < VOCAB).all() for entry in base.prompt_logprobs)
+
+
+def test_requests_own_factors_scale_pairs_outside_of_the_layers(rig: Rig, truth: OutsideTruth) -> None:
+    scales = [0.5, 1.0, 2.0]
+    sequences = [
+        rig.harness.add(PROMPTS[at], adapter=rig.adapters["lora-1"], scale=scale, draw=Draw(num_logprobs=VOCAB))
+        for at, scale in enumerate(scales)
+    ]
+    rig.harness.step(sequences)
+
+    for at, scale in enumerate(scales):
+        model = copy.deepcopy(truth.adapters["lora-1"].model)
+        for module in model.modules():
+            scaling: Any = getattr(module, "scaling", None)
+            if isinstance(scaling, dict):
+                scaling["default"] *= scale
+        logits = model(torch.tensor([PROMPTS[at]])).logits[0, -1].detach()
+        (entry,) = sequences[at].logprobs
+        assert np.allclose(entry.logprobs[1:], logits.log_softmax(-1)[entry.token_ids[1:].astype(int)], atol=1e-4)
+
+
+def test_a_step_in_flight_keeps_what_it_was_launched_with(model_dir: Path, truth: OutsideTruth) -> None:
+    rig = make_rig(model_dir, num_pages=1500, emulate_async=True)
+    adapter = truth.adapters["saved-2"]
+    load(rig, "saved-2", adapter.spec, adapter.tensors)
+    prompt = [5, adapter.added[-1], 9]
+    sequence = rig.harness.add(prompt, adapter=rig.adapters["saved-2"])
+    handle = rig.runner.launch(rig.harness.plan([sequence]))
+
+    rig.runner.unload_adapter(rig.adapters["saved-2"])
+    result = handle.wait()
+
+    assert result.failed_slots == {}
+    assert result.token_ids.tolist() == truth.greedy(prompt, 1, "saved-2")
+    rig.runner.close()
+
+
+def test_in_bf16_logits_are_those_of_fp32_but_for_rounding(model_dir: Path, truth: OutsideTruth) -> None:
+    rig = make_rig(model_dir, num_pages=1500, dtype="bfloat16")
+    names = ["lora-1", "saved-2"]
+    for name in names:
+        load(rig, name, truth.adapters[name].spec, truth.adapters[name].tensors)
+    prompts = [[5, 6, 7], [5, truth.adapters["saved-2"].added[0], 7]]
+    sequences = [
+        rig.harness.add(prompt, adapter=rig.adapters[name], draw=Draw(num_logprobs=VOCAB))
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    rig.harness.step(sequences)
+
+    for prompt, name, sequence in zip(prompts, names, sequences, strict=True):
+        logits = torch.from_numpy(truth.logits(prompt, name)[-1])
+        (entry,) = sequence.logprobs
+        error = entry.logprobs[1:] - logits.log_softmax(-1)[entry.token_ids[1:].astype(int)].numpy()
+        assert np.abs(error).max() < 0.05 * float(logits.abs().max())
+    rig.runner.close()
+
+
+def test_several_adapters_add_up_outside_of_the_layers_too(model_dir: Path) -> None:
+    truth = OutsideTruth(model_dir, ["lora", "head lora", "embed lora", "plain"])
+    rig = make_rig(model_dir, num_pages=1500)
+    for name, adapter in truth.adapters.items():
+        load(rig, name, adapter.spec, adapter.tensors)
+    lists = [{"lora-0": 0.5, "head lora-1": 2.0}, {"embed lora-2": 1.0, "lora-0": 1.5, "plain-3": 0.7}, {"lora-0": 1.0}]
+    sequences = []
+    for prompt, weights in zip(PROMPTS, lists, strict=False):
+        (first, scale), *more = [(rig.adapters[name], weight) for name, weight in weights.items()]
+        draw = Draw(num_logprobs=VOCAB)
+        sequences.append(rig.harness.add(prompt, adapter=first, scale=scale, more=more, draw=draw))
+    rig.harness.step(sequences)
+
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for prompt, weights, sequence in zip(PROMPTS, lists, sequences, strict=False):
+        summed = {key: value.clone() for key, value in base.state_dict().items()}
+        for name, weight in weights.items():
+            merged = copy.deepcopy(truth.adapters[name].model).merge_and_unload().state_dict()
+            for key, value in base.state_dict().items():
+                summed[key] += weight * (merged[key] - value)
+        model = copy.deepcopy(base)
+        model.load_state_dict(summed)
+        logits = model(torch.tensor([prompt])).logits[0, -1].detach()
+        (entry,) = sequence.logprobs
+        assert np.allclose(entry.logprobs[1:], logits.log_softmax(-1)[entry.token_ids[1:].astype(int)], atol=2e-4)
+    rig.runner.close()

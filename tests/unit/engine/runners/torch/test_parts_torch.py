@@ -75,7 +75,7 @@ def test_any_mix_of_kinds_equals_the_formula_and_leaves_the_bases_rows_alone(
             for op, names in OPS.items():
                 x = torch.randn(ends[len(made)], base.linears[layer][op].in_features).to(DTYPES[dtype])
                 segments = [
-                    Segment(first=first, last=last, table=table, scales=None)
+                    [Segment(first=first, last=last, table=table, scales=None)]
                     for (first, last), table in zip(bounds, tables, strict=True)
                 ]
                 step = make_lora_step(segments, DTYPES[dtype])
@@ -118,7 +118,7 @@ def test_a_requests_scale_multiplies_pairs_sparse_deltas_and_biases() -> None:
     x, scales = torch.randn(3, 96), [0.5, 0.0, 2.0]
 
     segment = Segment(first=0, last=3, table=table, scales=torch.tensor(scales))
-    y = project(base, make_lora_step([segment], torch.float32), 0, "qkv", x, feature_major=False)
+    y = project(base, make_lora_step([[segment]], torch.float32), 0, "qkv", x, feature_major=False)
 
     for row, scale in enumerate(scales):
         expected = expected_rows(base, spec, tensors, 0, OPS["qkv"], x[row : row + 1], scale)
@@ -134,7 +134,7 @@ def test_a_step_of_pairs_alone_takes_the_plain_path() -> None:
     )
 
     def step(*tables: AdapterTable) -> LoraStep:
-        segments = [Segment(first=at, last=at + 1, table=table, scales=None) for at, table in enumerate(tables)]
+        segments = [[Segment(first=at, last=at + 1, table=table, scales=None)] for at, table in enumerate(tables)]
         return make_lora_step(segments, torch.float32)
 
     assert type(step(plain)) is LoraStep

@@ -18,7 +18,7 @@ from support.plans import Draw, Harness, Sequence_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_engine.step import StepHandle
+    from loraplex_engine.model_runner import StepHandle
 
 NUM_TOKENS = 12
 
