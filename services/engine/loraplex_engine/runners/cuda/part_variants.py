@@ -5,7 +5,7 @@ that also scales inputs and multiplies sparse deltas. Batches that mix what the 
 
 FLoRA has no graph: how many passes over which projections' W a batch needs follows from its adapters, and a graph would make
 the most that its rows can have, eight over each projection for each row. Such a step launches its kernels one by one, as steps
-with prompts do; the host is done with that before the device is with one more pass over a large model's weights.
+with prompts do.
 """
 
 from __future__ import annotations
