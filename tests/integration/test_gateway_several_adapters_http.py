@@ -155,6 +155,21 @@ async def test_an_engines_refusal_of_one_of_them_reaches_the_client(valkey_url: 
         )
 
 
+async def test_an_engines_refusal_of_the_scale_names_the_weight_of_a_list_of_one(valkey_url: str) -> None:
+    async with serving(valkey_url) as (rig, http):
+        text = f"adapter_scale: 0.5 cannot be applied to adapter {DIGEST}; leave adapter_scale out"
+        rig.engine.refuse = InvalidParameterError(text, field="adapter_scale")
+        asked = {"model": MODEL_NAME, "adapters": [{"name": "poet", "weight": 0.5}], "prompt": "x"}
+
+        error = (await http.post("/v1/completions", json=asked)).json()["error"]
+
+        assert error["param"] == "adapters[0].weight"
+        assert error["message"] == (
+            f"adapters[0].weight: 0.5 cannot be applied to adapter 'poet' (revision {DIGEST[:12]}); "
+            "leave adapters[0].weight out"
+        )
+
+
 async def test_the_document_tells_of_them(valkey_url: str) -> None:
     async with serving(valkey_url) as (_, http):
         schemas = (await http.get("/openapi.json")).json()["components"]["schemas"]

@@ -189,7 +189,7 @@ def tokenize_request(
     )
     try:
         request.adapters.extend(_weighted_adapters(adapters or ()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, OverflowError, TypeError) as error:
         raise InvalidParameterError(f"adapters={adapters!r}: {error}", field="adapters") from error
     options: dict[str, Any] = {
         "prompt": prompt,
@@ -244,8 +244,9 @@ def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> 
         request.sampling.logit_bias.update(value)
 
 
-def _weighted_adapters(pairs: Sequence[tuple[str, float]]) -> list[gateway_pb2.WeightedAdapter]:
-    if isinstance(pairs, str) or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+def _weighted_adapters(given: Sequence[tuple[str, float]]) -> list[gateway_pb2.WeightedAdapter]:
+    pairs = list(given)  # an iterator, such as a zip, gives its pairs once; were they lost, the base model would answer
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise ValueError("each adapter is a pair of its name and its weight")
     return [gateway_pb2.WeightedAdapter(name=name, weight=weight) for name, weight in pairs]
 

@@ -108,6 +108,23 @@ def test_several_adapters_are_pairs_of_name_and_weight() -> None:
     assert built["adapters"] == [{"name": "poet", "weight": 0.5}, {"name": "json:prod", "weight": 1.0}]
 
 
+def test_an_iterator_of_adapters_is_read_whole() -> None:
+    names, weights = ("poet", "json:prod"), (0.5, 1.0)
+
+    built = request(prompt="hi", adapters=zip(names, weights, strict=True))
+
+    assert built["adapters"] == [{"name": "poet", "weight": 0.5}, {"name": "json:prod", "weight": 1.0}]
+    assert len(tokenize(prompt="hi", adapters=zip(names, weights, strict=True)).adapters) == 2
+
+
+@pytest.mark.parametrize("bad", ["poet", [("poet",)], [("poet", "0.5")], [("poet", 10**400)]])
+def test_adapters_that_are_no_pairs_are_refused_by_name_where_tokens_are_counted(bad: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        tokenize(prompt="hi", adapters=bad)
+
+    assert caught.value.field == "adapters"
+
+
 @pytest.mark.parametrize("bad", ["poet", ["poet", "ab"], [("poet",)], [("poet", "0.5")], [(1, 0.5)], [None], 1])
 def test_adapters_that_are_no_pairs_are_refused_by_name(bad: Any) -> None:
     with pytest.raises(InvalidParameterError) as caught:

@@ -7,6 +7,7 @@ import struct
 from typing import Final
 
 MAX_SINGLE: Final = 2.0**127
+MAX_WHOLE: Final = 2.0**64
 
 
 def as_sent(value: float) -> float:
@@ -17,6 +18,8 @@ def as_sent(value: float) -> float:
 
 
 def number(value: float) -> str:
-    """Return a number as people write it: whole ones with all their digits."""
-    whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
-    return str(int(value)) if whole else f"{value:g}"
+    """Return a number as people write it: whole ones with all their digits, fractions so that they differ from their limits."""
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < MAX_WHOLE):
+        return str(int(value))
+    short = f"{value:g}"
+    return short if as_sent(float(short)) == as_sent(value) or math.isnan(value) else f"{value:.9g}"

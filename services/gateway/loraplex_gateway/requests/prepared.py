@@ -121,9 +121,13 @@ class PreparedRequest:
         return len(self.prompt_ids) + num_resumed, max(0, self.max_new_tokens - num_resumed)
 
     def name_adapters_in(self, error: LoraplexError) -> None:
-        """Have an engine's error, which knows revisions alone, call the adapters as the request does."""
+        """Have an engine's error, which knows revisions alone, call the adapters and their weights as the request does."""
+        scale = (
+            "adapters[0].weight" if self.request.adapters else "adapter_scale"
+        )  # of several, engines refuse no scale
 
         def named(text: str) -> str:
+            text = text.replace("adapter_scale", scale)
             for adapter in self.adapters:
                 text = text.replace(
                     f"adapter {adapter.digest}", f"adapter {adapter.name!r} (revision {adapter.digest[:12]})"
@@ -131,7 +135,7 @@ class PreparedRequest:
             return text
 
         error.message = named(error.message)
-        error.violations = tuple((field, named(text)) for field, text in error.violations)
+        error.violations = tuple((named(field), named(text)) for field, text in error.violations)
 
     def finish_reached(self, tokens: Sequence[int]) -> EngineFinish | None:
         """Return the end if an engine that is lost had emitted the output's last token but not said so."""

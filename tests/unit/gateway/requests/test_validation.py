@@ -28,6 +28,7 @@ from loraplex_gateway.types import (
     Stopping,
     TextPrompt,
     TokenPrompt,
+    WeightedAdapter,
 )
 
 REQUEST = GenerationRequest(prompt=TextPrompt(text="hi"))
@@ -126,6 +127,17 @@ def test_all_bad_fields_are_named_at_once_on_the_wire() -> None:
     assert [field for field, _ in caught.value.violations] == fields
     assert b"sampling.top_p" in to_status(caught.value).SerializeToString()
     assert "sampling.temperature is -1; it must be in [0, 100]" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("weight", "shown"),
+    [(100.0001, "100.0001"), (100.00000762939453, "100.000008"), (-0.10000000149011612, "-0.1"), (1e308, "1e+308")],
+)
+def test_a_weight_is_shown_so_that_it_differs_from_its_limit(weight: float, shown: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        check_request(replace(REQUEST, adapters=(WeightedAdapter(name="poet", weight=weight),)))
+
+    assert caught.value.message == f"adapters[0].weight is {shown}; it must be in [0, 100]"
 
 
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:
