@@ -282,7 +282,9 @@ def test_every_method_of_peft_is_served_or_refused_with_a_remedy(base: BaseModel
     for each in PeftType:
         assert (each.value in METHODS) is not (each.value in REFUSED_METHODS), each
         if each.value in REFUSED_METHODS:
-            with pytest.raises(AdapterIncompatibleError, match=rf'peft_type "{each.value}": .* not served, .*: \w+'):
+            with pytest.raises(
+                AdapterIncompatibleError, match=rf'peft_type "{each.value}" \(.+\) is not served, .*: \w+'
+            ):
                 read_method(base, "lora", peft_type=each.value)
 
 

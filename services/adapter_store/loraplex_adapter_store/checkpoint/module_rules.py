@@ -51,7 +51,7 @@ class ModuleRules:
             AdapterIncompatibleError: If there are none, and none outside of the layers either.
         """
         if not self._config.target_modules:
-            raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing")
+            raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing: name the adapted modules")
         found = [(layer, projection) for layer, projection, name in self._modules if self._is_targeted(name, layer)]
         if not found and not self.targeted_outside():
             raise AdapterIncompatibleError(

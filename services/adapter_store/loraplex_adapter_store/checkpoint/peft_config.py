@@ -130,9 +130,11 @@ def _method(fields: dict[str, Any]) -> str:
     served = ", ".join(METHODS)
     if isinstance(name, str) and name in REFUSED_METHODS:
         what, remedy = REFUSED_METHODS[name]
-        raise AdapterIncompatibleError(f'{FILE}: peft_type "{name}": {what} are not served, only {served}: {remedy}')
+        raise AdapterIncompatibleError(f'{FILE}: peft_type "{name}" ({what}) is not served, only {served}: {remedy}')
     if not isinstance(name, str) or name not in METHODS:
-        raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(name)} is not served, only {served}")
+        meant = str(name).rpartition(".")[2].upper()  # of a PeftType's repr, too
+        remedy = f'write "{meant}"' if meant in METHODS else "train LoRA or DoRA instead"
+        raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(name)} is not served, only {served}: {remedy}")
     return name
 
 
@@ -144,7 +146,9 @@ def _refuse_unserved(fields: dict[str, Any], method: Method) -> None:
         if not isinstance(fields.get(name), str | None):
             raise _wrong(name, fields[name], "a string")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterIncompatibleError(f"{FILE}: task_type = {_shown(fields['task_type'])}: only CAUSAL_LM is served")
+        raise AdapterIncompatibleError(
+            f"{FILE}: task_type = {_shown(fields['task_type'])}: only CAUSAL_LM is served; train the adapter for it"
+        )
     init = fields.get("init_lora_weights")
     if not isinstance(init, str | bool | None):
         raise _wrong("init_lora_weights", init, "true, false or a string")
@@ -156,7 +160,8 @@ def _refuse_unserved(fields: dict[str, Any], method: Method) -> None:
     for name, value in fields.items():
         if value and value != "none" and not method.knows(name):
             raise AdapterIncompatibleError(
-                f"{FILE}: unknown setting {name[:100]} = {_shown(value)}: it may change what the adapter computes"
+                f"{FILE}: unknown setting {name[:100]} = {_shown(value)}: it may change what the adapter computes; "
+                "remove it if it does not"
             )
     for name, why in _MISSING_NAMES.items():
         if name in method.used and fields.get(name) is None:

@@ -48,17 +48,18 @@ class Method:
 
 
 _INVOCATION: Final = "alora_invocation_tokens"
+_INSTEAD: Final = "train LoRA or DoRA instead"
 _REFUSED: Final = {
-    "trainable_token_indices": "only LoRA's token embeddings are served",
-    _INVOCATION: "only LoRA can be activated by a sequence of tokens",
-    "megatron_config": "Megatron layers are not served",
-    "layer_replication": "it changes the base model's layers",
-    "use_qalora": "QALoRA is not served",
-    "use_bdlora": "block-diagonal LoRA is not served",
-    "velora_config": "VeLoRA is not served",
-    "monteclora_config": "MonteCLoRA is not served",
-    "arrow_config": "Arrow routing is not served",
-    "kasa_config": "KaSA is not served",
+    "trainable_token_indices": f"only LoRA's token embeddings are served; {_INSTEAD}",
+    _INVOCATION: f"only LoRA can be activated by a sequence of tokens; {_INSTEAD}",
+    "megatron_config": "Megatron layers are not served; train on the base model's own layers, or save the adapter for them",
+    "layer_replication": "it changes the base model's layers; train on a base model that has these layers itself",
+    "use_qalora": f"QALoRA is not served; {_INSTEAD}",
+    "use_bdlora": f"block-diagonal LoRA is not served; {_INSTEAD}",
+    "velora_config": f"VeLoRA is not served; {_INSTEAD}",
+    "monteclora_config": f"MonteCLoRA is not served; {_INSTEAD}",
+    "arrow_config": "Arrow routing is not served; serve its adapters by themselves: each request chooses one",
+    "kasa_config": f"KaSA is not served; {_INSTEAD}",
 }
 
 METHODS: Final[dict[str, Method]] = {
@@ -81,7 +82,7 @@ METHODS: Final[dict[str, Method]] = {
         | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
         | {"r", "use_rslora", "alpha_pattern"},  # PEFT's layers of AdaLoRA do not look at them
         refused={name: why for name, why in _REFUSED.items() if name not in _TOKENS}
-        | {"target_parameters": "AdaLoRA on bare parameters is not served"}
+        | {"target_parameters": "AdaLoRA on bare parameters is not served; name their modules in target_modules"}
         | {"use_dora": "PEFT has no DoRA for AdaLoRA", "lora_bias": "PEFT's AdaLoRA has no biases of its matrices"},
     ),
     IA3: Method(
@@ -130,7 +131,7 @@ REFUSED_METHODS: Final[dict[str, tuple[str, str]]] = {
     "GRALORA": ("GraLoRA's blocks of pairs", _CONVERT),
     "HIRA": ("HiRA's products with the base weights", _CONVERT),
     "HRA": ("HRA's reflections", _MERGE),
-    "LILY": ("Lily's routed pairs", "train LoRA or DoRA instead"),
+    "LILY": ("Lily's routed pairs", _INSTEAD),
     "LN_TUNING": ("trained norms", _MERGE),
     "LOHA": ("LoHa's Hadamard products of pairs", _CONVERT),
     "LOKR": ("LoKr's Kronecker products", _CONVERT),

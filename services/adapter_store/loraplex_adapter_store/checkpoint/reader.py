@@ -211,7 +211,7 @@ def _sites(found: _Found, config: PeftConfig, rules: ModuleRules, base: BaseMode
             if slot not in found.get((layer, projection.name), {}):
                 raise AdapterIncompatibleError(
                     f"tensor {tensor_name(module_name(layer, projection.path), slot)} is missing, although {CONFIG_FILE} "
-                    f"{_ANNOUNCED.get(slot, 'targets it')}"
+                    f"{_ANNOUNCED.get(slot, 'targets it')}; save the adapter again with all of its tensors"
                 )
     if unknown := config.ranks.keys() - {module_name(layer, each.path) for layer, each in targeted}:
         raise AdapterIncompatibleError(
@@ -229,7 +229,10 @@ def _unexplained(slot: str, tensor: Tensor, is_targeted: bool) -> str:
     if slot == names.OTHER_BIAS and is_targeted:
         expected = tensor.name.removesuffix(names.OTHER_BIAS) + names.ADAPTED_BIAS
         return f"tensor {tensor.name}: PEFT ignores it, as the module is adapted; it loads {expected}"
-    return f"tensor {tensor.name} is not explained by target_modules, exclude_modules and layers_to_transform of {CONFIG_FILE}"
+    return (
+        f"tensor {tensor.name} is not explained by target_modules, exclude_modules and layers_to_transform of {CONFIG_FILE}; "
+        "correct these to what was trained"
+    )
 
 
 def _check_shared(shared: Mapping[str, Tensor], config: PeftConfig, adapted: list[Projection]) -> None:

@@ -44,9 +44,13 @@ _KEY: Final = re.compile(
 _BASE_WEIGHT: Final = "a weight of the base model: save the adapter alone (save_pretrained of the PEFT model)"
 _TELLTALES: Final = (
     ("lora_embedding", "LoRA on an embedding is read of base_model.model.model.embed_tokens alone"),
+    ("unembed_tokens", "LoRA on lm_head is read under the name base_model.model.lm_head alone"),  # Tinker's name
     ("embed_tokens", "a trained embedding is read under the name base_model.model.model.embed_tokens alone"),
     ("lm_head", "LoRA on or a trained lm_head is read under the name base_model.model.lm_head alone"),
-    ("modules_to_save", "trained modules other than embed_tokens and lm_head are not served"),
+    (
+        "modules_to_save",
+        "trained modules other than embed_tokens and lm_head are not served; train LoRA or DoRA of projections",
+    ),
     ("lora_magnitude_vector", "PEFT takes DoRA's magnitudes only with use_dora = true"),
     (".lora_B.bias", "PEFT takes biases of LoRA matrices only with lora_bias = true"),
     (".bias", "biases are served only of projections, and only as PEFT's bias and lora_bias announce them"),
@@ -55,7 +59,7 @@ _TELLTALES: Final = (
     ("shira_", "only peft_type SHIRA has it"),
     (".lora_E", "only peft_type ADALORA has it"),
     (".ranknum", "only peft_type ADALORA has it"),
-    (".experts.", "LoRA on the experts of a mixture is not served"),
+    (".experts.", "LoRA on the experts of a mixture is not served; train it on the projections of attention"),
     ("base_layer.", _BASE_WEIGHT),
 )
 _MISPLACED: Final = (
@@ -132,7 +136,12 @@ def _explained(name: str, paths: Collection[str]) -> str:
     match = re.fullmatch(pattern, name[:1000], re.ASCII) if paths else None
     if match is None:
         is_base = name.startswith("base_model.model.") and name.endswith(".weight") and "lora" not in name
-        return _BASE_WEIGHT if is_base else "no projection of a served decoder layer"
+        known = f", whose projections are {', '.join(sorted(paths))}" if paths else ""
+        return (
+            _BASE_WEIGHT
+            if is_base
+            else f"no projection of a served decoder layer{known}; train on these, or convert it"
+        )
     expected = tensor_name(module_name(int(match["layer"]), match["path"]), f"lora_{match['matrix']}.weight")
     return (
         f"PEFT would ignore it under this name; it loads {expected}. Save with save_pretrained of the unwrapped PEFT "
