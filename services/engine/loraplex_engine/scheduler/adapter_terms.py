@@ -43,8 +43,7 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
     if part is None or scale == 1:
         return None
     return InvalidParameterError(
-        f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
-        f"{_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
+        f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: {_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
     )
 
@@ -64,7 +63,7 @@ def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
     if spec.is_activated:
         why = "it is activated by a sequence of tokens, from which on it alone applies"
     elif part is not None:
-        why = f"in layer {part.layer}, {part.projection} has {_what(part)}"
+        why = _what(part)
     else:
         return None
     return InvalidParameterError(
@@ -76,6 +75,6 @@ def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
 
 def _what(part: PartSize) -> str:
     multiplier = _MULTIPLIERS.get(part.kind)
-    if multiplier is None:
-        return "rows of tokens, which replace what the base model has"
-    return f"{multiplier}, which multiplies what the base model computes"
+    if multiplier is None:  # such parts are outside of the layers
+        return f"{part.projection} has rows of tokens, which replace what the base model has"
+    return f"in layer {part.layer}, {part.projection} has {multiplier}, which multiplies what the base model computes"
