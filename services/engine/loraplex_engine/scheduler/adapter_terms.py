@@ -43,7 +43,8 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
     if part is None or scale == 1:
         return None
     return InvalidParameterError(
-        f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: {_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
+        f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: {_what(part)}; leave "
+        "adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
     )
 
