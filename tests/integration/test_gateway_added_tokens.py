@@ -16,6 +16,7 @@ from google.protobuf.json_format import ParseDict
 from loraplex.v1 import gateway_pb2
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.token_rows import MOST_ADDED_TOKENS
 from support.adapters import Recipe, adapter_files
 from support.added_tokens import NUM_TOKENS, extended_by_transformers, padded_base_dir, saved
 from support.cut_streams import another_gateway, cut, long_text, read_all, rest_of
@@ -195,6 +196,20 @@ async def test_a_stream_goes_on_through_a_gateway_that_has_not_had_the_tokenizer
     first, resumed = here.rig.engine.submits
     assert list(resumed.prompt_token_ids) == list(first.prompt_token_ids) == here.theirs["left"].encode("go <left>")
     assert text == here.theirs["left"].decode(reply, skip_special_tokens=False)
+
+
+async def test_a_client_resumes_an_output_with_the_last_row_that_an_engine_may_take(
+    redis_url: str, valkey_url: str
+) -> None:
+    last = load_base_model(padded_base_dir()).vocab_size + MOST_ADDED_TOKENS - 1  # a row that no token names: padding
+    reply = [70, last, 71, last, 72]
+    async with world(redis_url, valkey_url, reply=lambda _: list(reply)) as here:
+        request = long_text(adapter="left", response_options=gateway_pb2.ResponseOptions(text=True, token_ids=True))
+        got = await cut(here.rig, request, at=4)
+        async with another_gateway(valkey_url, store_target=here.store_target, **padded()) as other:
+            rest = await read_all(other, got.resumed())
+
+    assert got.token_ids + [each for response in rest for each in response.chunk.token_ids] == reply
 
 
 async def test_a_stream_that_moves_to_another_engine_keeps_its_tokens(redis_url: str, valkey_url: str) -> None:

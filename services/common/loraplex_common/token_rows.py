@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROWS: Final = "rows"
 DEFAULT_MAX_ADDED_TOKENS: Final = 256
 """Tokens that an adapter may add behind the base's vocabulary, unless an engine is told otherwise (``--max-added-tokens``)."""
+MOST_ADDED_TOKENS: Final = 1 << 16
+"""Largest setting of ``--max-added-tokens``: each widens every penalty count by a token, and logits of steps that have them."""
 KIND_IDS: Final = 10
 KIND_ROW_VALUES: Final = 11
 

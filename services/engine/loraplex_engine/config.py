@@ -11,6 +11,7 @@ from loraplex_common.secret import Secret
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
 from loraplex_common.sizes import size_as_flag
+from loraplex_common.token_rows import MOST_ADDED_TOKENS
 
 from loraplex_engine.constraints.limits import COMPILE_TIMEOUT_S, MAX_CACHE_BYTES, MAX_TEXT_BYTES
 from loraplex_engine.limits import (
@@ -24,7 +25,6 @@ from loraplex_engine.limits import (
     MAX_ADDED_TOKENS,
     MAX_BACKLOG_BYTES,
     MAX_BACKLOG_S,
-    MOST_ADDED_TOKENS,
     STEP_PATIENCE_S,
 )
 

@@ -20,8 +20,6 @@ ARENA_BYTES: Final = 512 * 1024 * 1024
 MAX_PASS_OVER_S: Final = 2.0
 MAX_RESIDENT_ADAPTERS: Final = 4096
 MAX_ADDED_TOKENS: Final = DEFAULT_MAX_ADDED_TOKENS
-MOST_ADDED_TOKENS: Final = 1 << 16
-"""Largest setting of ``--max-added-tokens``: each widens every penalty count by a token, and logits of steps that have them."""
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 MAX_BACKLOG_S: Final = 5.0
 STEP_PATIENCE_S: Final = 5.0

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from loraplex_common.added_tokens import MAX_ADDED_TOKENS
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
+from loraplex_common.token_rows import MOST_ADDED_TOKENS
 
 from loraplex_gateway.requests.prepared import Continuation
 from loraplex_gateway.resume.token import ResumePoint, seal, unseal
@@ -137,7 +137,7 @@ class Resumption:
             raise _changed("the request, or how this gateway's model reads it")
         known = prepared.model.token_ids
         # An adapter may have rows that its tokenizer names no token for; only engines know them, and refuse others.
-        nameless = MAX_ADDED_TOKENS if prepared.adapters else 0
+        nameless = MOST_ADDED_TOKENS if prepared.adapters else 0
         if (bad := TokenIds(known.size + nameless, known.added).first_unknown(resume.token_ids)) is not None:
             raise _invalid("token_ids", f"resume.token_ids holds {bad}; token ids of this model are {known}")
         ends, least = prepared.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
