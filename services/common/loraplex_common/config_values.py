@@ -18,6 +18,8 @@ class BaseModelError(ValueError):
 class ConfigValues:
     """Reads entries; ``null`` counts as an entry of the wrong type unless a method says otherwise.
 
+    It remembers which keys it was asked for: an entry that no reader asked for has not been understood (`unread`).
+
     Args:
         values: The JSON object.
         file: Name of the file, for messages.
@@ -28,14 +30,36 @@ class ConfigValues:
         self._values = values
         self._file = file
         self._prefix = prefix
+        self._asked: set[str] = set()
+        self._sections: dict[str, ConfigValues] = {}
 
     def has(self, key: str) -> bool:
         """Tell whether the key is there and not null."""
+        self._asked.add(key)
         return self._values.get(key) is not None
 
     def is_absent(self, key: str) -> bool:
         """Tell whether the key is not there at all."""
+        self._asked.add(key)
         return key not in self._values
+
+    def without_effect(self, *keys: str) -> None:
+        """Say that entries change nothing here, because of what another entry or the architecture says."""
+        self._asked.update(keys)
+
+    def equals(self, other: ConfigValues) -> bool:
+        """Tell whether two objects have equal entries."""
+        return self._values == other._values
+
+    def unread(self) -> list[tuple[str, Any]]:
+        """Return the entries that no reader asked for, those of sections that were read included; null is no entry.
+
+        Returns:
+            Each one's key, with the keys of the objects that it lies in, and its value.
+        """
+        own = [(f"{self._prefix}{key}", self._values[key]) for key in self._values if key not in self._asked]
+        inner = [entry for section in self._sections.values() for entry in section.unread()]
+        return [(key, value) for key, value in own + inner if value is not None]
 
     def integer(self, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
         """Return an integer of at least ``least``; ``default`` if the key is absent.
@@ -89,7 +113,7 @@ class ConfigValues:
         Raises:
             BaseModelError: If it is none.
         """
-        value = self._values.get(key)
+        value = self._get(key, None)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise self.wrong(key, "expected a list of strings")
         return value
@@ -100,10 +124,12 @@ class ConfigValues:
         Raises:
             BaseModelError: If it is none.
         """
-        value = self._values.get(key)
+        value = self._get(key, None)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "expected an object")
-        return ConfigValues(value, self._file, f"{self._prefix}{key}.") if value else None
+        if not value:
+            return None
+        return self._sections.setdefault(key, ConfigValues(value, self._file, f"{self._prefix}{key}."))
 
     def empty(self) -> ConfigValues:
         """Return what stands for an object that the file does not have: no entries."""
@@ -131,5 +157,6 @@ class ConfigValues:
         return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}")
 
     def _get(self, key: str, default: object) -> Any:
+        self._asked.add(key)
         value = self._values.get(key, default)
         return None if value is _REQUIRED else value

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
         (("adapters", "import", "a", "./nowhere"), "./nowhere: no such directory\n"),
         (("adapters", "import", "a", "/nowhere/at/all"), "/nowhere/at/all: no such directory\n"),
         (("adapters", "import", "a", "hf:org/repo"), "it lacks the commit"),
-        (
-            ("serve", "--base-port", "0", "--model", "org/repo"),
-            "no such directory; .* hf download org/repo --local-dir",
-        ),
         (("serve", "--base-port", "0", "--model", "/nowhere"), "/nowhere: no such directory\n"),
         (("adapters", "make-random", "1", "--model", "org/repo"), "no such directory; .* hf download org/repo"),
     ],

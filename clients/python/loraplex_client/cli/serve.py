@@ -11,9 +11,8 @@ from loraplex_common.errors import LoraplexError
 
 from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
-from loraplex_client.cli.model import ensure_with_progress
 from loraplex_client.cli.option_groups import grouped
-from loraplex_client.cli.serve_checks import check_base, check_directories, demo_adapters
+from loraplex_client.cli.serve_checks import check_base, check_directories, demo_adapters, fetched
 from loraplex_client.cli.serve_options import (
     AccessOptions,
     AddressOptions,
@@ -57,9 +56,9 @@ def serve(
     base.check()
     ports = address.ports()
     require_free_ports(address.host, ports)
-    check_directories(base.model, import_root or [])
+    check_directories(None if base.hub_name else base.model, import_root or [])
     adapters = demo_adapters(base.demo_dir) if base.demo else {}
-    model = ensure_with_progress() if base.model is None else base.model
+    model = fetched(base)
     check_base(model, log_level)
     config = ServeConfig(
         model=model.resolve(),

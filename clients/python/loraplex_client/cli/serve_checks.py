@@ -7,6 +7,8 @@ from loraplex_common import log
 from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_common.directories import adapter_directory_problem, model_directory_problem
 
+from loraplex_client.cli.model import ensure_with_progress, fetch_and_tell
+from loraplex_client.cli.serve_options import BaseOptions
 from loraplex_client.serve import ServeError
 
 
@@ -33,6 +35,13 @@ def check_directories(model: Path | None, import_roots: list[Path]) -> None:
     for root in import_roots:
         if problem := adapter_directory_problem(root):
             raise typer.BadParameter(problem, param_hint="--import-root")
+
+
+def fetched(base: BaseOptions) -> Path:
+    """Return the base model's directory; fetch it if it is one of the hub's, or the demo's."""
+    if base.model is None:
+        return ensure_with_progress()
+    return fetch_and_tell(str(base.model)) if base.hub_name else base.model
 
 
 def demo_adapters(demo_dir: Path | None) -> dict[str, Path]:

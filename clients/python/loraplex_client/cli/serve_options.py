@@ -10,6 +10,7 @@ import typer
 
 from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.demo import SMOLLM2_HUB_ID
+from loraplex_client.hub_base import hub_base
 from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
 from loraplex_client.serve.ports import Ports
 
@@ -33,7 +34,10 @@ class StackAccess(TypedDict):
 class BaseOptions:
     """The base model."""
 
-    model: Annotated[Path | None, typer.Option(help="Base model in Hugging Face layout.", metavar="DIR")] = None
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub.", metavar="DIR"),
+    ] = None
     demo: Annotated[
         bool, typer.Option("--demo", help="Fetch a small base model, import the five adapters of examples/demo.")
     ] = False
@@ -50,10 +54,16 @@ class BaseOptions:
         if (self.model is None) == (not self.demo):
             raise typer.BadParameter("give exactly one of --model DIR and --demo")
 
+    @property
+    def hub_name(self) -> str | None:
+        """The repository's name, if the base model is one of the hub's."""
+        parts = hub_base(self.model)
+        return parts["repo"] if parts else None
+
     def flags(self) -> tuple[str, ...]:
         """Return the names of the base model, for all services."""
         aliases = [*(self.model_alias or ()), *([SMOLLM2_HUB_ID] if self.demo else ())]
-        return flags({"--served-model-name": self.served_model_name}, ("--model-alias", aliases))
+        return flags({"--served-model-name": self.served_model_name or self.hub_name}, ("--model-alias", aliases))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

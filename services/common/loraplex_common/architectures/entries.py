@@ -63,8 +63,15 @@ def sliding_window(values: ConfigValues) -> int | None:
 
 
 def no_windows(values: ConfigValues, num_layers: int) -> Windows:
-    """Return the windows of an architecture in which every layer attends to all tokens."""
-    del values
+    """Return the windows of an architecture in which every layer attends to all tokens, whatever ``sliding_window`` is.
+
+    Raises:
+        BaseModelError: If ``layer_types`` says otherwise of a layer.
+    """
+    layer_types = values.texts("layer_types")
+    if layer_types and set(layer_types) != {FULL}:
+        raise values.unserved("layer_types", f"only {FULL} is")
+    values.without_effect("sliding_window", "use_sliding_window", "max_window_layers")
     return (None,) * num_layers
 
 
@@ -75,6 +82,7 @@ def windows_by_layer(values: ConfigValues, num_layers: int) -> Windows:
         BaseModelError: If ``layer_types`` does not say one or the other of each layer.
     """
     layer_types = values.texts("layer_types")
+    values.without_effect("sliding_window", "max_window_layers")  # where use_sliding_window is false
     if not values.flag("use_sliding_window") or (window := sliding_window(values)) is None:
         return (None,) * num_layers
     if layer_types is None:
@@ -94,7 +102,12 @@ def rope_parameters(values: ConfigValues, max_positions: int) -> dict[str, Any]:
     Raises:
         BaseModelError: If the type is not served, or lacks a number.
     """
-    rope = values.section("rope_parameters") or values.section("rope_scaling") or values.empty()
+    spelled = [section for key in ("rope_parameters", "rope_scaling") if (section := values.section(key))]
+    rope = spelled[0] if spelled else values.empty()
+    if len(spelled) > 1 and not spelled[1].equals(rope):
+        raise values.wrong("rope_scaling", "expected no other one beside rope_parameters")
+    rope.without_effect("type", *ROPE_OPTIONS, *(key for needs in ROPE_NEEDS.values() for key in needs))
+    values.without_effect("rope_theta", "rope_scaling")
     kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
     if kind not in ROPE_NEEDS:
         raise values.problem(f"RoPE type {kind!r} is not one of {', '.join(ROPE_NEEDS)}")

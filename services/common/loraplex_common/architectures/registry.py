@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraplex_common.architectures import llama, mistral, qwen2, qwen3
+from loraplex_common.architectures.unread import refuse_unread
 from loraplex_common.config_values import BaseModelError, ConfigValues
 from loraplex_common.decoder_config import ModelConfig
 
@@ -39,11 +40,14 @@ def model_config(config: Mapping[str, Any], file: str = "config.json") -> ModelC
 
     Raises:
         BaseModelError: If no architecture of it is served, its weights are quantised, it asks for something that is not
-            computed, or an entry is missing, null or of the wrong type; the message names it.
+            computed or is not understood, or an entry is missing, null or of the wrong type; the message names it.
     """
     read = ARCHITECTURES[_architecture(config, file)]
     _refuse_quantised(config, file)
-    return read(ConfigValues(config, file))
+    values = ConfigValues(config, file)
+    model = read(values)
+    refuse_unread(values)
+    return model
 
 
 def _architecture(config: Mapping[str, Any], file: str) -> str:

@@ -1,0 +1,112 @@
+"""A base model by its name on a Hugging Face hub: the files that are read, at one commit, through `huggingface_hub`.
+
+Its cache, its settings (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_OFFLINE``), its resumed downloads and its bars
+are used as they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loraplex_client.demo.errors import FetchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HUB_BASE: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
+ALLOWED: Final = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""Files of a repository's top folder that are fetched: no pickle, no code, no second copy of the weights."""
+DEFAULT_BRANCH: Final = "main"
+
+
+def hub_base(name: str | Path | None) -> re.Match[str] | None:
+    """Return the parts of ``org/name[@commit]``; None for a directory that exists and for what is no such name."""
+    if name is None or Path(name).exists():
+        return None
+    return HUB_BASE.fullmatch(os.fspath(name))
+
+
+def fetch_hub_base(name: str, *, out_dir: Path | None = None) -> tuple[Path, str]:
+    """Fetch a base model, or what its last download lacks; show bars on a terminal.
+
+    Args:
+        name: ``org/name``, at the commit where its default branch is, or ``org/name@commit``.
+        out_dir: Where to put it; the library's cache if unset.
+
+    Returns:
+        The directory, and the commit.
+
+    Raises:
+        FetchError: If the name is none, the repository or commit is not there, not allowed or cannot be reached, it has
+            no safetensors weights, or the disk is full; the message has the remedy.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if (parts := HUB_BASE.fullmatch(name)) is None:
+        raise FetchError(f"{name}: expected org/name, or org/name@COMMIT with 40 hex digits: branches and tags move")
+    repo, commit = parts["repo"], parts["commit"]
+    with _told(name, repo):
+        if out_dir is not None and commit is None:
+            # A plain directory does not say which commit it is of.
+            try:
+                commit = HfApi().model_info(repo).sha
+            except OfflineModeIsEnabled as error:
+                raise FetchError(f"{name}: offline (HF_HUB_OFFLINE), so --out needs a commit") from error
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=commit or DEFAULT_BRANCH,
+                local_dir=out_dir,
+                allow_patterns=[*ALLOWED],
+                ignore_patterns="*/*",
+            )
+        )
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        raise FetchError(
+            f"{name}: has no config.json with model*.safetensors beside it; pickled weights are not fetched"
+        )
+    return folder, commit or folder.name
+
+
+@contextmanager
+def _told(name: str, repo: str) -> Iterator[None]:
+    """Turn the library's failures into one line with a remedy."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # the library's own are both
+        raise FetchError(f"{name}: {_remedy(error, repo)}") from error
+
+
+def _remedy(error: Exception, repo: str) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated; accept its terms at {constants.ENDPOINT}/{repo} and set HF_TOKEN to a token of yours"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "no such commit in this repository"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such repository at {constants.ENDPOINT}; one that is private needs HF_TOKEN"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full; free room, or set HF_HOME to another one ({constants.HF_HUB_CACHE}), and try again"
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        return f"{constants.ENDPOINT} answered {error.response.status_code}; try again, what has come is kept"
+    return (
+        f"{constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set), and {constants.HF_HUB_CACHE} has no whole copy "
+        f"({type(error).__name__}); try again, set HF_ENDPOINT to a mirror, or give a directory"
+    )
