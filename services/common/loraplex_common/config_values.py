@@ -94,6 +94,17 @@ class ConfigValues:
             raise self.wrong(key, "expected a list of strings")
         return value
 
+    def integers(self, key: str) -> list[int] | None:
+        """Return a list of integers; None for an absent key and for null.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._values.get(key)
+        if value is not None and not (isinstance(value, list) and all(type(item) is int for item in value)):
+            raise self.wrong(key, "expected a list of integers")
+        return value
+
     def section(self, key: str) -> ConfigValues | None:
         """Return an object's entries; None for an absent key, for null and for an empty object.
 
@@ -104,6 +115,10 @@ class ConfigValues:
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "expected an object")
         return ConfigValues(value, self._file, f"{self._prefix}{key}.") if value else None
+
+    def with_default(self, key: str, value: object) -> ConfigValues:
+        """Return the same entries, with one more if its key is absent."""
+        return ConfigValues({key: value, **self._values}, self._file, self._prefix)
 
     def empty(self) -> ConfigValues:
         """Return what stands for an object that the file does not have: no entries."""

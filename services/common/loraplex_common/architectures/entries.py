@@ -85,7 +85,9 @@ def windows_by_layer(values: ConfigValues, num_layers: int) -> Windows:
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
-def rope_parameters(values: ConfigValues, max_positions: int) -> dict[str, Any]:
+def rope_parameters(
+    values: ConfigValues, max_positions: int, default_theta: float = DEFAULT_ROPE_THETA
+) -> dict[str, Any]:
     """Return RoPE parameters from either spelling of config.json.
 
     transformers 5 writes one ``rope_parameters``; before, there were ``rope_theta`` and ``rope_scaling`` with ``type``
@@ -107,7 +109,7 @@ def rope_parameters(values: ConfigValues, max_positions: int) -> dict[str, Any]:
     length = "original_max_position_embeddings"
     read: dict[str, Any] = {
         "rope_type": kind,
-        "rope_theta": theta.number("rope_theta", DEFAULT_ROPE_THETA, above=1.0),
+        "rope_theta": theta.number("rope_theta", default_theta, above=1.0),
         length: rope.integer(length) if rope.has(length) else max_positions,
         "truncate": rope.flag("truncate", default=True),
     }

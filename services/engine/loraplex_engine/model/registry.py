@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.decoder_config import LLAMA_DECODER
+from loraplex_common.decoder_config import GRANITE_DECODER, LLAMA_DECODER, OLMO2_DECODER, SMOLLM3_DECODER
 
+from loraplex_engine.model.dense import DenseModel
 from loraplex_engine.model.llama import LlamaModel
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import LinearForms
     from loraplex_engine.model.weights import WeightSource
 
-DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {LLAMA_DECODER: LlamaModel}
+DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
+    LLAMA_DECODER: LlamaModel,
+    GRANITE_DECODER: DenseModel,
+    OLMO2_DECODER: DenseModel,
+    SMOLLM3_DECODER: DenseModel,
+}
 """By `ModelConfig.decoder`."""
 
 

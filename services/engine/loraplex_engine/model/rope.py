@@ -56,8 +56,8 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, fp32 ``[head_dim / 2]``, and the factor on cosines and sines."""
-    rope, dim = config.rope, config.head_dim
+    """Return the inverse frequencies, fp32 ``[rotary_dim / 2]``, and the factor on cosines and sines."""
+    rope, dim = config.rope, config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
     match rope["rope_type"]:
@@ -71,7 +71,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rope_table(config: ModelConfig, num_positions: int) -> Tensor:
-    """Tabulate RoPE: fp32 ``[num_positions, 2, head_dim / 2]``, cosines then sines.
+    """Tabulate RoPE: fp32 ``[num_positions, 2, rotary_dim / 2]``, cosines then sines.
 
     Raises:
         BaseModelError: If the dynamic rule is asked for positions beyond training, where it would change the
