@@ -29,6 +29,17 @@ SIZES: Final[Mapping[str, Any]] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+LONGROPE: Final[dict[str, Any]] = {
+    "max_position_embeddings": 512,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.9],
+        "long_factor": [1.0, 1.5, 2.5, 4.0, 7.0, 9.0],
+    },
+}
+"""Six factors: three quarters of heads of 16, in pairs."""
 FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "granite": (
         "granite",
@@ -48,6 +59,10 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9, "mlp_bias": True},
     ),
     "seed_oss": ("seed_oss", {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True}),
+    "glm4": ("glm4", {"head_dim": 24, "pad_token_id": 2}),
+    "phi3": ("phi3", {"num_key_value_heads": 4, "sliding_window": 11}),
+    "phi3 short": ("phi3", LONGROPE | {"original_max_position_embeddings": 256}),
+    "phi3 long": ("phi3", LONGROPE | {"original_max_position_embeddings": 2, "tie_word_embeddings": True}),
 }
 """By name: transformers' ``model_type``, and what differs from `SIZES`."""
 

@@ -105,6 +105,18 @@ class ConfigValues:
             raise self.wrong(key, "expected a list of integers")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """Return a list of finite numbers greater than 0.
+
+        Raises:
+            BaseModelError: If it is none, or absent.
+        """
+        value = self._values.get(key)
+        items: list[Any] = value if isinstance(value, list) else [None]
+        if not all(type(item) in (int, float) and math.isfinite(item) and item > 0 for item in items):
+            raise self.wrong(key, "expected a list of numbers greater than 0")
+        return [float(item) for item in items]
+
     def section(self, key: str) -> ConfigValues | None:
         """Return an object's entries; None for an absent key, for null and for an empty object.
 

@@ -16,6 +16,8 @@ LLAMA_DECODER: Final = "llama"
 GRANITE_DECODER: Final = "granite"
 OLMO2_DECODER: Final = "olmo2"
 SMOLLM3_DECODER: Final = "smollm3"
+GLM4_DECODER: Final = "glm4"
+PHI3_DECODER: Final = "phi3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

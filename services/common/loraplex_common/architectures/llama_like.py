@@ -6,10 +6,9 @@ beside this one and one line in `registry`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.architectures.entries import (
-    DEFAULT_ROPE_THETA,
     head_dim,
     no_windows,
     num_kv_heads,
@@ -38,7 +37,7 @@ def read_llama_like(
     qk_norm: bool = False,
     rms_norm_eps: float = 1e-6,
     tied_embeddings: bool = False,
-    rope_theta: float = DEFAULT_ROPE_THETA,
+    rope: Callable[[ConfigValues, int], dict[str, Any]] = rope_parameters,
     windows: Callable[[ConfigValues, int], Windows] = no_windows,
 ) -> ModelConfig:
     """Read config.json.
@@ -51,7 +50,7 @@ def read_llama_like(
         qk_norm: Likewise.
         rms_norm_eps: What an absent ``rms_norm_eps`` means.
         tied_embeddings: What an absent ``tie_word_embeddings`` means.
-        rope_theta: What an absent ``rope_theta`` means.
+        rope: Reads RoPE's parameters from the entries and the longest trained sequence.
         windows: Reads each layer's window from the entries and the number of layers.
 
     Raises:
@@ -82,7 +81,7 @@ def read_llama_like(
         qk_norm=qk_norm,
         tied_embeddings=values.flag("tie_word_embeddings", default=tied_embeddings),
         windows=windows(values, num_layers),
-        rope=rope_parameters(values, max_positions, rope_theta),
+        rope=rope(values, max_positions),
         max_position_embeddings=max_positions,
     )
 

@@ -15,10 +15,8 @@ DEFAULT_HEAD_DIM = 128
 
 def read(values: ConfigValues) -> ModelConfig:
     """Read config.json: ``attention_bias`` is about q, k and v, ``attention_out_bias`` about o."""
-    if values.is_absent("head_dim"):
-        values = values.with_default("head_dim", DEFAULT_HEAD_DIM)
     return read_llama_like(
-        values,
+        values.with_default("head_dim", DEFAULT_HEAD_DIM),
         qkv_bias=values.flag("attention_bias", default=True),
         o_bias=values.flag("attention_out_bias"),
         mlp_bias=values.flag("mlp_bias"),

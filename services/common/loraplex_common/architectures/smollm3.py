@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from loraplex_common.architectures.entries import FULL, SLIDING
+from loraplex_common.architectures.entries import FULL, SLIDING, rope_parameters
 from loraplex_common.architectures.llama_like import read_llama_like
 from loraplex_common.decoder_config import SMOLLM3_DECODER, DenseTraits
 
@@ -27,7 +28,7 @@ def read(values: ConfigValues) -> ModelConfig:
         o_bias=bias,
         mlp_bias=values.flag("mlp_bias"),
         tied_embeddings=True,
-        rope_theta=DEFAULT_ROPE_THETA,
+        rope=partial(rope_parameters, default_theta=DEFAULT_ROPE_THETA),
         windows=_windows,
     )
     return replace(

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.decoder_config import GRANITE_DECODER, LLAMA_DECODER, OLMO2_DECODER, SMOLLM3_DECODER
+from loraplex_common.decoder_config import (
+    GLM4_DECODER,
+    GRANITE_DECODER,
+    LLAMA_DECODER,
+    OLMO2_DECODER,
+    PHI3_DECODER,
+    SMOLLM3_DECODER,
+)
 
 from loraplex_engine.model.dense import DenseModel
 from loraplex_engine.model.llama import LlamaModel
@@ -28,6 +35,8 @@ DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
     GRANITE_DECODER: DenseModel,
     OLMO2_DECODER: DenseModel,
     SMOLLM3_DECODER: DenseModel,
+    GLM4_DECODER: DenseModel,
+    PHI3_DECODER: DenseModel,
 }
 """By `ModelConfig.decoder`."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from loraplex_common.base_model import load_base_model
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_common.architectures.registry import model_config
+from loraplex_common.base_model import BaseModelError, load_base_model
+from loraplex_common.errors import AdapterCorruptUploadError
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from safetensors.torch import load_file, save
 from support.engine_harness import torch_engine
 from support.families import FAMILIES, VOCAB_SIZE, family_dir, write_family_adapter
 from support.oracle import Comparison, Oracle, adapter_image, make_rig
@@ -91,3 +96,39 @@ def engine_pages(name: str, adapters: dict[str, Path]) -> int:
     geometry = info.geometry(dtype="float32", page_bytes=pool.page_bytes)
     sizes = [len(adapter_image(geometry, info, each, family_dir(name))[1]) for each in adapters.values()]
     return sizes[0] + sizes[1] + 48
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [2.0] * 7}}, "long_factor has 7 numbers, expected 8"),
+        ("phi3", {"rope_parameters": LONGROPE | {"short_factor": None}}, "short_factor is null: expected a list"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not one of default, longrope"),
+        ("granite", {"rope_parameters": LONGROPE}, "'longrope' is not one of default, linear"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0: expected a number greater than 0"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.3}}, "expected an even part of a head of 24"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*expected 3 of 0 and 1"),
+        ("olmo2", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor 0.5 is not served"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_with_the_key(
+    name: str, changes: dict[str, object], message: str
+) -> None:
+    config = json.loads((family_dir(name) / "config.json").read_text()) | changes
+
+    with pytest.raises(BaseModelError, match=message):
+        model_config(config)
+
+
+def test_the_trial_takes_a_fused_module_for_the_projections_that_it_is(tmp_path: Path) -> None:
+    directory = write_family_adapter(tmp_path, "phi3", ["qkv_proj"], rank=4, seed=1)
+    info = load_base_model(family_dir("phi3"))
+    file = directory / "adapter_model.safetensors"
+    # Queries and keys of 1e19 each are finite in fp32, as is their module's output; their scores are not.
+    large = {name: weight * (1e20 if "lora_B" in name else 1) for name, weight in load_file(file).items()}
+
+    with pytest.raises(AdapterCorruptUploadError, match="layer 0, qkv_proj: it makes values up to"):
+        read_checkpoint((directory / "adapter_config.json").read_bytes(), save(large), info)

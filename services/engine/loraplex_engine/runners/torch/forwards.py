@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.decoder_config import GRANITE_DECODER, LLAMA_DECODER, OLMO2_DECODER, SMOLLM3_DECODER
+from loraplex_common.decoder_config import (
+    GLM4_DECODER,
+    GRANITE_DECODER,
+    LLAMA_DECODER,
+    OLMO2_DECODER,
+    PHI3_DECODER,
+    SMOLLM3_DECODER,
+)
 
 from loraplex_engine.runners.torch.dense import DenseForward
 from loraplex_engine.runners.torch.forward import LlamaForward
@@ -23,6 +30,8 @@ FORWARDS: Final[dict[str, MakeForward]] = {
     GRANITE_DECODER: DenseForward,
     OLMO2_DECODER: DenseForward,
     SMOLLM3_DECODER: DenseForward,
+    GLM4_DECODER: DenseForward,
+    PHI3_DECODER: DenseForward,
 }
 """By `ModelConfig.decoder`."""
 
