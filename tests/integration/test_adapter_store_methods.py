@@ -77,5 +77,5 @@ async def test_a_trained_bias_is_stored_as_what_it_adds_to_the_bases_own(client:
 
 
 async def test_a_method_that_is_not_served_is_refused_with_the_remedy(client: StoreClient) -> None:
-    with pytest.raises(AdapterIncompatibleError, match=r'peft_type "LOHA": LoHa.* convert_to_lora'):
+    with pytest.raises(AdapterIncompatibleError, match=r'peft_type "LOHA" .* convert_to_lora'):
         await upload(client, "lora", peft_type="LOHA")

@@ -118,6 +118,29 @@ class ConfigValues:
             raise self.wrong(key, "expected a list of strings")
         return value
 
+    def integers(self, key: str) -> list[int] | None:
+        """Return a list of integers; None for an absent key and for null.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._get(key, None)
+        if value is not None and not (isinstance(value, list) and all(type(item) is int for item in value)):
+            raise self.wrong(key, "expected a list of integers")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        """Return a list of finite numbers greater than 0.
+
+        Raises:
+            BaseModelError: If it is none, or absent.
+        """
+        value = self._get(key, None)
+        items: list[Any] = value if isinstance(value, list) else [None]
+        if not all(type(item) in (int, float) and math.isfinite(item) and item > 0 for item in items):
+            raise self.wrong(key, "expected a list of numbers greater than 0")
+        return [float(item) for item in items]
+
     def section(self, key: str) -> ConfigValues | None:
         """Return an object's entries; None for an absent key, for null and for an empty object.
 
@@ -130,6 +153,12 @@ class ConfigValues:
         if not value:
             return None
         return self._sections.setdefault(key, ConfigValues(value, self._file, f"{self._prefix}{key}."))
+
+    def with_default(self, key: str, value: object) -> ConfigValues:
+        """Return the same entries, with one more if its key is absent; what is asked of either is asked of both."""
+        same = ConfigValues({key: value, **self._values}, self._file, self._prefix)
+        same._asked, same._sections = self._asked, self._sections
+        return same
 
     def empty(self) -> ConfigValues:
         """Return what stands for an object that the file does not have: no entries."""

@@ -109,6 +109,20 @@ def gated_decoder_layer(
     )
 
 
+def with_fused(layer: LayerProjections, op: str, path: str) -> LayerProjections:
+    """Return a layer whose projections of one op are one module, with their outputs one after another.
+
+    Args:
+        layer: With a projection for each.
+        op: The op.
+        path: Name of the module inside its layer.
+    """
+    parts = [each for each in layer if each.op == op]
+    fused = Projection(path, op, parts[0].in_features, sum(each.out_features for each in parts))
+    first = layer.index(parts[0])
+    return (*layer[:first], fused, *layer[first + len(parts) :])
+
+
 def embedding_and_head(vocab_size: int, hidden_size: int, *, embedding: str, lm_head: str) -> LayerProjections:
     """Return what lies outside of the decoder layers and can be adapted.
 

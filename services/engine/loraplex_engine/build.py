@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Final
 
 import torch
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, BaseModelInfo, load_base_model, state_of_files
 from loraplex_common.end_of_text import read_eos_token_ids
 from loraplex_common.rank_limits import CUDA_MAX_RANK
@@ -174,8 +175,13 @@ def runner_factory(
         device: Where to compute.
         files: State of the model's files before `info` was read: what makes the backend raises `BaseModelError` if they
             have another one once the weights are loaded, for these may not be those that the fingerprint names.
+
+    Raises:
+        BaseModelError: If the backend does not compute the model's decoder: before its weights are read.
     """
     is_cuda = resolve_backend(config, device) == "cuda"
+    if is_cuda:
+        _check_cuda_decoder(info)
 
     def make(limits: EngineLimits) -> ModelRunner:
         runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device))
@@ -191,6 +197,12 @@ def runner_factory(
 
 def _torch_name(device: torch.device) -> str:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def _check_cuda_decoder(info: BaseModelInfo) -> None:
+    from loraplex_engine.runners.cuda.forwards import forward_of  # needs cuda-python
+
+    forward_of(model_config(info.config))
 
 
 def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:

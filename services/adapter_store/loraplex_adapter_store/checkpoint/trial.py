@@ -35,6 +35,9 @@ NUM_INPUTS: Final = 4
 BASE_GAIN: Final = 64.0
 """Largest gain that the base model's own projections and norms may have; ordinary ones stay far below."""
 
+FUSED: Final = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What a module that is several projections in one is taken for."""
+
 MAX_NORM: Final = 1e18
 """Largest output before DoRA's division by norms, whose squares engines sum in fp32."""
 
@@ -47,7 +50,9 @@ def check_trial(modules: Iterable[Module], base: BaseModelInfo) -> None:
     """
     layers: dict[int, dict[str, tuple[float, Module]]] = {}
     for module in modules:
-        layers.setdefault(module.layer, {})[module.projection] = output_size(module), module
+        size = output_size(module)
+        for name in FUSED.get(module.projection, (module.projection,)):
+            layers.setdefault(module.layer, {})[name] = size, module
     # The next norm sums the squares of what all layers and the embedding have added.
     residual = math.sqrt(MAX_BFLOAT16 / base.hidden_size) / (base.num_layers + 1)
     paths = (

@@ -93,39 +93,83 @@ def windows_by_layer(values: ConfigValues, num_layers: int) -> Windows:
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
-def rope_parameters(values: ConfigValues, max_positions: int) -> dict[str, Any]:
+def rope_parameters(
+    values: ConfigValues,
+    max_positions: int,
+    default_theta: float = DEFAULT_ROPE_THETA,
+    *,
+    is_partial: bool = False,
+    kinds: Mapping[str, tuple[str, ...]] = ROPE_NEEDS,
+) -> dict[str, Any]:
     """Return RoPE parameters from either spelling of config.json.
 
     transformers 5 writes one ``rope_parameters``; before, there were ``rope_theta`` and ``rope_scaling`` with ``type``
     or ``rope_type``.
 
+    Args:
+        values: Entries of config.json.
+        max_positions: Longest sequence the model was trained for, in tokens.
+        default_theta: What an absent ``rope_theta`` means.
+        is_partial: Whether the architecture may rotate a part of each head only; see `rotary_dim`.
+        kinds: Its RoPE types, and the numbers that each cannot do without.
+
     Raises:
         BaseModelError: If the type is not served, or lacks a number.
     """
-    spelled = [section for key in ("rope_parameters", "rope_scaling") if (section := values.section(key))]
-    rope = spelled[0] if spelled else values.empty()
-    if len(spelled) > 1 and not spelled[1].equals(rope):
-        raise values.wrong("rope_scaling", "expected no other one beside rope_parameters")
-    rope.without_effect("type", *ROPE_OPTIONS, *(key for needs in ROPE_NEEDS.values() for key in needs))
+    rope = rope_section(values)
+    rope.without_effect("type", *ROPE_OPTIONS, *(key for needs in kinds.values() for key in needs))
     values.without_effect("rope_theta", "rope_scaling")
     kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
-    if kind not in ROPE_NEEDS:
-        raise values.problem(f"RoPE type {kind!r} is not one of {', '.join(ROPE_NEEDS)}")
+    if kind not in kinds:
+        raise values.problem(f"RoPE type {kind!r} is not one of {', '.join(kinds)}")
     if nested := rope.nested():
         raise values.problem(f"RoPE parameters per layer type ({', '.join(nested)}) are not served")
-    for owner in (rope, values):
+    for owner in () if is_partial else (rope, values):
         if owner.has("partial_rotary_factor") and owner.number("partial_rotary_factor") != 1.0:
             raise owner.unserved("partial_rotary_factor", "only 1.0 is")
     theta = rope if rope.has("rope_theta") else values
     length = "original_max_position_embeddings"
     read: dict[str, Any] = {
         "rope_type": kind,
-        "rope_theta": theta.number("rope_theta", DEFAULT_ROPE_THETA, above=1.0),
+        "rope_theta": theta.number("rope_theta", default_theta, above=1.0),
         length: rope.integer(length) if rope.has(length) else max_positions,
         "truncate": rope.flag("truncate", default=True),
     }
-    read |= {key: rope.number(key) for key in ROPE_NEEDS[kind]}
+    read |= {key: rope.number(key) for key in kinds[kind]}
     read |= {key: rope.number(key) for key in ROPE_OPTIONS if kind == "yarn" and rope.has(key)}
     if kind == "llama3" and read["high_freq_factor"] <= read["low_freq_factor"]:
         raise rope.wrong("high_freq_factor", "expected more than low_freq_factor")
     return read
+
+
+def rotary_dim(values: ConfigValues, head_dim: int, default: float) -> int:
+    """Return how many of a head's dimensions RoPE rotates, from ``partial_rotary_factor`` in either place.
+
+    Args:
+        values: Entries of config.json.
+        head_dim: Size of a head.
+        default: What an absent factor means.
+
+    Raises:
+        BaseModelError: If it is no even number of dimensions, or more than the head has.
+    """
+    rope = rope_section(values)
+    owner = rope if rope.has("partial_rotary_factor") else values
+    dim = int(head_dim * (owner.number("partial_rotary_factor") if owner.has("partial_rotary_factor") else default))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise owner.wrong(
+            "partial_rotary_factor", f"expected an even part of a head of {head_dim} dimensions, not {dim}"
+        )
+    return dim
+
+
+def rope_section(values: ConfigValues) -> ConfigValues:
+    """Return the entries of either spelling; none if both are absent.
+
+    Raises:
+        BaseModelError: If both are there and differ.
+    """
+    spelled = [section for key in ("rope_parameters", "rope_scaling") if (section := values.section(key))]
+    if len(spelled) > 1 and not spelled[1].equals(spelled[0]):
+        raise values.wrong("rope_scaling", "expected no other one beside rope_parameters")
+    return spelled[0] if spelled else values.empty()

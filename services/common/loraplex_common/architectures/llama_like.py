@@ -6,9 +6,14 @@ beside this one and one line in `registry`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.architectures.entries import head_dim, no_windows, num_kv_heads, rope_parameters
+from loraplex_common.architectures.entries import (
+    head_dim,
+    no_windows,
+    num_kv_heads,
+    rope_parameters,
+)
 from loraplex_common.decoder_config import ModelConfig, WeightNames
 from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 
@@ -30,6 +35,9 @@ def read_llama_like(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    rms_norm_eps: float = 1e-6,
+    tied_embeddings: bool = False,
+    rope: Callable[[ConfigValues, int], dict[str, Any]] = rope_parameters,
     windows: Callable[[ConfigValues, int], Windows] = no_windows,
 ) -> ModelConfig:
     """Read config.json.
@@ -40,17 +48,16 @@ def read_llama_like(
         o_bias: Likewise.
         mlp_bias: Likewise.
         qk_norm: Likewise.
+        rms_norm_eps: What an absent ``rms_norm_eps`` means.
+        tied_embeddings: What an absent ``tie_word_embeddings`` means.
+        rope: Reads RoPE's parameters from the entries and the longest trained sequence.
         windows: Reads each layer's window from the entries and the number of layers.
 
     Raises:
         BaseModelError: If it asks for something this decoder does not compute, or an entry is missing, null or of the
             wrong type; the message names it.
     """
-    activation = values.text("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise values.problem(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    for flag in ("attention_bias", "mlp_bias"):
-        values.flag(flag)  # one that is no flag is refused by architectures that ignore it, too
+    _check(values)
     num_layers, num_heads = values.integer("num_hidden_layers"), values.integer("num_attention_heads")
     max_positions = values.integer("max_position_embeddings", DEFAULT_MAX_POSITIONS)
     hidden, intermediate = values.integer("hidden_size"), values.integer("intermediate_size")
@@ -67,16 +74,24 @@ def read_llama_like(
         num_kv_heads=kv_heads,
         head_dim=dim,
         vocab_size=values.integer("vocab_size"),
-        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=values.number("rms_norm_eps", rms_norm_eps),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tied_embeddings=values.flag("tie_word_embeddings"),
+        tied_embeddings=values.flag("tie_word_embeddings", default=tied_embeddings),
         windows=windows(values, num_layers),
-        rope=rope_parameters(values, max_positions),
+        rope=rope(values, max_positions),
         max_position_embeddings=max_positions,
     )
+
+
+def _check(values: ConfigValues) -> None:
+    activation = values.text("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise values.problem(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    for flag in ("attention_bias", "mlp_bias"):
+        values.flag(flag)  # one that is no flag is refused by architectures that ignore it, too
 
 
 def _outside(vocab_size: int, hidden_size: int) -> LayerProjections:

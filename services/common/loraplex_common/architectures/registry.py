@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.architectures import llama, mistral, qwen2, qwen3
+from loraplex_common.architectures import glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, seed_oss, smollm3
 from loraplex_common.architectures.unread import refuse_unread
 from loraplex_common.config_values import BaseModelError, ConfigValues
 from loraplex_common.decoder_config import ModelConfig
@@ -26,6 +26,12 @@ ARCHITECTURES: Final[dict[str, ConfigReader]] = {
     "MistralForCausalLM": mistral.read,
     "Qwen2ForCausalLM": qwen2.read,
     "Qwen3ForCausalLM": qwen3.read,
+    "GraniteForCausalLM": granite.read,
+    "Olmo2ForCausalLM": olmo2.read,
+    "SmolLM3ForCausalLM": smollm3.read,
+    "SeedOssForCausalLM": seed_oss.read,
+    "Glm4ForCausalLM": glm4.read,
+    "Phi3ForCausalLM": phi3.read,
 }
 """By the name that ``architectures`` in config.json has."""
 QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")

@@ -25,7 +25,7 @@ _ABOUT_WEIGHTS: Final = ("quantization_config", "compression_config")
 """Read before an architecture's reader is called."""
 _ABOUT_TRAINING: Final = (
     *("attention_dropout", "classifier_dropout", "embd_pdrop", "gradient_checkpointing", "hidden_dropout"),
-    *("initializer_range", "pretraining_tp", "resid_pdrop", "use_cache"),
+    *("initializer_range", "pretraining_tp", "resid_pdrop", "residual_dropout", "use_cache"),
 )
 _ABOUT_TOKENS: Final = (
     *("begin_suppress_tokens", "bad_words_ids", "bos_token_id", "decoder_start_token_id", "eos_token_id"),

@@ -71,7 +71,7 @@ class DecoderModel(ABC, Generic[LayerT]):
         embedding: ``[vocab, hidden]``.
         final_norm: The norm before lm_head.
         lm_head: The output projection.
-        rope: RoPE table, fp32 ``[positions, 2, head_dim / 2]``: cosines, then sines.
+        rope: RoPE table, fp32 ``[positions, 2, rotary_dim / 2]``: cosines, then sines.
         weight_bytes: Bytes of the linear layers and lm_head: what every step reads, whatever its batch.
     """
 
@@ -105,14 +105,18 @@ class DecoderModel(ABC, Generic[LayerT]):
         return self.head(hidden)[1]
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return lm_head's input, the normed hidden states ``[S, hidden]``, and its output, as `logits` does."""
+        """Return lm_head's input, ``[S, hidden]``, and its output, as `logits` does."""
         rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
         rows.copy_(hidden)
         x = torch.empty_like(rows)
-        self.final_norm.into(rows, x)
+        self._head_input(rows, x)
         out = new_activation(hidden.shape[0], self.config.vocab_size, dtype=self._dtype, device=self._device)
         self.lm_head.into(x, out)
         return x, out
+
+    def _head_input(self, rows: Tensor, x: Tensor) -> None:
+        """Write lm_head's input into ``x``, for hidden states ``rows`` of the same memory order."""
+        self.final_norm.into(rows, x)
 
 
 def _read_embeddings(config: ModelConfig, weights: WeightSource, forms: LinearForms) -> tuple[Tensor, Linear]:

@@ -10,8 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.decoder_config import LLAMA_DECODER
+from loraplex_common.decoder_config import (
+    GLM4_DECODER,
+    GRANITE_DECODER,
+    LLAMA_DECODER,
+    OLMO2_DECODER,
+    PHI3_DECODER,
+    SMOLLM3_DECODER,
+)
 
+from loraplex_engine.model.dense import DenseModel
 from loraplex_engine.model.llama import LlamaModel
 
 if TYPE_CHECKING:
@@ -22,7 +30,14 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import LinearForms
     from loraplex_engine.model.weights import WeightSource
 
-DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {LLAMA_DECODER: LlamaModel}
+DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
+    LLAMA_DECODER: LlamaModel,
+    GRANITE_DECODER: DenseModel,
+    OLMO2_DECODER: DenseModel,
+    SMOLLM3_DECODER: DenseModel,
+    GLM4_DECODER: DenseModel,
+    PHI3_DECODER: DenseModel,
+}
 """By `ModelConfig.decoder`."""
 
 

@@ -1,7 +1,7 @@
 """Rotary position embedding: the frequencies of each scaling rule, and a table of cosines and sines.
 
 Sources: Su et al., "RoFormer", arXiv:2104.09864; Peng et al., "YaRN", arXiv:2309.00071 (yarn, section 3); Meta's
-Llama 3.1 reference code (llama3). Half-split convention: dimension i pairs with i + head_dim / 2.
+Llama 3.1 reference code (llama3); Ding et al., "LongRoPE", arXiv:2402.13753 (longrope). Half-split convention: dimension i pairs with i + head_dim / 2.
 """
 
 from __future__ import annotations
@@ -55,9 +55,25 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
     return mscale(1.0)
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, fp32 ``[head_dim / 2]``, and the factor on cosines and sines."""
-    rope, dim = config.rope, config.head_dim
+def _longrope(inv_freq: Tensor, config: ModelConfig, num_positions: int) -> tuple[Tensor, float]:
+    """Divide by the factors for the longest sequence that is served: those for long ones if training saw none as long."""
+    rope, trained = config.rope, config.rope["original_max_position_embeddings"]
+    factors = torch.tensor(rope["long_factor" if num_positions > trained else "short_factor"])
+    factor = rope.get("factor") or config.max_position_embeddings / trained
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return inv_freq / factors, float(attention_factor)
+
+
+def rope_frequencies(config: ModelConfig, num_positions: int) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, fp32 ``[rotary_dim / 2]``, and the factor on cosines and sines.
+
+    Args:
+        config: The decoder.
+        num_positions: Longest sequence that is served, in tokens: the length that longrope picks its factors by.
+    """
+    rope, dim = config.rope, config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
     match rope["rope_type"]:
@@ -67,11 +83,13 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
             return _llama3_frequencies(inv_freq, rope), 1.0
         case "yarn":
             return _yarn_frequencies(inv_freq, rope, dim), _yarn_attention_factor(rope)
+        case "longrope":
+            return _longrope(inv_freq, config, num_positions)
     return inv_freq, 1.0
 
 
 def rope_table(config: ModelConfig, num_positions: int) -> Tensor:
-    """Tabulate RoPE: fp32 ``[num_positions, 2, head_dim / 2]``, cosines then sines.
+    """Tabulate RoPE: fp32 ``[num_positions, 2, rotary_dim / 2]``, cosines then sines.
 
     Raises:
         BaseModelError: If the dynamic rule is asked for positions beyond training, where it would change the
@@ -82,6 +100,6 @@ def rope_table(config: ModelConfig, num_positions: int) -> Tensor:
             f"dynamic RoPE is served up to max_position_embeddings = {config.max_position_embeddings} tokens, "
             f"not {num_positions}: lower --max-model-len"
         )
-    inv_freq, factor = rope_frequencies(config)
+    inv_freq, factor = rope_frequencies(config, num_positions)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
     return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)

@@ -11,7 +11,10 @@ import loraplex_engine
 import pytest
 import torch
 from loraplex_common.architectures.registry import ARCHITECTURES, model_config
-from loraplex_common.base_model import load_base_model
+from loraplex_common.base_model import BaseModelError, load_base_model
+from loraplex_common.decoder_config import LLAMA_DECODER, DenseTraits
+from loraplex_engine import build
+from loraplex_engine.config import EngineConfig
 from loraplex_engine.model.layers import TORCH_LINEARS
 from loraplex_engine.model.registry import DECODERS, read_model
 from loraplex_engine.model.weights import DTYPES, WeightReader
@@ -34,12 +37,28 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_architecture_has_a_decoder_on_both_backends(architecture: str) -> None:
+def test_each_architecture_has_a_decoder_on_torch_and_on_cuda_one_or_a_refusal_by_name(architecture: str) -> None:
     config = model_config(SIZES | {"architectures": [architecture]})
 
     assert config.decoder in DECODERS
     assert config.decoder in FORWARDS
-    assert forward_of(config)
+    if config.decoder == LLAMA_DECODER:
+        assert forward_of(config)
+        assert config.traits == DenseTraits(), "the Llama decoder reads no traits"
+    else:
+        with pytest.raises(BaseModelError, match=f"decoder '{config.decoder}', only llama: use --backend torch"):
+            forward_of(config)
+
+
+def test_a_decoder_that_cuda_does_not_compute_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = load_base_model(write_base_model(tmp_path, TinyBase()))
+    info.config["architectures"] = ["Olmo2ForCausalLM"]
+    monkeypatch.setattr(build, "resolve_backend", lambda config, device: "cuda")
+
+    with pytest.raises(BaseModelError, match="does not compute the decoder 'olmo2'"):
+        build.runner_factory(EngineConfig(model=tmp_path), info, torch.device("cuda"), files=())
 
 
 @pytest.mark.parametrize("package", [loraplex_common, loraplex_engine])

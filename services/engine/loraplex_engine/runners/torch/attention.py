@@ -13,7 +13,6 @@ Legend: T = tokens of the step, G = queries per KV head, B = blocks gathered per
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -88,14 +87,14 @@ class PagedPool:
         max_group_blocks: Blocks (all sequences together) that decode rows may gather at once.
     """
 
-    def __init__(self, pages: Tensor, geometry: PoolGeometry, num_heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, pages: Tensor, geometry: PoolGeometry, num_heads: int, dtype: torch.dtype, scale: float) -> None:
         self.pages = pages
         self.geometry = geometry
         self.device = pages.device
         self.dtype = dtype
         self.group_size = num_heads // geometry.num_kv_heads
         self._num_heads = num_heads
-        self._scale = 1 / math.sqrt(geometry.head_dim)
+        self._scale = scale
         self.values = pages.view(dtype).view(-1)
         self._rows = self.values.view(-1, geometry.block_tokens * geometry.head_dim)
         self._tokens = self.values.view(-1, geometry.head_dim)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.decoder_config import LLAMA_DECODER
+from loraplex_common.decoder_config import (
+    GLM4_DECODER,
+    GRANITE_DECODER,
+    LLAMA_DECODER,
+    OLMO2_DECODER,
+    PHI3_DECODER,
+    SMOLLM3_DECODER,
+)
 
+from loraplex_engine.runners.torch.dense import DenseForward
 from loraplex_engine.runners.torch.forward import LlamaForward
 
 if TYPE_CHECKING:
@@ -17,7 +25,14 @@ if TYPE_CHECKING:
 MakeForward: TypeAlias = "Callable[[Any], TorchForward[Any]]"
 """Takes the model that `loraplex_engine.model.registry` reads for the same decoder."""
 
-FORWARDS: Final[dict[str, MakeForward]] = {LLAMA_DECODER: LlamaForward}
+FORWARDS: Final[dict[str, MakeForward]] = {
+    LLAMA_DECODER: LlamaForward,
+    GRANITE_DECODER: DenseForward,
+    OLMO2_DECODER: DenseForward,
+    SMOLLM3_DECODER: DenseForward,
+    GLM4_DECODER: DenseForward,
+    PHI3_DECODER: DenseForward,
+}
 """By `ModelConfig.decoder`."""
 
 

@@ -79,7 +79,7 @@ class TorchRunner:
         weights.close()
         self.weight_norms = weight_norms(self.geometry, self._model.linears)
         pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
-        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype)
+        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype, model.attention_scale)
         self._windows = set(model.windows)
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=limits.max_added_tokens)
         self._sampler = Sampler(vocab_size=self._rows.num_tokens, device=self._device)

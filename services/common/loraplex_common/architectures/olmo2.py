@@ -1,0 +1,27 @@
+"""OLMo 2: Llama with norms behind attention and MLP in the place of those before them, and norms of q and k over all heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loraplex_common.architectures.llama_like import read_llama_like
+from loraplex_common.decoder_config import OLMO2_DECODER, DenseTraits
+
+if TYPE_CHECKING:
+    from loraplex_common.config_values import ConfigValues
+    from loraplex_common.decoder_config import ModelConfig
+
+
+def read(values: ConfigValues) -> ModelConfig:
+    """Read config.json: ``attention_bias`` is about q, k, v and o."""
+    bias = values.flag("attention_bias")
+    config = read_llama_like(values, qkv_bias=bias, o_bias=bias, qk_norm=True, rms_norm_eps=1e-5)
+    traits = DenseTraits(
+        before_attention=None,
+        after_attention="post_attention_layernorm.weight",
+        before_mlp=None,
+        after_mlp="post_feedforward_layernorm.weight",
+        norms_whole_qk=True,
+    )
+    return replace(config, decoder=OLMO2_DECODER, traits=traits)
