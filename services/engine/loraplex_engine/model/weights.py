@@ -33,7 +33,7 @@ FILE_DTYPES: Final = {
     torch.int64: "I64",
 }
 """As safetensors names them."""
-UNPACKED_ITEMS: Final = 1 << 20
+UNPACKED_ITEMS: Final = 1 << 18
 """Numbers of a weight that are unpacked at once: what loading takes besides the weights is a few times as many bytes."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,8 +89,8 @@ class WeightSource(Protocol):
 class WeightReader:
     """The weights of one model directory; remembers what was read, so that nothing is left out unnoticed.
 
-    Quantised weights are unpacked to the compute dtype. One file is mapped at a time, so that loading takes the memory of
-    the largest file and of the result at most.
+    Quantised weights are unpacked to the compute dtype, some rows at a time. One file is mapped at a time, so that loading
+    takes the memory of the result, of the largest file, and of what the rows need meanwhile.
 
     Attributes:
         quantisation: How the files store the weights; None if they are whole.

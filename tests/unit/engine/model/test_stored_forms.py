@@ -12,6 +12,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from loraplex_common.base_model import BaseModelError, check_base_model
 from loraplex_common.projections import Split
+from loraplex_engine import build
+from loraplex_engine.config import EngineConfig
 from loraplex_engine.model import weights as module
 from loraplex_engine.model.layers import Dense
 from loraplex_engine.model.linear import LinearForms, StoredLinear
@@ -327,3 +329,20 @@ def test_a_quantised_lm_head_is_refused(tmp_path: Path, whole: Path) -> None:
 
     with pytest.raises(BaseModelError, match=r"lm_head is quantised \(lm_head.qweight\)"):
         check_base_model(quantised)
+
+
+def test_an_engine_says_once_what_it_unpacks_and_counts_the_unpacked_bytes(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantised = write_quantised(whole, tmp_path / "quantised", *FORMS["fp8-blocks"])
+    config = EngineConfig(model=quantised, device="cpu", dtype="float32", pool_bytes=2**24, arena_bytes=2**24)
+    info, files = build.read_base_model(config)
+    limits = build.engine_limits(config, info, CPU)
+
+    build.runner_factory(config, info, CPU, files=files)(limits).close()
+
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("unpacked to float32") == 1
+    assert "activations are not quantised" in said.out + said.err
+    matrices = [tensor for tensor in load_file(whole / "model.safetensors").values() if tensor.dim() == 2]
+    assert build._weight_bytes(config, info, CPU) == sum(tensor.nbytes for tensor in matrices)  # no GPU here to ask
