@@ -96,8 +96,8 @@ def check_base_model(directory: Path) -> CheckedModel:
     """Check that a directory is a model that can be served, as far as that is known without reading its weights.
 
     Raises:
-        BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or the
-            weights are quantised; the message names file, key and remedy.
+        BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or
+            the weights are stored in a form that is not; the message names file, key and remedy.
     """
     if problem := model_directory_problem(directory):
         raise BaseModelError(problem)
@@ -118,6 +118,7 @@ def check_base_model(directory: Path) -> CheckedModel:
         raise BaseModelError(f"{path}: expected a JSON object")
     shape = model_config(config, str(path))
     tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
+    _refuse_quantised_ends(directory, shape, weights)
     lm_head = f"{shape.names.lm_head}.weight"
     if lm_head not in weights.files and not shape.tied_embeddings:
         raise BaseModelError(
@@ -125,6 +126,17 @@ def check_base_model(directory: Path) -> CheckedModel:
             "draw it at random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
         )
     return CheckedModel(config, shape, tokenizer_digest, weights)
+
+
+def _refuse_quantised_ends(directory: Path, shape: ModelConfig, weights: Weights) -> None:
+    """Refuse an embedding or lm_head that is stored as anything but one whole tensor: adapters may replace its rows."""
+    for module in (shape.names.embedding_module, shape.names.lm_head):
+        whole = (f"{module}.weight", f"{module}.bias")
+        if packed := sorted(name for name in weights.files if name.startswith(f"{module}.") and name not in whole):
+            raise BaseModelError(
+                f"{directory}: {module} is quantised ({packed[0]}), which is served of the linear layers inside the "
+                "decoder only; serve a checkpoint that leaves it whole, as most do"
+            )
 
 
 def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = ()) -> BaseModelInfo:

@@ -160,6 +160,35 @@ class ConfigValues:
         same._asked, same._sections = self._asked, self._sections
         return same
 
+    def names(self) -> list[str]:
+        """Return the keys, those of null included."""
+        return list(self._values)
+
+    def raw(self, key: str) -> object:
+        """Return a value of any type; None for an absent key."""
+        return self._values.get(key)
+
+    def pair(self, key: str) -> tuple[int, int] | None:
+        """Return two positive integers; None for an absent key and for null.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not (isinstance(value, list) and len(value) == 2 and all(type(item) is int and item > 0 for item in value)):
+            raise self.wrong(key, "expected two positive integers")
+        return value[0], value[1]
+
+    def group_size(self, key: str = "group_size") -> int | None:
+        """Return how many inputs share a scale; None for -1, which means all of them.
+
+        Raises:
+            BaseModelError: If it is neither.
+        """
+        return None if self._values.get(key) == -1 else self.integer(key)
+
     def empty(self) -> ConfigValues:
         """Return what stands for an object that the file does not have: no entries."""
         return ConfigValues({}, self._file)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex_common.config_values import BaseModelError
+from loraplex_common.stored_forms.registry import quantisation_of
 
 MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 SINGLE_FILE: Final = "model.safetensors"
@@ -20,6 +21,8 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 IGNORED_SUFFIXES: Final = ("rotary_emb.inv_freq",)
 """Tensors that old exporters wrote and no loader reads."""
 SERVED_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+PACKED_DTYPES: Final = ("F8_E4M3", "I8", "I32", "I64")
+"""Further types of tensors that make up a quantised weight."""
 OTHER_FORMATS: Final = {".gguf": "GGUF", ".bin": "PyTorch", ".pth": "PyTorch", ".pt": "PyTorch", ".npz": "MLX"}
 _LFS_POINTER: Final = b"version "
 
@@ -77,7 +80,7 @@ def find_weights(directory: Path) -> Weights:
 
     Raises:
         BaseModelError: If there are none, a file is missing or unreadable, two files contain one tensor and no index
-            decides, or weights are quantised.
+            decides, or weights are stored in a form that is not served.
     """
     weight_map: dict[str, str] = {}
     if (directory / SINGLE_FILE).is_file():
@@ -89,11 +92,12 @@ def find_weights(directory: Path) -> Weights:
         paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise BaseModelError(f"{directory}: no *.safetensors{_other_formats(directory)}")
+    served = SERVED_DTYPES if quantisation_of(directory) is None else (*SERVED_DTYPES, *PACKED_DTYPES)
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         for name, (dtype, shape) in read_safetensors_index(path).items():
-            _check_dtype(path, name, dtype)
+            _check_dtype(path, name, dtype, served)
             if name in files and name not in weight_map:
                 raise BaseModelError(
                     f"{directory}: {files[name].name} and {path.name} both hold {name}, and no {INDEX_FILE} says which "
@@ -123,11 +127,16 @@ def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\\" not in name
 
 
-def _check_dtype(path: Path, name: str, dtype: str) -> None:
-    if dtype not in SERVED_DTYPES and not name.endswith(IGNORED_SUFFIXES):
+def _check_dtype(path: Path, name: str, dtype: str, served: tuple[str, ...]) -> None:
+    if dtype not in served and not name.endswith(IGNORED_SUFFIXES):
+        is_packed = dtype in PACKED_DTYPES
+        remedy = (
+            "quantised weights are not served without their quantization_config in config.json: fetch it again, or serve "
+            if is_packed
+            else "quantised weights are not served in this type: serve "
+        )
         raise BaseModelError(
-            f"{path}: {name} is stored as {dtype}; served are {', '.join(SERVED_DTYPES)}: quantised weights are not "
-            "served, serve the model that was quantised"
+            f"{path}: {name} is stored as {dtype}; served are {', '.join(served)}: {remedy}the model that was quantised"
         )
 
 

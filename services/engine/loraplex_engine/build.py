@@ -13,7 +13,9 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, BaseModelInfo, load_base_model, state_of_files
 from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import CUDA_MAX_RANK
+from loraplex_common.stored_forms.registry import quantisation_of
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import ConfigError, EngineConfig
@@ -26,10 +28,13 @@ from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
 
 if TYPE_CHECKING:
+    from loraplex_common.stored_forms.quantisation import Quantisation
     from loraplex_common.weight_digests import FileState
 
     from loraplex_engine.loop.engine import RunnerFactory
     from loraplex_engine.model_runner import ModelRunner
+
+_log = get_logger()
 
 STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""
@@ -74,7 +79,7 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         ConfigError: If a size does not work out; the message names the flag.
     """
     pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
-    num_pages = (config.pool_bytes or _default_pool_bytes(config, device)) // pool.page_bytes
+    num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
     for flag, size in (("--pool-bytes", num_pages), ("--arena-bytes", num_arena_slots)):
@@ -186,6 +191,8 @@ def runner_factory(
     def make(limits: EngineLimits) -> ModelRunner:
         runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device))
         weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device)
+        if weights.quantisation is not None:
+            _tell_unpacked(weights.quantisation, limits.pool.dtype)
         runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
         if state_of_files(config.model) != files:
             runner.close()
@@ -211,10 +218,28 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
     return CudaRunner(config, weights)
 
 
-def _default_pool_bytes(config: EngineConfig, device: torch.device) -> int:
+def _tell_unpacked(quantisation: Quantisation, dtype: str) -> None:
+    """Say once what becomes of quantised weights."""
+    activations = "; activations are not quantised" if quantisation.quantises_activations else ""
+    _log.info(
+        f"quantised weights are unpacked to {dtype}, and take the memory of whole ones{activations}",
+        quant_method=quantisation.method,
+    )
+
+
+def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
+    """Return the bytes of the weights once they are loaded, as those of their files or, of quantised ones, unpacked."""
+    if quantisation_of(config.model) is None:
+        return sum(file.stat().st_size for file in find_weights(config.model).shards())
+    projections = [each for layer in (*info.layers, info.outside) for each in layer]
+    items = sum(each.in_features * each.out_features for each in projections)
+    return items * DTYPES[resolve_dtype(config, device)].itemsize
+
+
+def _default_pool_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_POOL_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    weights = sum(file.stat().st_size for file in find_weights(config.model).shards())
+    weights = _weight_bytes(config, info, device)
     added = step_sizes(config, device)[0] * config.max_added_tokens * ADDED_TOKEN_BYTES
     return int((free - weights - added) * GPU_POOL_SHARE)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "config.json: rope_scaling.factor is null"),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised weights are not served"),
+    "quantised": ({"quantization_config": {"quant_method": "hqq"}}, "quantised weights are not served"),
     "architecture": ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
 }
 

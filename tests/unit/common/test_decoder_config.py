@@ -108,7 +108,7 @@ def test_null_is_what_transformers_takes_it_for(tmp_path: Path, key: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\): quantised weights"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"quantization_config \(hqq\): quantised weights"),
         ({"quantization_config": {}}, "quantization_config: quantised weights"),
         ({"compression_config": {"format": "float"}}, "compression_config: quantised weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not served"),

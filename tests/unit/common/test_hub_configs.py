@@ -18,7 +18,6 @@ from transformers import AutoConfig
 FOUND: Final[dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
 CONFIGS: Final = {name: found["config"] for name, found in FOUND.items()}
 REFUSED: Final = {
-    "Qwen/Qwen3-32B-FP8": "quantization_config",
     "Qwen/Qwen3-32B-FP8-Static-PerTensor": "quantization_config",
     "dicta-il/dictalm2.0-instruct": "document_attention",
     "meta-llama/Llama-3.2-1B, with a second RoPE": "rope_scaling",

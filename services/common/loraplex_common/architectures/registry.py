@@ -14,6 +14,7 @@ from loraplex_common.architectures import glm4, granite, llama, mistral, olmo2, 
 from loraplex_common.architectures.unread import refuse_unread
 from loraplex_common.config_values import BaseModelError, ConfigValues
 from loraplex_common.decoder_config import ModelConfig
+from loraplex_common.stored_forms.registry import read_quantisation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +35,6 @@ ARCHITECTURES: Final[dict[str, ConfigReader]] = {
     "Phi3ForCausalLM": phi3.read,
 }
 """By the name that ``architectures`` in config.json has."""
-QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")
 
 
 def model_config(config: Mapping[str, Any], file: str = "config.json") -> ModelConfig:
@@ -45,11 +45,11 @@ def model_config(config: Mapping[str, Any], file: str = "config.json") -> ModelC
         file: Named in messages.
 
     Raises:
-        BaseModelError: If no architecture of it is served, its weights are quantised, it asks for something that is not
-            computed or is not understood, or an entry is missing, null or of the wrong type; the message names it.
+        BaseModelError: If no architecture of it is served, its weights are stored in a form that is not, it asks for something
+            that is not computed or is not understood, or an entry is missing, null or of the wrong type; the message names it.
     """
     read = ARCHITECTURES[_architecture(config, file)]
-    _refuse_quantised(config, file)
+    read_quantisation(config, file)
     values = ConfigValues(config, file)
     model = read(values)
     refuse_unread(values)
@@ -65,13 +65,3 @@ def _architecture(config: Mapping[str, Any], file: str) -> str:
             f"{file}: architecture {named} is not one of {', '.join(ARCHITECTURES)}; serve a model of one of these"
         )
     return served[0]
-
-
-def _refuse_quantised(config: Mapping[str, Any], file: str) -> None:
-    for key in QUANTISATION_KEYS:
-        if (settings := config.get(key)) is not None:
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            raise BaseModelError(
-                f"{file}: {key}{f' ({method})' if method else ''}: quantised weights are not served; serve the model "
-                "that was quantised, or remove the entry if the weights are whole"
-            )
