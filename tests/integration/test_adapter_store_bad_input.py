@@ -263,7 +263,6 @@ async def test_a_malformed_name_is_refused(client: StoreClient, name: str) -> No
         ("tokenizer_config.json", b'{"chat_template": "{{ other }}"}', "leaves out what the user says"),
         ("generation_config.json", b'{"temperature": -1}', "temperature is -1"),
         ("tokenizer_config.json", b'{"eos_token": "</s>"}', "eos_token"),
-        ("added_tokens.json", b'{"<tool>": 384}', "<tool>"),
         ("special_tokens_map.json", b'{"bos_token": {"content": "<s>"}}', "bos_token"),
         ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "cannot read"),
         ("tokenizer.model", b"\x00sentencepiece", "no such file"),
@@ -275,6 +274,15 @@ async def test_a_tokenizer_of_its_own_is_refused_by_name(
     folder = write_adapter(tmp_path / "root" / "a", tiny_base_dir())
     (folder / name).write_bytes(content)
     with refused(AdapterIncompatibleError, f"{name}.*{match}"):
+        await client.import_dir("a", folder)
+
+
+async def test_a_token_that_the_base_has_no_row_for_is_refused_by_name(client: StoreClient, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "root" / "a", tiny_base_dir())
+    (folder / "added_tokens.json").write_text('{"<tool>": 384}')
+    with refused(
+        AdapterIncompatibleError, "token '<tool>' .id 384. .* has no row of embed_tokens for it: save it with"
+    ):
         await client.import_dir("a", folder)
 
 
