@@ -45,6 +45,7 @@ def test_a_gpu_without_cuda_python_names_the_remedy(monkeypatch: pytest.MonkeyPa
 def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
     from loraplex_engine.runners.cuda.runner import CudaRunner
+    from loraplex_engine.runners.token_rows import TokenRows
 
     runner = object.__new__(CudaRunner)  # the check needs no device
     runner.geometry = decoder_geometry(
@@ -57,6 +58,7 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
         num_kv_heads=8,
         head_dim=64,
     )
+    runner._rows = TokenRows(runner.geometry, vocab_size=512, max_added_tokens=0)
     modules = tuple(
         ModuleSpec.low_rank(3, name, rank, 1.0) for name, rank in (("q_proj", 512), ("k_proj", 512), ("v_proj", 513))
     )
