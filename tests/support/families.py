@@ -158,14 +158,19 @@ def family_dir(name: str) -> Path:
     directory = Path(holder.name)
     torch.manual_seed(11)
     model: Any = AutoModelForCausalLM.from_config(family_config(name), dtype=torch.float32)
-    for path, weight in model.named_parameters():
-        _draw(path, weight)
+    draw_weights(model)
     model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text(tiny_tokenizer_json(VOCAB_SIZE))
     return directory
 
 
 _HOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def draw_weights(model: Any) -> None:
+    """Draw all weights of a model."""
+    for path, weight in model.named_parameters():
+        _draw(path, weight)
 
 
 @torch.no_grad()
