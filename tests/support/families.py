@@ -84,16 +84,6 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             "final_logit_softcapping": 9.0,
         },
     ),
-    "gemma2 no caps": (
-        "gemma2",
-        {
-            "head_dim": 24,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-    ),
     "gemma3": (
         "gemma3_text",
         {
@@ -106,7 +96,10 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             },
         },
     ),
-    "gemma3 untied": ("gemma3_text", {"head_dim": 24, "tie_word_embeddings": False, "final_logit_softcapping": 8.0}),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": False, "final_logit_softcapping": 8.0},
+    ),
     "olmo3": (
         "olmo3",
         {
@@ -139,7 +132,6 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         },
     ),
     "granite4": ("granitemoehybrid", GRANITE4 | {"position_embedding_type": "rope", "attention_bias": True}),
-    "granite4 no rope": ("granitemoehybrid", GRANITE4 | {"tie_word_embeddings": True}),
 }
 """By name: transformers' ``model_type``, and what differs from `SIZES`."""
 
