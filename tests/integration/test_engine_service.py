@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 NO_READING_AHEAD = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
-"""Of a channel that takes 64 KiB of what it was not asked to read; the default grows with what arrives."""
+"""Options of a channel that reads 64 KiB ahead of its caller; by default it reads more where more arrives."""
 
 
 async def failure_of(call: Any) -> LoraplexError:
