@@ -26,6 +26,9 @@ class StoreConfig(ServiceSettings):
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
+    keep_pushed_revisions: int = setting(
+        4, help="pushed revisions without a label that each name keeps, the newest; engines drop the others"
+    )
     max_concurrent_imports: int = setting(2, help="imports at work at once")
     max_pending_imports: int = setting(64, help="imports waiting for their turn")
     host: str = setting("127.0.0.1", help="address to listen on")
@@ -52,7 +55,8 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
+        sizes = ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
+        for name in (*sizes, "keep_pushed_revisions"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.max_connection_age_s < 0:
