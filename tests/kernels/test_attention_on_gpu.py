@@ -87,7 +87,7 @@ def test_attention_decode(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), (*ATTENTION_SHAPES[:4], *ATTENTION_SHAPES[-3:]))
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), [*ATTENTION_SHAPES[:4], *ATTENTION_SHAPES[-3:]])
 @pytest.mark.parametrize("window", [0, 40])
 def test_attention_scalar(
     heads: int, kv_heads: int, head_dim: int, block: int, window: int, dtype: torch.dtype

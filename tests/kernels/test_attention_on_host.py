@@ -83,7 +83,7 @@ def test_scalar_attention_takes_heads_of_no_whole_warp(host_library: MakeHostLib
 
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_softcap_that_bounds_nothing_is_refused(softcap: float) -> None:
-    with pytest.raises(ValueError, match="softcap .* is not a number above 0"):
+    with pytest.raises(ValueError, match=r"softcap .* is not a number above 0"):
         softcap_defines(softcap)
 
 

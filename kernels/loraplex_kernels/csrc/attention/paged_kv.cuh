@@ -1,9 +1,10 @@
-// Where K and V of a token lie in the pool, for the attention kernels: [layer][K|V][kv_head][token][dim] in a page.
+// Where K and V of a token lie in the pool: [layer][K|V][kv_head][token][dim] in a page. Attention kernels read them through
+// PagedKv; the kernel that finishes qkv writes them with kv_row() and write_head().
 #pragma once
 #include "common.cuh"
 
 constexpr int kHeadDim = HEAD_DIM;
-static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 || kHeadDim == 256, "no other is tested");
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "a thread writes two runs of 8 dims, an mma step takes 16");
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct PagedKv {
@@ -47,4 +48,39 @@ __device__ __forceinline__ i64 kv_plane(const PagedKv& p) {
 }
 __device__ __forceinline__ int page_of(const PagedKv& p, int sequence, int token) {
     return p.block_tables[static_cast<i64>(sequence) * p.table_stride + (token >> p.block_shift)];
+}
+
+// The K and V of one layer that new tokens are written to.
+struct KvTarget {
+    u8* pool;
+    i64 page_bytes;
+    i64 layer_offset;  // bytes from a page's start to this layer's K
+    int block_tokens;
+};
+
+constexpr int kRun = 8;  // neighbouring dims of a head that a thread writes at a time
+struct Run {
+    float v[kRun];
+};
+__device__ __forceinline__ void store_run(elem* to, const Run& run) {
+#pragma unroll
+    for (int i = 0; i < kRun / kVec; ++i) {
+        Vec vec;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) vec.v[j] = from_float<elem>(run.v[i * kVec + j]);
+        store_vec(to + i * kVec, vec);
+    }
+}
+
+// Head `head` (0..kv_heads: K; then kv_heads of V) of the token in KV slot `slot` (page * block_tokens + token in page).
+__device__ __forceinline__ elem* kv_row(const KvTarget& to, int slot, int head) {
+    const i64 page = slot / to.block_tokens, token = slot % to.block_tokens;
+    const i64 row = static_cast<i64>(head) * to.block_tokens + token;
+    return reinterpret_cast<elem*>(to.pool + page * to.page_bytes + to.layer_offset) + row * kHeadDim;
+}
+
+// Writes two runs of a head, `distance` dims apart; its other dims are those of other lanes.
+__device__ __forceinline__ void write_head(elem* to, int distance, const Run& first, const Run& second) {
+    store_run(to, first);
+    store_run(to + distance, second);
 }

@@ -5,11 +5,9 @@
 // head's lower half and their partners in the upper: 16-byte accesses only; HEAD_DIM / 16 threads share a head. No
 // shared memory. Alignment: rows on 16 bytes.
 // Registers: 4 CTAs per SM, hence at most 64. Architectures: sm_80 and up. Source: Su et al., arXiv:2104.09864.
-#include "common.cuh"
+#include "attention/paged_kv.cuh"
 
-constexpr int kHeadDim = HEAD_DIM;
 constexpr int kHalf = kHeadDim / 2;
-constexpr int kRun = 8;  // dims of each half per thread
 constexpr int kHeadThreads = kHalf / kRun;
 constexpr int kBlockHeads = 256 / kHeadThreads;
 static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "a head's threads are a part of a warp");
@@ -32,9 +30,6 @@ struct Params {
 };
 static_assert(sizeof(Params) == 96, "params.py mirrors it");
 
-struct Run {
-    float v[kRun];
-};
 __device__ __forceinline__ Run load_run(const elem* from) {
     Run run;
 #pragma unroll
@@ -50,15 +45,6 @@ __device__ __forceinline__ Run load_floats(const float* from) {
     reinterpret_cast<Quad*>(run.v)[0] = reinterpret_cast<const Quad*>(from)[0];
     reinterpret_cast<Quad*>(run.v)[1] = reinterpret_cast<const Quad*>(from)[1];
     return run;
-}
-__device__ __forceinline__ void store_run(elem* to, const Run& run) {
-#pragma unroll
-    for (int i = 0; i < kRun / kVec; ++i) {
-        Vec vec;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) vec.v[j] = from_float<elem>(run.v[i * kVec + j]);
-        store_vec(to + i * kVec, vec);
-    }
 }
 
 __device__ __forceinline__ void add_delta(const float* delta, Run& run) {
@@ -93,13 +79,6 @@ __device__ __forceinline__ void rotate_head(const float* rotary, Run& low, Run& 
     }
 }
 
-// Where head `head` (0..kv_heads K, then kv_heads V) of a KV slot lies: [layer][K|V][kv_head][token][dim].
-__device__ __forceinline__ elem* kv_address(const Params& p, int slot, int head) {
-    const i64 page = slot / p.block_tokens, token = slot % p.block_tokens;
-    const i64 row = static_cast<i64>(head) * p.block_tokens + token;
-    return reinterpret_cast<elem*>(p.pool + page * p.page_bytes + p.layer_offset) + row * kHeadDim;
-}
-
 extern "C" __global__ void __launch_bounds__(256, 4) rope_kv(const Params p) {
     allow_dependents();
     dependency_wait();
@@ -125,8 +104,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) rope_kv(const Params p) {
     if (!is_q) {
         const int slot = p.kv_slots[token];
         if (slot < 0) return;
-        to = kv_address(p, slot, head - p.num_heads) + dim;
+        to = kv_row({p.pool, p.page_bytes, p.layer_offset, p.block_tokens}, slot, head - p.num_heads) + dim;
     }
-    store_run(to, low);
-    store_run(to + kHalf, high);
+    write_head(to, kHalf, low, high);
 }
