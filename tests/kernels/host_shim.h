@@ -41,6 +41,7 @@ struct Copy {
     void* to;
     const void* from;
     bool live, early;
+    size_t bytes = 16;
 };
 #ifdef __x86_64__
 // swapcontext keeps the mask of signals by a system call, which costs more than most of what runs between two barriers.
@@ -202,9 +203,9 @@ T& shared_memory() {
 }
 inline void perform(const Copy& copy) {
     if (copy.live) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
     } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
 }
 inline unsigned coin = 1;  // asynchronous copies happen at once or as late as they may, in a fixed random order
@@ -293,12 +294,14 @@ template <class Shared>
 unsigned char* generic_address(Shared&, SharedAddress at) {
     return at;
 }
-inline void copy_async16(void* to, const void* from, bool live) {
-    if (reinterpret_cast<size_t>(to) % 16 || (live && reinterpret_cast<size_t>(from) % 16)) std::exit(7);
-    const shim::Copy copy{to, from, live, shim::flip()};
+inline void copy_async(void* to, const void* from, bool live, size_t bytes) {
+    if (reinterpret_cast<size_t>(to) % bytes || (live && reinterpret_cast<size_t>(from) % bytes)) std::exit(7);
+    const shim::Copy copy{to, from, live, shim::flip(), bytes};
     if (copy.early) shim::perform(copy);
     shim::fibers[shim::current].copies.back().push_back(copy);
 }
+inline void copy_async16(void* to, const void* from, bool live) { copy_async(to, from, live, 16); }
+inline void copy_async4(void* to, const void* from, bool live) { copy_async(to, from, live, 4); }
 inline void copy_async16_if(SharedAddress to, const void* from, unsigned bytes, bool live) {
     if (live) copy_async16(to, from, bytes != 0);
 }

@@ -2,9 +2,19 @@
 // PagedKv; the kernel that finishes qkv writes them with kv_row() and write_head().
 #pragma once
 #include "common.cuh"
+#ifdef KV_SCALES
+#include "attention/kv_fp8.cuh"
+#endif
 
 constexpr int kHeadDim = HEAD_DIM;
 static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "a thread writes two runs of 8 dims, an mma step takes 16");
+#ifdef KV_SCALES
+constexpr bool kIsFp8 = true;
+using kv_elem = u8;
+#else
+constexpr bool kIsFp8 = false;
+using kv_elem = elem;
+#endif
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct PagedKv {
@@ -38,11 +48,21 @@ __device__ __forceinline__ float exponent(float product, float scale) { return p
 #endif
 
 // K row of one token; V's is kv_plane() elements further.
-__device__ __forceinline__ const elem* key_address(const PagedKv& p, int page, int kv_head, int token) {
+__device__ __forceinline__ const kv_elem* key_address(const PagedKv& p, int page, int kv_head, int token) {
     const int in_block = token & ((1 << p.block_shift) - 1);
     const i64 row = (static_cast<i64>(kv_head) << p.block_shift) + in_block;
-    return reinterpret_cast<const elem*>(p.pool + page * p.page_bytes + p.layer_offset) + row * kHeadDim;
+    return reinterpret_cast<const kv_elem*>(p.pool + page * p.page_bytes + p.layer_offset) + row * kHeadDim;
 }
+#ifdef KV_SCALES
+// The scales of K (low half) and V (high half) of one token: a layer's are as far from the first as its K, by bytes.
+__device__ __forceinline__ const u32* scale_address(const u8* pool, i64 page_bytes, i64 layer_offset, int page, i64 row) {
+    return reinterpret_cast<const u32*>(pool + page * page_bytes + KV_SCALES + layer_offset / (kHeadDim / 2)) + row;
+}
+__device__ __forceinline__ const u32* scale_address(const PagedKv& p, int page, int kv_head, int token) {
+    const int in_block = token & ((1 << p.block_shift) - 1);
+    return scale_address(p.pool, p.page_bytes, p.layer_offset, page, (static_cast<i64>(kv_head) << p.block_shift) + in_block);
+}
+#endif
 __device__ __forceinline__ i64 kv_plane(const PagedKv& p) {
     return (static_cast<i64>(p.num_kv_heads) << p.block_shift) * kHeadDim;
 }
