@@ -89,7 +89,16 @@ def read_kv(
     return key[:length], value[:length]
 
 
-def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, layout: KvLayout) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: int,
+    layout: KvLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Causal attention of consecutive tokens of one sequence; fp32 ``[tokens, heads, head_dim]``.
 
     Args:
@@ -97,13 +106,16 @@ def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: in
         key: ``[start + tokens, kv_heads, head_dim]``.
         value: The same shape as ``key``.
         start: Position of the first token.
-        layout: Heads, window and scale.
+        layout: Heads and window.
+        scale: Factor on ``q k``; None for 1 / sqrt(head_dim).
+        softcap: Bound of the scores; None for none.
     """
     group = layout.num_heads // layout.num_kv_heads
     wide_key, wide_value = (t.float().repeat_interleave(group, dim=1) for t in (key, value))
-    scores = torch.einsum("thd,shd->hts", q.float(), wide_key) * (
-        layout.softmax_scale or 1 / math.sqrt(layout.head_dim)
-    )
+    scores = torch.einsum("thd,shd->hts", q.float(), wide_key)
+    scores *= 1 / math.sqrt(layout.head_dim) if scale is None else scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     query_at = torch.arange(start, start + len(q), device=q.device)[:, None]
     key_at = torch.arange(len(key), device=q.device)[None]
     hidden = key_at > query_at

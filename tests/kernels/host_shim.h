@@ -243,6 +243,11 @@ inline T atomicAdd(T* to, T value) {  // fibers change only at barriers
     *to += value;
     return old;
 }
+inline void __threadfence() {}
+template <class T>
+inline T __ldcg(const T* from) {
+    return *from;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(1ull * a * b >> 32); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -264,6 +269,7 @@ inline unsigned __float_as_uint(float v) {
     return u;
 }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float v) { return std::exp(v); }
 template <class T>
 inline T max(T a, T b) {
@@ -321,6 +327,14 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
         for (unsigned half = 0; half < 2; ++half)
             std::memcpy(reinterpret_cast<char*>(&r[i]) + half * 2,
                         reinterpret_cast<const char*>(lanes[i * 8 + lane % 4 * 2 + half][0]) + lane / 4 * 2, 2);
+}
+inline unsigned transpose_8x8(unsigned fragment) {
+    const unsigned lane = shim::current % 32;
+    const shim::Lanes lanes = shim::exchange({fragment});
+    const auto element = [&](unsigned row, unsigned column) {
+        return static_cast<unsigned>(lanes[row * 4 + column / 2][0]) >> column % 2 * 16 & 0xffffu;
+    };
+    return element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
 }
 inline void load_matrices(unsigned (&r)[4], SharedAddress row) { ldmatrix_x4(r, row); }
 inline float bf16_of(unsigned long long pair, unsigned i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }

@@ -22,6 +22,7 @@ from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
+from loraplex_engine.model.numerics import numerics_of
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.runners.runner_config import RunnerConfig
@@ -92,11 +93,14 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
+    model = model_config(info.config)
+    numerics = numerics_of(model, quantisation_of(config.model), dtype=pool.dtype, max_model_len=max_model_len)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
         num_arena_slots=num_arena_slots,
         max_added_tokens=config.max_added_tokens,
+        numerics=str(numerics),
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

@@ -5,15 +5,17 @@
 // fragments as they arrive (K's because the order of k is free, V's after movmatrix), so nothing is staged in shared
 // memory: scores^T = K q^T with tokens as M and heads as N, out^T = V^T p^T with dims as M. 16 loads in flight per lane.
 // Long contexts are split; the last CTA of a unit to arrive sums the shares in split order (no float atomics).
-// Shared memory: 16 KiB + 128 bytes. Alignment: HEAD_DIM rows on 16 bytes.
-// Registers: 4 CTAs of 128 threads per SM keep 128 KiB of loads in flight, hence at most 128.
+// Shared memory: 128 x HEAD_DIM + 260 bytes. Alignment: HEAD_DIM rows on 16 bytes.
+// Registers: 4 CTAs of 128 threads per SM keep 128 KiB of loads in flight, hence at most 128. Heads of 256 take twice as
+// many of both: 2 CTAs. Heads of 80 leave half of their last fragment empty.
 // Architectures: sm_80 and up. Sources: Dao, arXiv:2307.08691 (FlashAttention-2); Hong et al., arXiv:2311.01282 (split-K).
 #include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kHeads = 8;    // query heads per CTA: the N of mma.m16n8k16
 constexpr int kTokens = 16;  // tokens of a warp in a round
-constexpr int kBlocks = kHeadDim / 32;
+constexpr int kBlocks = (kHeadDim + 31) / 32;
+constexpr int kCtas = kHeadDim > 128 ? 2 : 4;  // per SM; attention/decode.py counts a wave with it
 
 struct Params {
     PagedKv kv;
@@ -36,6 +38,9 @@ struct Shared {
     int is_last;
 };
 
+// Whether the eight dims 32 b + 8 c are part of a head.
+__device__ __forceinline__ bool has_dims(int b, int c) { return kHeadDim % 32 == 0 || 32 * b + 8 * c < kHeadDim; }
+
 // Running softmax over the tokens a warp has seen. Lane (g, c) holds heads 2c and 2c + 1; out[b][half][i] is dim
 // 32 b + 8 (g / 2) + 2 (2 half + i / 2) + g % 2 of head 2c + i % 2.
 struct State {
@@ -54,7 +59,7 @@ __device__ __forceinline__ void accumulate(const Quad (&k)[2][kBlocks], const Qu
     }
     float p[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[i] = (i < 2 ? live0 : live1) ? s[i] * scale : negative_infinity();
+    for (int i = 0; i < 4; ++i) p[i] = (i < 2 ? live0 : live1) ? exponent(s[i], scale) : negative_infinity();
     float shrink[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -99,6 +104,7 @@ __device__ __forceinline__ void store_state(State& state, int warp, int g, int c
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int dim = 32 * b + 8 * (g / 2) + 2 * (i / 2) + g % 2;
+            if (!has_dims(b, g / 2)) continue;
             shared.out[warp][2 * c + i % 2][dim] = state.out[b][i / 4][i % 4];
         }
 }
@@ -117,7 +123,7 @@ __device__ __forceinline__ void merge(int count, Peak peak_of, Sum sum_of, Out o
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode(const Params p) {
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp, kCtas) attention_decode(const Params p) {
     __shared__ Shared shared;
     allow_dependents();
     dependency_wait();
@@ -136,12 +142,12 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
         q[b] = Quad{};
-        if (g < heads) q[b] = *reinterpret_cast<const Quad*>(q_row + 32 * b);
+        if (g < heads && has_dims(b, c)) q[b] = *reinterpret_cast<const Quad*>(q_row + 32 * b);
     }
     State state = {};
     state.peak[0] = state.peak[1] = negative_infinity();
     const i64 plane = kv_plane(p.kv);
-    const float scale = p.kv.scale * 1.4426950408889634f;
+    const float scale = exponent_scale(p.kv);
     const int stop = min(end, origin + (static_cast<int>(blockIdx.x) + 1) * share);
     for (int t = origin + blockIdx.x * share + warp * kTokens; t < stop; t += kWarps * kTokens) {
         Quad k[2][kBlocks], v[2][kBlocks];
@@ -155,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) {
                 k[i][b] = v[i][b] = Quad{};
-                if (live[i]) {
+                if (live[i] && has_dims(b, c)) {
                     k[i][b] = load_weights16(reinterpret_cast<const u8*>(from + 32 * b));
                     v[i][b] = load_weights16(reinterpret_cast<const u8*>(from + plane + 32 * b));
                 }

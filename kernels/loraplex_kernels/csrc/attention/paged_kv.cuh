@@ -4,7 +4,8 @@
 #include "common.cuh"
 
 constexpr int kHeadDim = HEAD_DIM;
-static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "a thread writes two runs of 8 dims");
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256, "a thread writes two runs of 8 dims, an mma step takes 16");
+constexpr float kLog2E = 1.4426950408889634f;
 
 struct PagedKv {
     const u8* pool;
@@ -19,6 +20,22 @@ struct PagedKv {
     float scale;  // of the scores, usually 1 / sqrt(HEAD_DIM)
 };
 static_assert(sizeof(PagedKv) == 56, "params.py mirrors it");
+
+// A score as the exponent to base 2 that softmax takes: product * exponent_scale(), or SOFTCAP * tanh(score / SOFTCAP).
+#ifdef SOFTCAP
+constexpr bool kHasSoftcap = true;
+__device__ __forceinline__ float softcap(float score) { return SOFTCAP * tanhf(score * (1.f / SOFTCAP)); }
+__device__ __forceinline__ float exponent_scale(const PagedKv& p) { return p.scale * (2.f * kLog2E / SOFTCAP); }
+// tanh(x) = 1 - 2 / (1 + e^2x): its error is 2^-22 of the cap, where tanh.approx has 2^-11.
+__device__ __forceinline__ float exponent(float product, float scale) {
+    return SOFTCAP * kLog2E * (1.f - __fdividef(2.f, 1.f + exp2_approx(product * scale)));
+}
+#else
+constexpr bool kHasSoftcap = false;
+__device__ __forceinline__ float softcap(float score) { return score; }
+__device__ __forceinline__ float exponent_scale(const PagedKv& p) { return p.scale * kLog2E; }
+__device__ __forceinline__ float exponent(float product, float scale) { return product * scale; }
+#endif
 
 // K row of one token; V's is kv_plane() elements further.
 __device__ __forceinline__ const elem* key_address(const PagedKv& p, int page, int kv_head, int token) {

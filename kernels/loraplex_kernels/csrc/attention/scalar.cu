@@ -7,7 +7,7 @@
 #include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
-constexpr int kLaneDims = kHeadDim / kWarp;
+constexpr int kLaneDims = (kHeadDim + kWarp - 1) / kWarp;
 
 struct Params {
     PagedKv kv;
@@ -29,6 +29,8 @@ __device__ __forceinline__ float score(const elem* key, const float* q) {
     return sum;
 }
 
+__device__ __forceinline__ bool has_dim(int j, int lane) { return kHeadDim % kWarp == 0 || j * kWarp + lane < kHeadDim; }
+
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar(const Params p) {
     __shared__ float queries[kWarps][kHeadDim];
     allow_dependents();
@@ -46,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar
         const int key = first + lane;
         const int page = page_of(p.kv, sequence, min(key, end - 1));
         float s = negative_infinity();
-        if (key < end) s = score(key_address(p.kv, page, kv_head, key), queries[warp]) * p.kv.scale;
+        if (key < end) s = softcap(score(key_address(p.kv, page, kv_head, key), queries[warp]) * p.kv.scale);
         const float higher = fmaxf(peak, warp_max(s));
         const float weight = expf(s - higher), shrink = expf(peak - higher);
         peak = higher;
@@ -58,10 +60,13 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar
             const float w = __shfl_sync(kFullMask, weight, i);
             const elem* v = key_address(p.kv, __shfl_sync(kFullMask, page, i), kv_head, first + i) + kv_plane(p.kv);
 #pragma unroll
-            for (int j = 0; j < kLaneDims; ++j) out[j] += w * to_float(v[j * kWarp + lane]);
+            for (int j = 0; j < kLaneDims; ++j) {
+                if (has_dim(j, lane)) out[j] += w * to_float(v[j * kWarp + lane]);
+            }
         }
     }
     elem* out_row = p.out + (static_cast<i64>(token) * p.kv.num_heads + head) * kHeadDim;
 #pragma unroll
-    for (int j = 0; j < kLaneDims; ++j) out_row[j * kWarp + lane] = from_float<elem>(sum == 0.f ? 0.f : out[j] / sum);
+    for (int j = 0; j < kLaneDims; ++j)
+        if (has_dim(j, lane)) out_row[j * kWarp + lane] = from_float<elem>(sum == 0.f ? 0.f : out[j] / sum);
 }
