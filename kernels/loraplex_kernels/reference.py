@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from loraplex_kernels.attention.paged_kv import KvLayout
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``weight * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
+    """Return ``(weight + offset) * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
 
     The sum is rounded to x's dtype first, since the next layer's residual holds it in that type.
     """
     value = x if residual is None else x + residual
     wide = value.float()
-    return weight.float() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() + offset) * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``gelu(gate) * up``, GELU in its approximation by tanh; fp32 ``[rows, width]``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -34,11 +42,22 @@ def rotary_table(positions: int, head_dim: int, theta: float = 10000.0) -> torch
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rope(x: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotate heads ``[tokens, heads, head_dim]`` in the rotate-half manner; fp32."""
+def rope(x: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """Rotate heads ``[tokens, heads, head_dim]``; fp32.
+
+    Args:
+        x: The heads.
+        rotary: ``[positions, rotary_dim]``, as `rotary_table` makes it; dims of a head from rotary_dim on stay as they are.
+        positions: int ``[tokens]``.
+        interleaved: Whether dims 2i and 2i + 1 are a pair, not i and i + rotary_dim / 2.
+    """
     cosine, sine = rotary[positions.long()][:, None].chunk(2, dim=-1)
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    wide, dim = x.float(), rotary.shape[1]
+    out = wide.clone()
+    pairs = (slice(0, dim, 2), slice(1, dim, 2)) if interleaved else (slice(0, dim // 2), slice(dim // 2, dim))
+    low, high = wide[..., pairs[0]], wide[..., pairs[1]]
+    out[..., pairs[0]], out[..., pairs[1]] = low * cosine - high * sine, high * cosine + low * sine
+    return out
 
 
 def lora_delta(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
