@@ -79,7 +79,8 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     Raises:
         ConfigError: If a size does not work out; the message names the flag.
     """
-    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
+    kv_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), kv_dtype=kv_dtype)
     num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
@@ -95,7 +96,7 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
     model = model_config(info.config)
     weights = weight_choice(config, info, device).numerics
-    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len)
+    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
