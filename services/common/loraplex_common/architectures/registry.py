@@ -10,7 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.architectures import glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, seed_oss, smollm3
+from loraplex_common.architectures import (
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    granite4,
+    llama,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from loraplex_common.architectures.unread import refuse_unread
 from loraplex_common.config_values import BaseModelError, ConfigValues
 from loraplex_common.decoder_config import ModelConfig
@@ -33,6 +49,11 @@ ARCHITECTURES: Final[dict[str, ConfigReader]] = {
     "SeedOssForCausalLM": seed_oss.read,
     "Glm4ForCausalLM": glm4.read,
     "Phi3ForCausalLM": phi3.read,
+    "Gemma2ForCausalLM": gemma2.read,
+    "Gemma3ForCausalLM": gemma3.read,
+    "Olmo3ForCausalLM": olmo3.read,
+    "Ministral3ForCausalLM": ministral3.read,
+    "GraniteMoeHybridForCausalLM": granite4.read,
 }
 """By the name that ``architectures`` in config.json has."""
 
