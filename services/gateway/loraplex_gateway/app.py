@@ -21,7 +21,7 @@ from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
-from loraplex_gateway.engines.pool import EnginePool
+from loraplex_gateway.engines.pool import EnginePool, LinkOptions
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
@@ -223,11 +223,14 @@ class GatewayApp:
         config = self.config
         return EnginePool(
             self.catalog,
-            gateway_id=self.gateway_id,
-            max_buffered_tokens=config.max_buffered_tokens,
-            silence_s=config.engine_silence_s,
+            LinkOptions(
+                gateway_id=self.gateway_id,
+                max_buffered_tokens=config.max_buffered_tokens,
+                silence_s=config.engine_silence_s,
+                dial=self._dial,
+            ),
             failover_wait_s=config.failover_wait_s,
-            dial=self._dial,
+            allows_mixed_numerics=config.allow_mixed_numerics,
         )
 
     def _make_metrics(self) -> GatewayMetrics:

@@ -95,6 +95,10 @@ class GatewayConfig(ServiceSettings):
         3600.0, help="how long after its start a broken stream may be resumed, 0 for never"
     )
     engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
+    allow_mixed_numerics: bool = setting(
+        False,
+        help="send requests of a base model to engines whose numerics differ (--dtype, quantisation ...), and go on there",
+    )
     failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")
