@@ -18,7 +18,9 @@ MIB: Final = 1024 * 1024
 class StoreConfig(ServiceSettings):
     """Keeps adapters and feeds engines."""
 
-    model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub; repeat for several", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
