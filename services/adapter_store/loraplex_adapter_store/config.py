@@ -23,6 +23,7 @@ class StoreConfig(ServiceSettings):
     )
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
+    text_only: bool = setting(False, help="know a multimodal model by its text part, without images")
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")

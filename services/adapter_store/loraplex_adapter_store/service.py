@@ -96,7 +96,9 @@ class _Core:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    bases = KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
         images = _images(core)

@@ -69,8 +69,11 @@ def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileStat
     Raises:
         BaseModelError: If the directory is no model we can serve.
     """
-    files = state_of_files(config.model)
-    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
+    files = state_of_files(config.model, text_only=config.text_only)
+    info = load_base_model(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
+    return info, files
 
 
 def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineLimits:
@@ -198,7 +201,7 @@ def runner_factory(
         if weights.quantisation is not None:
             _tell_unpacked(weights.quantisation, limits.pool.dtype)
         runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
-        if state_of_files(config.model) != files:
+        if state_of_files(config.model, text_only=config.text_only) != files:
             runner.close()
             raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
         return runner
@@ -232,9 +235,13 @@ def _tell_unpacked(quantisation: Quantisation, dtype: str) -> None:
 
 
 def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
-    """Return the bytes of the weights once they are loaded, as those of their files or, of quantised ones, unpacked."""
-    if quantisation_of(config.model) is None:
-        return sum(file.stat().st_size for file in find_weights(config.model).shards())
+    """Return the bytes of the weights once they are loaded.
+
+    They are those of the files, unless weights are unpacked, or the files have other parts of a multimodal model, too.
+    """
+    stored = find_weights(config.model)
+    if quantisation_of(config.model) is None and not stored.others:
+        return sum(file.stat().st_size for file in stored.shards())
     projections = [each for layer in (*info.layers, info.outside) for each in layer]
     items = sum(each.in_features * each.out_features for each in projections)
     return items * DTYPES[resolve_dtype(config, device)].itemsize

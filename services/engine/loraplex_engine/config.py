@@ -51,6 +51,7 @@ class EngineConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting(
         (), help="further name under which adapters may name the base, e.g. its hub id"
     )
+    text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str | None = valkey_url(
         None, help="Valkey or Redis to register in (default: none, gateways must know the address)"
     )

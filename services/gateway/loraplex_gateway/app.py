@@ -214,7 +214,9 @@ class GatewayApp:
     def _load_models(self) -> ModelCatalog:
         config = self.config
         aliases = tuple(config.model_alias)
-        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
+        models = load_served_models(
+            config.model, self.workers, name=config.served_model_name, aliases=aliases, text_only=config.text_only
+        )
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:

@@ -24,6 +24,7 @@ class GatewayConfig(ServiceSettings):
         model: Base models in Hugging Face layout; tokenizer and chat template are read from there.
         served_model_name: Name of the first model; its directory's name if None.
         model_alias: Other names of the first model, e.g. its hub id.
+        text_only: Serve the text part of a multimodal model; without it, one is refused.
         redis_url: Valkey or Redis with the engine registry and the request claims.
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
@@ -58,6 +59,7 @@ class GatewayConfig(ServiceSettings):
     )
     served_model_name: str | None = setting(None, help="name of the first model (default: its directory's name)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
+    text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
     store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
     engine_tls_name: str | None = setting(

@@ -30,5 +30,5 @@ def numerics_of(
         max_model_len: Longest sequence that is served: longrope picks its factors by it.
         kv: What keys and values are stored as; empty: in `dtype`.
     """
-    rope = "long" if has_long_factors(config, max_model_len) else ""
+    rope = "long" if any(has_long_factors(each, max_model_len) for each in config.ropes) else ""
     return Numerics(compute=dtype, weights=weights_numerics(quantisation), kv=kv, rope=rope)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraplex_engine.runners.torch.softcap import capped_attention
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -87,14 +89,23 @@ class PagedPool:
         max_group_blocks: Blocks (all sequences together) that decode rows may gather at once.
     """
 
-    def __init__(self, pages: Tensor, geometry: PoolGeometry, num_heads: int, dtype: torch.dtype, scale: float) -> None:
+    def __init__(
+        self,
+        pages: Tensor,
+        geometry: PoolGeometry,
+        num_heads: int,
+        dtype: torch.dtype,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
         self.pages = pages
         self.geometry = geometry
         self.device = pages.device
         self.dtype = dtype
         self.group_size = num_heads // geometry.num_kv_heads
         self._num_heads = num_heads
-        self._scale = scale
+        self._scale, self._softcap = scale, softcap
         self.values = pages.view(dtype).view(-1)
         self._rows = self.values.view(-1, geometry.block_tokens * geometry.head_dim)
         self._tokens = self.values.view(-1, geometry.head_dim)
@@ -149,7 +160,14 @@ class PagedPool:
         torch.add(group.rows, layer * self._heads_per_layer, out=group.layer_rows)
         torch.index_select(self._rows, 0, group.layer_rows, out=group.gathered)
         by_kv_head = queries.reshape(-1, self.group_size, self.geometry.head_dim)
-        if self.dtype == torch.float32:
+        if (
+            self._softcap is not None
+        ):  # the queries of a KV head lie where `capped_attention` expects those of one sequence
+            keys = group.keys_t.transpose(1, 2)
+            attended = capped_attention(
+                by_kv_head, keys, group.values, group.mask, scale=self._scale, cap=self._softcap
+            )
+        elif self.dtype == torch.float32:
             scores = torch.baddbmm(group.mask, by_kv_head, group.keys_t, alpha=self._scale)
             attended = torch.bmm(torch.softmax(scores, dim=-1), group.values)
         else:  # the fused kernel, which keeps scores in fp32
@@ -167,6 +185,9 @@ class PagedPool:
         if row.rows is not None:
             gathered = self._rows.index_select(0, row.rows + layer * self._heads_per_layer)
             keys, values = gathered.view(2, 1, num_kv_heads, -1, self.geometry.head_dim).unbind(0)
+        if self._softcap is not None:
+            capped = capped_attention(queries[0], keys[0], values[0], row.mask, scale=self._scale, cap=self._softcap)
+            return capped.transpose(0, 1).reshape(heads.shape[0], -1)
         attended = F.scaled_dot_product_attention(
             queries,
             keys,

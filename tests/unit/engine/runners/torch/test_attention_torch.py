@@ -27,7 +27,7 @@ def make_pool(block_tokens: int = 4) -> PagedPool:
         dtype="float32", num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, block_tokens=block_tokens
     )
     pages = torch.full((NUM_PAGES, geometry.page_bytes), 0xFF, dtype=torch.uint8)  # NaN until written
-    return PagedPool(pages, geometry, HEADS, torch.float32, geometry.head_dim**-0.5)
+    return PagedPool(pages, geometry, HEADS, torch.float32, scale=geometry.head_dim**-0.5)
 
 
 def make_plan(starts: list[int], lengths: list[int], num_decode_rows: int, block_tokens: int, seed: int) -> StepPlan:
