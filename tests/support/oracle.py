@@ -17,6 +17,7 @@ from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.runner_config import RunnerConfig
@@ -147,14 +148,15 @@ def make_rig(
     emulate_async: bool = False,
     seed: int = 0,
     text_only: bool = False,
+    weight_form: WeightForm = WeightForm.WHOLE,
 ) -> Rig:
     """Build a runner over a model directory and load adapters from PEFT directories."""
     info = load_base_model(model_dir, text_only=text_only)
     geometry = choose_pool_geometry(info, dtype=dtype)
     limits = EngineLimits(pool=geometry, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     runner = TorchRunner(
-        RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async),
-        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device(device)),
+        RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async, weight_form=weight_form),
+        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device(device), form=weight_form),
     )
     harness = Harness(runner, geometry, num_pages, seed=seed)
     indices: dict[str | None, int] = {None: -1}

@@ -31,6 +31,7 @@ from loraplex_engine.limits import (
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
+QuantizationName = Literal["auto", "fp8", "none"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
 
 
@@ -91,6 +92,11 @@ class EngineConfig(ServiceSettings):
         MAX_ADDED_TOKENS, help="most tokens that an adapter may add behind the base model's vocabulary; 0 for none"
     )
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
+    quantization: QuantizationName = setting(
+        "auto",
+        help="auto keeps an FP8 checkpoint in FP8 where the GPU multiplies it, fp8 quantises any checkpoint on load, none "
+        "unpacks (docs/stored-forms.md)",
+    )
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
     num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
@@ -167,6 +173,8 @@ class EngineConfig(ServiceSettings):
         self._check_callers()
         self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
+        kinds = get_args(QuantizationName)
+        _require(self.quantization in kinds, f"--quantization {self.quantization!r} is not one of {kinds}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
         _require(
             self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
