@@ -26,7 +26,9 @@ def shown_each(items: tuple[object, ...]) -> list[str]:
 class StoreConfig(ServiceSettings):
     """Keeps adapters and feeds engines."""
 
-    model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub; repeat for several", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
     text_only: bool = setting(False, help="know a multimodal model by its text part, without images")

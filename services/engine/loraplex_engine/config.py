@@ -48,7 +48,7 @@ class EngineConfig(ServiceSettings):
     (`build`).
     """
 
-    model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
+    model: Path = setting(help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub", metavar="DIR")
     served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
     model_alias: tuple[str, ...] = setting(
         (), help="further name under which adapters may name the base, e.g. its hub id"

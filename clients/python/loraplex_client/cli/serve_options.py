@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import typer
+from loraplex_common.hub_base import hub_base
 
 from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.demo import SMOLLM2_HUB_ID
-from loraplex_client.hub_base import hub_base
 from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
 from loraplex_client.serve.ports import Ports
 
