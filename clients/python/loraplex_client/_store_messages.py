@@ -109,9 +109,15 @@ def _shares(message: Iterable[adapter_pb2.AliasShare]) -> dict[str, int]:
 
 
 def alias(name: str, label: str, revision: str | Mapping[str, int]) -> adapter_pb2.Alias:
-    """Return where a label is to point: a revision, or revision -> weight."""
+    """Return where a label is to point: a revision, or revision -> weight.
+
+    Raises:
+        InvalidParameterError: If there are no shares: that would remove the label.
+    """
     if isinstance(revision, str):
         return adapter_pb2.Alias(name=name, label=label, revision=revision)
+    if not revision:
+        raise InvalidParameterError("no shares; an empty revision removes a label", field="revision")
     shares = [adapter_pb2.AliasShare(revision=digest, weight=weight) for digest, weight in revision.items()]
     return adapter_pb2.Alias(name=name, label=label, shares=shares)
 
