@@ -17,6 +17,7 @@ from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import CredentialsFileError
+from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
         asyncio.run(run(config))
-    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, OSError) as error:
+    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, ColdTierError, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)
         sys.exit(2)
 

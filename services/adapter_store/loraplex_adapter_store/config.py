@@ -45,6 +45,14 @@ class StoreConfig(ServiceSettings):
         show=shown_each,
         metavar="HOST",
     )
+    cold_tier: Bucket | None = setting(
+        None,
+        help="s3://BUCKET/PREFIX[?endpoint=URL&region=NAME&credential=NAME] that keeps all adapters; Valkey keeps copies",
+        parse=Bucket.parse,
+        show=str,
+        metavar="URL",
+    )
+    hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     max_concurrent_imports: int = setting(2, help="imports at work at once")
@@ -75,7 +83,13 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
+        for name in (
+            "image_cache_bytes",
+            "hot_bytes",
+            "max_adapter_bytes",
+            "max_concurrent_imports",
+            "max_pending_imports",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.max_connection_age_s < 0:
