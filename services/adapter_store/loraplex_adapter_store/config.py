@@ -48,6 +48,14 @@ class StoreConfig(ServiceSettings):
         show=shown_each,
         metavar="HOST",
     )
+    cold_tier: Bucket | None = setting(
+        None,
+        help="s3://BUCKET/PREFIX[?endpoint=URL&region=NAME&credential=NAME] that keeps all adapters; Valkey keeps copies",
+        parse=Bucket.parse,
+        show=str,
+        metavar="URL",
+    )
+    hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     keep_pushed_revisions: int = setting(
@@ -81,7 +89,7 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        sizes = ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
+        sizes = ("image_cache_bytes", "hot_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
         for name in (*sizes, "keep_pushed_revisions"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
