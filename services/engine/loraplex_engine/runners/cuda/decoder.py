@@ -22,6 +22,7 @@ from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.runners.cuda.fp8_inputs import QuantisingNorm, QuantisingSiluMul, padded_rows
 from loraplex_engine.runners.cuda.lora_paths import Followers
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from loraplex_engine.limits import EngineLimits
     from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
@@ -86,8 +88,8 @@ class Workspace:
     """
 
     def __init__(self, config: ModelConfig, limits: LargestStep, *, dtype: torch.dtype, device: torch.device) -> None:
-        def buffer(rows: int, columns: int) -> Tensor:
-            return torch.zeros(rows, columns, dtype=dtype, device=device)
+        def buffer(rows: int, columns: int) -> Tensor:  # FP8 products compute a few rows more
+            return torch.zeros(padded_rows(rows), columns, dtype=dtype, device=device)
 
         tokens, hidden = limits.max_tokens, config.hidden_size
         self.hidden = buffer(tokens, hidden)
@@ -150,6 +152,8 @@ class CudaDecoder(ABC, Generic[ModelT]):
         pool: uint8 ``[pages, page_bytes]``.
         geometry: The KV pages' shape.
         limits: Largest step.
+        num_slots: Requests of a batch.
+        inputs: Where inputs of FP8 products lie in e4m3; None if no product is.
 
     Attributes:
         followers: The kernels that finish qkv and gate_up; LoRA paths launch them with a delta.
@@ -165,6 +169,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         limits: LargestStep,
         *,
         num_slots: int,
+        inputs: Fp8Inputs | None = None,
     ) -> None:
         config = model.config
         self._model, self._pool = model, pool
@@ -184,10 +189,11 @@ class CudaDecoder(ABC, Generic[ModelT]):
         rotary = model.rope.reshape(model.rope.shape[0], -1).contiguous()
         self.followers = Followers(
             RopeKv(library, layouts[config.windows[0]], pool, rotary, norm_eps=config.rms_norm_eps),
-            SiluMul(library, config.intermediate_size),
+            _silu_mul(library, config.intermediate_size, inputs),
+            inputs,
         )
         self._embedding = Embedding(library, config.hidden_size)
-        self._norm = RmsNorm(library, config.hidden_size, config.rms_norm_eps)
+        self._norm = _norm(library, config.hidden_size, config.rms_norm_eps, inputs)
         attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
 
@@ -242,6 +248,14 @@ class CudaDecoder(ABC, Generic[ModelT]):
             self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
             self._model.lm_head.into(x, logits)
         return logits
+
+
+def _norm(library: KernelLibrary, hidden_size: int, eps: float, inputs: Fp8Inputs | None) -> RmsNorm:
+    return RmsNorm(library, hidden_size, eps) if inputs is None else QuantisingNorm(library, hidden_size, eps, inputs)
+
+
+def _silu_mul(library: KernelLibrary, width: int, inputs: Fp8Inputs | None) -> SiluMul:
+    return SiluMul(library, width) if inputs is None else QuantisingSiluMul(library, width, inputs)
 
 
 class LlamaDecoder(CudaDecoder[LlamaModel]):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
@@ -62,7 +63,7 @@ class LayerPath(Protocol):
             linear: The projection.
             x: ``[tokens, in_features]``.
             residual: ``[tokens, hidden]``.
-            scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
+            scratch: ``[tokens, hidden]``, and what is returned, if anything is.
             step: The step's inputs.
         """
         ...
@@ -78,17 +79,28 @@ class LayerPath(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Followers:
-    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
+    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta.
+
+    Attributes:
+        inputs: Where inputs of FP8 products lie in e4m3; None if no product is. FP8 products do not accumulate: followers add
+            LoRA's delta to qkv and gate_up, and the next norm adds o and down to the residual stream (ADR 35).
+    """
 
     rope: RopeKv
     silu_mul: SiluMul
+    inputs: Fp8Inputs | None = None
+
+    @property
+    def can_accumulate(self) -> bool:
+        """Whether products accumulate onto their output for nothing (ADR 18)."""
+        return self.inputs is None
 
 
 class BasePath:
     """No row has an adapter."""
 
     def __init__(self, followers: Followers) -> None:
-        self._rope, self._silu_mul = followers.rope, followers.silu_mul
+        self._rope, self._silu_mul, self._inputs = followers.rope, followers.silu_mul, followers.inputs
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -99,7 +111,10 @@ class BasePath:
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        del layer, op, scratch, step
+        del layer, op, step
+        if self._inputs is not None:
+            linear.into(x, scratch)
+            return scratch
         linear.onto(x, residual)
         return None
 
@@ -115,10 +130,11 @@ class BasePath:
 
 
 class Fork:
-    """Runs work beside the current stream's; on a CPU simply in order."""
+    """Runs work beside the current stream's; on a CPU, or if it is to, simply in order."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device, *, in_order: bool = False) -> None:
+        is_side = device.type == "cuda" and not in_order
+        self._side = torch.cuda.Stream(device) if is_side else None  # type: ignore[no-untyped-call]
 
     def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
         """Do both, the first on the side stream; whatever follows on the current stream comes after both."""
@@ -182,7 +198,7 @@ class _DecodeLoraPath(BasePath):
 
 
 class BesideLoraPath(_DecodeLoraPath):
-    """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
+    """Few rows, or products that do not accumulate, whose fork runs all in order: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
     The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
     the next norm adds their products.
@@ -287,9 +303,9 @@ class AddedLoraPath(BasePath):
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        linear.onto(x, residual)
+        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._lora.apply(layer, op, x, residual, step.scales)
-        return None
+        return rest
 
 
 def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
