@@ -14,7 +14,7 @@ from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
+from loraplex_engine.runners.cuda.decoder import LlamaDecoder
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.outside import OutsideModules
@@ -22,6 +22,7 @@ from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.step import StepResult
 from loraplex_kernels.lora.tables import AdapterTables

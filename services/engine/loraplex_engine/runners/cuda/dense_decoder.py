@@ -15,7 +15,7 @@ from loraplex_kernels.pointwise.softcap import Softcap
 
 from loraplex_engine.model.dense import DenseModel
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, rotary_rows
-from loraplex_engine.runners.cuda.lora_paths import Followers
+from loraplex_engine.runners.cuda.followers import Followers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.cuda.decoder import LargestStep
-    from loraplex_engine.runners.cuda.lora_paths import FinishesQkv, LayerPath
+    from loraplex_engine.runners.cuda.followers import FinishesQkv
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
 
 GATES: Final[dict[Activation, type[SiluMul]]] = {"silu": SiluMul, "gelu_tanh": GeluMul}
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
 
 
 class PagedAttention:
