@@ -96,7 +96,12 @@ class AttentionPrefill:
             "attention_prefill",
             AttentionPrefillParams(),
             block_threads(layout.head_dim),
-            defines=(*layout.defines, f"SHARED_BYTES={shared}", *softcap_defines(softcap)),
+            defines=(
+                f"HEAD_DIM={layout.head_dim}",
+                *layout.kv_defines,
+                f"SHARED_BYTES={shared}",
+                *softcap_defines(softcap),
+            ),
             shared_bytes=shared,
         )
 
