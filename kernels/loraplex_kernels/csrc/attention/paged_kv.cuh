@@ -38,7 +38,7 @@ __device__ __forceinline__ float softcap(float score) { return SOFTCAP * tanhf(s
 __device__ __forceinline__ float exponent_scale(const PagedKv& p) { return p.scale * (2.f * kLog2E / SOFTCAP); }
 // tanh(x) = 1 - 2 / (1 + e^2x): its error is 2^-22 of the cap, where tanh.approx has 2^-11.
 __device__ __forceinline__ float exponent(float product, float scale) {
-    return SOFTCAP * kLog2E * (1.f - __fdividef(2.f, 1.f + exp2_approx(product * scale)));
+    return SOFTCAP * kLog2E * (1.f - 2.f * reciprocal_approx(1.f + exp2_approx(product * scale)));
 }
 #else
 constexpr bool kHasSoftcap = false;
