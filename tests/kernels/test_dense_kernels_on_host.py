@@ -70,14 +70,16 @@ def test_a_form_of_rope_is_the_references(host_library: MakeHostLibrary, case: R
     before = (qkv if delta is None else (qkv + delta).to(dtype)).clone().view(3, -1, head_dim)
     positions, slots = torch.tensor([9, 0, 31]).int(), torch.tensor([4 * BLOCK + 1, -1, 2 * BLOCK + 3]).int()
     widths = (HEADS, KV_HEADS) if case.style.norms_whole else (1, 1)
-    norms = [(torch.rand(n * head_dim, generator=generator) + 0.5).to(dtype) for n in widths] if case.has_norm else None
+    norms: list[Tensor | None] = [None, None]
+    if case.has_norm:
+        norms = [(torch.rand(n * head_dim, generator=generator) + 0.5).to(dtype) for n in widths]
     scale = query_scale if case.has_query_scale else None
     rope = RopeKv(host_library(dtype), layout, pool, rotary, norm_eps=EPS, style=case.style, query_scale=scale)
 
-    rope.launch(1, qkv, positions, slots, q_norm=norms and norms[0], k_norm=norms and norms[1], delta=delta)
+    rope.launch(1, qkv, positions, slots, q_norm=norms[0], k_norm=norms[1], delta=delta)
 
     q, key, value = torch.split(before, [HEADS, KV_HEADS, KV_HEADS], dim=1)
-    if norms is not None:
+    if norms[0] is not None and norms[1] is not None:
         q, key = case.norm(q, norms[0]), case.norm(key, norms[1])
     if rotary is not None:
         q, key = (reference.rope(each, rotary, positions, interleaved=case.style.interleaved) for each in (q, key))

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Final
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import Authenticator
+from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
+from loraplex_common.housekeeping import until_done
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
@@ -35,16 +37,26 @@ from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.imports.oci import OciImports
+from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
+from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.push.pusher import Pusher
+from loraplex_adapter_store.push.readiness import EngineReadiness
+from loraplex_adapter_store.push.released import ReleasedRevisions
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.blob_tier import BlobTier, ValkeyTier
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.repository.hot_tier import ColdTierError, HotTier, settle_place
+from loraplex_adapter_store.repository.moves import AliasMoves
+from loraplex_adapter_store.repository.object_tier import ObjectTier
 from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
@@ -85,6 +97,7 @@ class _Core:
 
     config: StoreConfig
     client: keys.Client
+    credentials: Credentials
     catalog: Catalog
     blobs: Blobs
     holdings: EngineHoldings
@@ -96,7 +109,9 @@ class _Core:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    bases = KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
         images = _images(core)
@@ -105,13 +120,17 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases, attached)
-        hub = Hub(config.hf_endpoint)
-        stack.push_async_callback(hub.close)
+        threads = DownloadThreads()
+        stack.push_async_callback(threads.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
+        intake = _intake(core, importer, operations, threads, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
-            intake=_intake(core, importer, operations, hub),
+            lifecycle=Lifecycle(
+                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
+            ),
+            intake=intake,
+            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -120,6 +139,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
+        await _settle_place(core, supervisor)
         _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
@@ -137,6 +157,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
 def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
+    credentials = Credentials.from_file(config.credentials_file)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
     # It runs in a thread, as what it waits for may wait for this event loop.
     stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
@@ -146,12 +167,33 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
         catalog=Catalog(
             client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
         ),
-        blobs=Blobs(client),
+        credentials=credentials,
+        blobs=Blobs(client, _tiers(config, client, credentials)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
         authenticator=Authenticator.from_file(config.api_keys_file),
     )
+
+
+def _tiers(config: StoreConfig, client: keys.Client, credentials: Credentials) -> tuple[BlobTier, ...]:
+    """Return where canonical blobs lie, the nearest first."""
+    if config.cold_tier is None:
+        return (ValkeyTier(client),)
+    try:
+        cold = ObjectTier(config.cold_tier, credentials)
+    except (InvalidParameterError, ValueError) as error:
+        raise ColdTierError(f"--cold-tier: {error}") from error
+    return HotTier(client, budget_bytes=config.hot_bytes), cold
+
+
+async def _settle_place(core: _Core, supervisor: Supervisor) -> None:
+    """Find out whether Valkey's adapters lie where this store looks; later, if Valkey is away."""
+    settle = partial(settle_place, core.client, str(core.config.cold_tier or ""))
+    try:
+        await settle()
+    except LoraplexError:
+        supervisor.spawn_once(until_done(settle, name="look for the cold tier"), name="cold tier")
 
 
 def _images(core: _Core) -> ImageCache:
@@ -183,12 +225,18 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
     return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
 
 
-def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
+def _intake(
+    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
+) -> Intake:
     config = core.config
+    registries = OciImports(config.import_registry, core.credentials, threads)
+    stack.callback(registries.close)
     sources = Sources(
         ImportRoots(config.import_root),
-        hub,
-        Credentials.from_file(config.credentials_file),
+        Hub(config.hf_endpoint, threads),
+        S3Imports(config.import_bucket, core.credentials, threads),
+        registries,
+        core.credentials,
         max_adapter_bytes=config.max_adapter_bytes,
     )
     return Intake(
@@ -198,6 +246,17 @@ def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) 
         importer.budget,
         sources,
         max_adapter_bytes=config.max_adapter_bytes,
+    )
+
+
+def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
+    return Pusher(
+        intake,
+        importer,
+        core.catalog,
+        readiness,
+        forget=ReleasedRevisions(core.client, hints).forget,
+        num_kept=core.config.keep_pushed_revisions,
     )
 
 

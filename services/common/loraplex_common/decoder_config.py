@@ -83,7 +83,7 @@ class DenseTraits:
         rope_of_layer: Per layer, its entry of `ModelConfig.ropes`; empty if all have the first.
         rotary_dim: How many of the first dimensions of a head RoPE rotates; None is all.
         interleaved: Whether RoPE pairs dimensions 2i and 2i + 1, not i and i + rotary_dim / 2.
-        activation: Of the MLP.
+        activation: What the MLP applies to its gate.
         embedding_multiplier: Factor of the embeddings, what adapters add to them or put in their place included.
         rounds_embedding_multiplier: Whether the factor is rounded to the compute dtype first (Gemma).
         residual_multiplier: Factor of what attention and MLP add to the residual stream.

@@ -26,7 +26,7 @@ def capped_attention(
         mask: What a query attends to: boolean ``[n, m]``, or ``[kv_heads, n, m]`` in the dtype of the values, 0 or -inf.
             None is causal: n = m, and each query attends to the keys up to its own.
         scale: Factor of the scores.
-        cap: Of the scaled scores.
+        cap: The scaled scores stay between -cap and cap.
     """
     num_heads, num_queries, num_keys = queries.shape[0], queries.shape[1], keys.shape[1]
     group_size = num_heads // keys.shape[0]
