@@ -84,9 +84,10 @@ class HostRunner:
         max_rows_beside: int = BUCKET,
         min_decode_runs: int = MIN_DECODE_RUNS,
         max_added_tokens: int = 0,
+        kv_dtype: str = "",
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
-        self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
+        self.pool_geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
         model = LlamaModel(model_config(info.config), reader, CUDA_LINEARS, max_model_len=128, device=CPU)

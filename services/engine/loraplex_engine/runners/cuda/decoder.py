@@ -76,6 +76,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
                 num_kv_heads=geometry.num_kv_heads,
                 head_dim=config.head_dim,
                 window=window or 0,
+                scales_offset=geometry.values_bytes if geometry.is_fp8 else None,
             )
             for window in dict.fromkeys(config.windows)
         }
