@@ -155,9 +155,15 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self._norm = RmsNorm(
             library, config.hidden_size, config.rms_norm_eps, unit_offset=config.traits.norm_offset == 1.0
         )
-        scale, softcap = config.attention_scale, config.traits.score_softcap
         attention = {
-            window: PagedAttention(library, layout, limits, scale=scale, softcap=softcap)
+            window: PagedAttention(
+                library,
+                layout,
+                max_rows=limits.max_rows,
+                max_context=limits.max_context,
+                scale=config.attention_scale,
+                softcap=config.traits.score_softcap,
+            )
             for window, layout in layouts.items()
         }
         self._attention = [attention[window] for window in config.windows]
