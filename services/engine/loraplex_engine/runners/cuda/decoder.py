@@ -86,9 +86,15 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self.followers = self._make_followers(library, layouts[config.windows[0]])
         self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
         self._norm = _norm(library, config, inputs)
-        scale, softcap = config.attention_scale, config.traits.score_softcap
         attention = {
-            window: PagedAttention(library, layout, limits, scale=scale, softcap=softcap)
+            window: PagedAttention(
+                library,
+                layout,
+                max_rows=limits.max_rows,
+                max_context=limits.max_context,
+                scale=config.attention_scale,
+                softcap=config.traits.score_softcap,
+            )
             for window, layout in layouts.items()
         }
         self._attention = [attention[window] for window in config.windows]
