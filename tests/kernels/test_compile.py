@@ -16,6 +16,7 @@ from loraplex_kernels.lora.chains import CHAINS_MACRO
 from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
+from loraplex_kernels.pointwise.fp8 import GROUPS_MACRO
 from loraplex_kernels.sampling import sample as sampling
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ BUILDS = [
     ("silu_mul", ("WIDTH=10240", "GELU_TANH"), None),
     ("silu_mul", ("WIDTH=11008",), None),
     ("silu_mul", ("WIDTH=1536", FP32), None),
+    ("rms_norm_fp8", ("HIDDEN=576", "THREADS=96"), 32),
+    ("rms_norm_fp8", ("HIDDEN=4096", "THREADS=512"), 32),
+    ("rms_norm_fp8", ("HIDDEN=4096", "THREADS=512", GROUPS_MACRO), 32),
+    ("rms_norm_fp8", ("HIDDEN=8192", "THREADS=512"), 64),
+    ("rms_norm_fp8", ("HIDDEN=576", "THREADS=160", FP32), 32),
+    ("silu_mul_fp8", ("WIDTH=14336", "THREADS=896"), None),
+    ("silu_mul_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
+    ("silu_mul_fp8", ("WIDTH=1536", "THREADS=192", FP32), None),
+    ("quantise_fp8", ("WIDTH=4096", "THREADS=256"), None),
+    ("quantise_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
+    ("quantise_fp8", ("WIDTH=576", "THREADS=96", FP32), None),
     ("embedding", ("HIDDEN=4096",), None),
     ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
     ("embedding", ("HIDDEN=2560", "SCALED"), None),

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_kernels.attention.paged_kv import KvLayout
 
@@ -122,8 +121,8 @@ def test_fp8_keys_and_values_draw_what_they_draw_in_the_torch_backend(tmp_path: 
 class ScalarAttention:
     """Attention in bf16 by the kernel of fp32, as that of decode rows does not run on a CPU."""
 
-    def __init__(self, library: HostLibrary, layout: KvLayout, limits: LargestStep) -> None:
-        del limits
+    def __init__(self, library: HostLibrary, layout: KvLayout, **sizes: object) -> None:
+        del sizes
         self._kernel = AttentionScalar(library, layout)
 
     def launch(
