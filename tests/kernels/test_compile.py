@@ -36,7 +36,7 @@ SOFTCAP = softcap_defines(50.0)
 
 
 def prefill_defines(head_dim: int, available: int = 160 * 1024, *more: str) -> tuple[str, ...]:
-    shared = shared_bytes(head_dim, available, is_fp8=FP8 in more, is_capped=SOFTCAP[0] in more)
+    shared = shared_bytes(head_dim, available, is_fp8=FP8 in more)
     return f"HEAD_DIM={head_dim}", f"SHARED_BYTES={shared}", *more
 
 

@@ -51,21 +51,20 @@ def block_threads(head_dim: int) -> int:
     return 256 if head_dim > 128 else 128
 
 
-def shared_bytes(head_dim: int, available: int, *, is_fp8: bool = False, is_capped: bool = False) -> int:
+def shared_bytes(head_dim: int, available: int, *, is_fp8: bool = False) -> int:
     """Return the shared memory of a CTA: the tile's rows of q, and two tiles each of K and V, of FP8 one more in bf16.
 
     Args:
         head_dim: 64, 80, 96, 128 or 256.
         available: Most bytes that a CTA may have on the device.
         is_fp8: Whether K and V are e4m3.
-        is_capped: Whether scores are: heads of 128 then take tiles of half as many tokens, as registers hold their scores.
 
     Raises:
         ValueError: If the smallest tiles take more.
     """
     row = 2 * head_dim + (0 if head_dim % 64 == 0 else 16)
     token = 2 * row + 4 * head_dim + 8 if is_fp8 else 4 * row
-    choices = (32, 16) if head_dim > 128 else (32,) if head_dim == 128 and is_capped else (64,)
+    choices = (32, 16) if head_dim > 128 else (64,)
     sizes = [TILE_ROWS * row + tokens * token for tokens in choices]
     fitting = [size for size in sizes if size <= available]
     if not fitting:
@@ -93,7 +92,7 @@ class AttentionPrefill:
     ) -> None:
         self._library, self._layout, self._scale = library, layout, scale
         is_fp8 = layout.scales_offset is not None
-        shared = shared_bytes(layout.head_dim, library.max_shared_bytes, is_fp8=is_fp8, is_capped=softcap is not None)
+        shared = shared_bytes(layout.head_dim, library.max_shared_bytes, is_fp8=is_fp8)
         self._kernel = library.load(
             "attention_prefill",
             AttentionPrefillParams(),
