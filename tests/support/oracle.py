@@ -43,8 +43,10 @@ MAX_LOGIT_ERROR = 1e-4
 class Oracle:
     """One base model with its adapters, in transformers and peft, fp32, eager attention."""
 
-    def __init__(self, model_dir: Path, adapters: dict[str, Path] | None = None) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    def __init__(
+        self, model_dir: Path, adapters: dict[str, Path] | None = None, *, auto_class: Any = AutoModelForCausalLM
+    ) -> None:
+        model: Any = auto_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
         self._model: Any = model.eval()
         for name, directory in (adapters or {}).items():
             if isinstance(self._model, PeftModel):
@@ -145,10 +147,11 @@ def make_rig(
     device: str = "cpu",
     emulate_async: bool = False,
     seed: int = 0,
+    text_only: bool = False,
     weight_form: WeightForm = WeightForm.WHOLE,
 ) -> Rig:
     """Build a runner over a model directory and load adapters from PEFT directories."""
-    info = load_base_model(model_dir)
+    info = load_base_model(model_dir, text_only=text_only)
     geometry = choose_pool_geometry(info, dtype=dtype)
     limits = EngineLimits(pool=geometry, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     runner = TorchRunner(

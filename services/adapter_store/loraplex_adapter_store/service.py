@@ -35,16 +35,23 @@ from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.imports.oci import OciImports
+from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
+from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.push.pusher import Pusher
+from loraplex_adapter_store.push.readiness import EngineReadiness
+from loraplex_adapter_store.push.released import ReleasedRevisions
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
@@ -96,7 +103,9 @@ class _Core:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    bases = KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
         images = _images(core)
@@ -105,13 +114,17 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases, attached)
-        hub = Hub(config.hf_endpoint)
-        stack.push_async_callback(hub.close)
+        threads = DownloadThreads()
+        stack.push_async_callback(threads.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
+        intake = _intake(core, importer, operations, threads, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
-            intake=_intake(core, importer, operations, hub),
+            lifecycle=Lifecycle(
+                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
+            ),
+            intake=intake,
+            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -183,12 +196,19 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
     return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
 
 
-def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
+def _intake(
+    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
+) -> Intake:
     config = core.config
+    credentials = Credentials.from_file(config.credentials_file)
+    registries = OciImports(config.import_registry, credentials, threads)
+    stack.callback(registries.close)
     sources = Sources(
         ImportRoots(config.import_root),
-        hub,
-        Credentials.from_file(config.credentials_file),
+        Hub(config.hf_endpoint, threads),
+        S3Imports(config.import_bucket, credentials, threads),
+        registries,
+        credentials,
         max_adapter_bytes=config.max_adapter_bytes,
     )
     return Intake(
@@ -198,6 +218,17 @@ def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) 
         importer.budget,
         sources,
         max_adapter_bytes=config.max_adapter_bytes,
+    )
+
+
+def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
+    return Pusher(
+        intake,
+        importer,
+        core.catalog,
+        readiness,
+        forget=ReleasedRevisions(core.client, hints).forget,
+        num_kept=core.config.keep_pushed_revisions,
     )
 
 

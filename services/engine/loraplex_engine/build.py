@@ -20,6 +20,7 @@ from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
+from loraplex_engine.model.numerics import numerics_of
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
@@ -65,8 +66,11 @@ def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileStat
     Raises:
         BaseModelError: If the directory is no model we can serve.
     """
-    files = state_of_files(config.model)
-    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
+    files = state_of_files(config.model, text_only=config.text_only)
+    info = load_base_model(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
+    return info, files
 
 
 def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineLimits:
@@ -75,7 +79,8 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     Raises:
         ConfigError: If a size does not work out; the message names the flag.
     """
-    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
+    kv_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), kv_dtype=kv_dtype)
     num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
@@ -89,11 +94,15 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
+    model = model_config(info.config)
+    weights = weight_choice(config, info, device).numerics
+    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
         num_arena_slots=num_arena_slots,
         max_added_tokens=config.max_added_tokens,
+        numerics=str(numerics),
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -203,7 +212,7 @@ def runner_factory(
         weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device, form=choice.form)
         choice.tell()
         runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
-        if state_of_files(config.model) != files:
+        if state_of_files(config.model, text_only=config.text_only) != files:
             runner.close()
             raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
         return runner
@@ -228,10 +237,13 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
 
 
 def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
-    """Return the bytes of the weights once they are loaded: as their files have them, unpacked, or quantised."""
-    choice = weight_choice(config, info, device)
-    if choice.form is WeightForm.WHOLE and choice.quantisation is None:
-        return sum(file.stat().st_size for file in find_weights(config.model).shards())
+    """Return the bytes of the weights once they are loaded: as their files have them, unpacked, or quantised.
+
+    Files that have other parts of a multimodal model, too, say nothing of them.
+    """
+    choice, stored = weight_choice(config, info, device), find_weights(config.model)
+    if choice.form is WeightForm.WHOLE and choice.quantisation is None and not stored.others:
+        return sum(file.stat().st_size for file in stored.shards())
     return choice.num_bytes
 
 

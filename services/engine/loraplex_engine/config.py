@@ -29,6 +29,7 @@ from loraplex_engine.limits import (
 )
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
+KvCacheDtypeName = Literal["auto", "fp8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
 QuantizationName = Literal["auto", "fp8", "none"]
@@ -52,6 +53,7 @@ class EngineConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting(
         (), help="further name under which adapters may name the base, e.g. its hub id"
     )
+    text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str | None = valkey_url(
         None, help="Valkey or Redis to register in (default: none, gateways must know the address)"
     )
@@ -95,6 +97,10 @@ class EngineConfig(ServiceSettings):
         "auto",
         help="auto keeps an FP8 checkpoint in FP8 where the GPU multiplies it, fp8 quantises any checkpoint on load, none "
         "unpacks (docs/stored-forms.md)",
+    )
+    kv_cache_dtype: KvCacheDtypeName = setting(
+        "auto",
+        help="type of keys and values; auto is the compute type, fp8 is e4m3 with a scale for each token and head",
     )
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
@@ -172,8 +178,12 @@ class EngineConfig(ServiceSettings):
         self._check_callers()
         self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
-        kinds = get_args(QuantizationName)
-        _require(self.quantization in kinds, f"--quantization {self.quantization!r} is not one of {kinds}")
+        for name, kinds in (
+            ("quantization", get_args(QuantizationName)),
+            ("kv_cache_dtype", get_args(KvCacheDtypeName)),
+        ):
+            value = getattr(self, name)
+            _require(value in kinds, f"--{name.replace('_', '-')} {value!r} is not one of {kinds}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
         _require(
             self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"

@@ -65,7 +65,7 @@ class WeightChoice:
             if config.quantization == "fp8":
                 raise ConfigError(f"--quantization fp8: {self._why_not}")
             self.form = WeightForm.WHOLE
-        self.numerics = weights_numerics(self.form, self.quantisation, dtype)
+        self.numerics = weights_numerics(self.form, self.quantisation)
 
     @property
     def num_bytes(self) -> int:

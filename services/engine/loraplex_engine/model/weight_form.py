@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.numerics import WHOLE
+
 if TYPE_CHECKING:
     from loraplex_common.stored_forms.quantisation import Quantisation, StoredForm
 
@@ -14,7 +16,6 @@ FP8_FORM: Final = "scaled_float8"
 """`StoredForm.name` of numbers in e4m3."""
 FP8_SCALES: Final = ((None, None), (1, None), (FP8_BLOCK, FP8_BLOCK))
 """Values of `StoredForm.block` that products of e4m3 numbers take: a scale for a tensor, for an output, for a block."""
-DTYPE_NAMES: Final = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 class WeightForm(StrEnum):
@@ -60,18 +61,17 @@ def has_fp8_blocks(quantisation: Quantisation | None) -> bool:
     )
 
 
-def weights_numerics(form: WeightForm, quantisation: Quantisation | None, dtype: str) -> str:
+def weights_numerics(form: WeightForm, quantisation: Quantisation | None) -> str:
     """Return what loading does to the weights, in short: two engines of one checkpoint that agree in it have equal weights.
 
     Args:
         form: What they become.
         quantisation: How the files store them; None if they are whole.
-        dtype: The compute dtype's name.
 
     Returns:
-        ``bf16`` or ``fp32`` for whole weights, ``unpacked:awq`` for unpacked ones by their method, ``fp8-w8a8-dynamic`` for
+        `Numerics.weights`: ``whole``, ``unpacked:awq`` for unpacked ones by their method, ``fp8-w8a8-dynamic`` for
         e4m3 with activations that are quantised per token.
     """
     if form is WeightForm.FP8:
         return "fp8-w8a8-dynamic"
-    return DTYPE_NAMES[dtype] if quantisation is None else f"unpacked:{quantisation.method}"
+    return WHOLE if quantisation is None else f"unpacked:{quantisation.method}"

@@ -102,7 +102,8 @@ class WeightReader:
         layout: WeightLayout | None = None,
         form: WeightForm = WeightForm.WHOLE,
     ) -> None:
-        self._files = find_weights(directory).files
+        self._stored = find_weights(directory)
+        self._files = self._stored.files
         self._directory = directory
         self.dtype = dtype
         self.device = device
@@ -176,7 +177,7 @@ class WeightReader:
         """
         if self.quantisation is None:
             return None
-        form = self.quantisation.form_of(part.name)
+        form = self.quantisation.form_of(self._stored.stored_module(part.name))
         packed = {f"{part.name}.{reader.mark}" for reader in FORM_READERS.values()} & set(self._files)
         is_whole = packed == {part.weight} and self.slice_of(part.weight).get_dtype() in SERVED_DTYPES
         if packed and not is_whole and form is None:
@@ -262,7 +263,7 @@ class WeightReader:
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
             self._opened = file, safe_open(file, framework="pt")
-        return self._opened[1].get_slice(name)
+        return self._opened[1].get_slice(self._stored.stored_name(name))
 
     def mark_read(self, name: str) -> None:
         """Say that a tensor that `slice_of` returned is made use of."""

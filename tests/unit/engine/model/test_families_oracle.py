@@ -95,7 +95,7 @@ def engine_pages(name: str, adapters: dict[str, Path]) -> int:
     pool = replace(choose_pool_geometry(info, dtype="float32"), block_tokens=4)
     geometry = info.geometry(dtype="float32", page_bytes=pool.page_bytes)
     sizes = [len(adapter_image(geometry, info, each, family_dir(name))[1]) for each in adapters.values()]
-    return sizes[0] + sizes[1] + 36
+    return sizes[0] + sizes[1] + 52
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

@@ -245,7 +245,7 @@ def test_layers_whose_blocks_do_not_fit_together_are_unpacked(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("asked", "checkpoint", "multiplies_fp8", "form", "numerics"),
     [
-        ("auto", None, True, WeightForm.WHOLE, "bf16"),
+        ("auto", None, True, WeightForm.WHOLE, "whole"),
         ("auto", "blocks", True, WeightForm.FP8, "fp8-w8a8-dynamic"),
         ("auto", "tensor", True, WeightForm.FP8, "fp8-w8a8-dynamic"),
         ("auto", "channel", True, WeightForm.FP8, "fp8-w8a8-dynamic"),
@@ -280,4 +280,4 @@ def test_a_checkpoint_in_fp8_stays_so_where_it_is_multiplied_and_meant_for_it(
     found = choose_weight_form(asked, quantisation, multiplies_fp8=multiplies_fp8)
 
     assert found is form
-    assert weights_numerics(found, quantisation, "bfloat16") == numerics
+    assert weights_numerics(found, quantisation) == numerics
