@@ -138,8 +138,8 @@ class Cases:
         compared = [(name, cases.rope(case)) for name, case in FORMS.items()]
         compared += [(name, cases.branch(case)) for name, case in BRANCHES.items()]
         for name, each in [*compared, ("gelu", cases.gelu_mul()), ("softcap", cases.softcap(640))]:
-            for what, found, expected in each:
-                self.check(f"{name}: {what}", found, expected)
+            for what, found, wanted in each:
+                self.check(f"{name}: {what}", found, wanted)
 
     def _resident(self) -> tuple[AdapterPool, Tensor, AdapterTables]:
         resident = AdapterPool(self._geometry, 80, self._rng)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from loraplex_kernels.fp8_params import Quantised, QuantiseFp8Params, RmsNormFp8Params, SiluMulFp8Params
-from loraplex_kernels.pointwise.rms_norm import rms_norm_build
+from loraplex_kernels.pointwise.rms_norm import UNIT_OFFSET, rms_norm_build
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
@@ -65,10 +66,12 @@ class _Quantising:
 class RmsNormFp8(_Quantising):
     """`RmsNorm`, and its result in e4m3."""
 
-    def __init__(self, library: KernelLibrary, hidden_size: int, eps: float, *, has_groups: bool) -> None:
+    def __init__(
+        self, library: KernelLibrary, hidden_size: int, eps: float, *, has_groups: bool, unit_offset: bool = False
+    ) -> None:
         super().__init__(library, hidden_size, has_groups=has_groups)
         defines, block = rms_norm_build(hidden_size, library.dtype)
-        defines = (*defines, *group_macros(has_groups=has_groups))
+        defines = (*defines, *group_macros(has_groups=has_groups), *UNIT_OFFSET * unit_offset)
         self._kernel = library.load("rms_norm_fp8", RmsNormFp8Params(eps=eps), block, defines=defines)
 
     def launch(
@@ -104,12 +107,14 @@ class RmsNormFp8(_Quantising):
 
 
 class SiluMulFp8(_Quantising):
-    """`SiluMul`, and its result in e4m3."""
+    """`SiluMul`, and its result in e4m3; with another gate's macros that gate's."""
 
-    def __init__(self, library: KernelLibrary, width: int, *, has_groups: bool) -> None:
+    def __init__(
+        self, library: KernelLibrary, width: int, *, has_groups: bool, macros: tuple[str, ...] = SiluMul.macros
+    ) -> None:
         super().__init__(library, width, has_groups=has_groups)
         defines, block = row_build(width, library.dtype, has_groups=has_groups)
-        self._kernel = library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=defines)
+        self._kernel = library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=(*defines, *macros))
 
     def launch(
         self, gate_up: torch.Tensor, out: torch.Tensor, quantised: Fp8Rows, *, delta: torch.Tensor | None = None

@@ -5,6 +5,7 @@
 // Registers: 512 threads x 4 CTAs per SM = all 2048 threads, hence at most 32; HIDDEN > 4096: 64 (2 CTAs).
 // Architectures: sm_80 and up. Sources: rms_norm.cu, fp8.cuh.
 #include "pointwise/fp8.cuh"
+#include "pointwise/norm.cuh"
 
 constexpr int kHidden = HIDDEN;
 constexpr int kThreads = THREADS;
@@ -53,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThrea
         const Vec weight = load_vec(p.weight + column);
 #pragma unroll
         for (int j = 0; j < kVec; ++j)
-            values[i].v[j] = from_float<elem>(to_float(weight.v[j]) * rounded(to_float(values[i].v[j]) * scale));
+            values[i].v[j] = from_float<elem>(normed(to_float(values[i].v[j]), scale, to_float(weight.v[j])));
         store_vec(p.out + row * kHidden + column, values[i]);
     }
     quantise_row<kThreads, kHidden>(values, row, p.quantised, maxima);

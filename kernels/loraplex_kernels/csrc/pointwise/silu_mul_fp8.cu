@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1024 / kThreads) silu_mul
         for (int j = 0; j < kVec; ++j) {
             const float gate = with_delta(gates.v[j], delta ? delta + j : nullptr);
             const float up = with_delta(ups.v[j], delta ? delta + kWidth + j : nullptr);
-            values[i].v[j] = from_float<elem>(silu_mul_value(gate, up));
+            values[i].v[j] = from_float<elem>(gated(gate, up));
         }
         store_vec(p.out + row * kWidth + column, values[i]);
     }

@@ -19,12 +19,11 @@ from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.followers import Followers
-from loraplex_engine.runners.cuda.fp8_inputs import QuantisingNorm, QuantisingSiluMul
+from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 from loraplex_engine.runners.cuda.workspace import Workspace
 
 if TYPE_CHECKING:
-    from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
@@ -67,7 +66,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         inputs: Fp8Inputs | None = None,
     ) -> None:
         config = model.config
-        self._model, self._pool = model, pool
+        self._model, self._pool, self._inputs = model, pool, inputs
         layouts = {
             window: KvLayout(
                 page_bytes=geometry.page_bytes,
@@ -82,10 +81,9 @@ class CudaDecoder(ABC, Generic[ModelT]):
         }
         self.work = Workspace(config, limits, dtype=library.dtype, device=library.device)
         self.last_sampled = torch.zeros(num_slots + 1, dtype=torch.int32, device=library.device)
-        self._inputs = inputs
         self.followers = self._make_followers(library, layouts[config.windows[0]])
         self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
-        self._norm = _norm(library, config, inputs)
+        self._norm = self._make_norm(library)
         attention = {
             window: PagedAttention(
                 library,
@@ -103,7 +101,20 @@ class CudaDecoder(ABC, Generic[ModelT]):
         """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""
         config, table = self._model.config, rotary_rows(self._model.rope)
         rope = RopeKv(library, layout, self._pool, table, norm_eps=config.rms_norm_eps)
-        return Followers(rope, _silu_mul(library, config.intermediate_size, self._inputs), self._inputs)
+        return Followers(rope, self._make_gate(library, SiluMul), self._inputs)
+
+    def _make_gate(self, library: KernelLibrary, gate: type[SiluMul]) -> SiluMul:
+        """Return what computes down's input, in e4m3, too, if FP8 products read it."""
+        width = self._model.config.intermediate_size
+        return gate(library, width) if self._inputs is None else QuantisingGate(library, width, gate, self._inputs)
+
+    def _make_norm(self, library: KernelLibrary) -> RmsNorm:
+        """Return what norms the inputs of qkv and gate_up, in e4m3, too, if FP8 products read them, and of lm_head."""
+        config, inputs = self._model.config, self._inputs
+        width, eps, offset = config.hidden_size, config.rms_norm_eps, config.traits.norm_offset == 1.0
+        if inputs is None:
+            return RmsNorm(library, width, eps, unit_offset=offset)
+        return QuantisingNorm(library, width, eps, inputs, unit_offset=offset)
 
     @property
     def embedding(self) -> Tensor:
@@ -185,17 +196,6 @@ class CudaDecoder(ABC, Generic[ModelT]):
 def rotary_rows(table: Tensor) -> Tensor:
     """Return a RoPE table ``[positions, 2, rotary_dim / 2]`` as kernels read it: fp32 ``[positions, rotary_dim]``."""
     return table.reshape(table.shape[0], -1).contiguous()
-
-
-def _norm(library: KernelLibrary, config: ModelConfig, inputs: Fp8Inputs | None) -> RmsNorm:
-    if inputs is not None:
-        return QuantisingNorm(library, config.hidden_size, config.rms_norm_eps, inputs)
-    is_offset = config.traits.norm_offset == 1.0
-    return RmsNorm(library, config.hidden_size, config.rms_norm_eps, unit_offset=is_offset)
-
-
-def _silu_mul(library: KernelLibrary, width: int, inputs: Fp8Inputs | None) -> SiluMul:
-    return SiluMul(library, width) if inputs is None else QuantisingSiluMul(library, width, inputs)
 
 
 class LlamaDecoder(CudaDecoder[LlamaModel]):

@@ -1,4 +1,4 @@
-"""What follows the products of qkv and gate_up: pointwise kernels that can add LoRA's delta on their way."""
+"""The kernels that follow the products of qkv and gate_up."""
 
 from __future__ import annotations
 
@@ -64,3 +64,10 @@ class Followers:
     def can_accumulate(self) -> bool:
         """Whether products accumulate onto their output for nothing (ADR 18)."""
         return self.inputs is None
+
+
+def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of qk-norm, if the layer has it."""
+    if weights.q_norm is None or weights.k_norm is None:
+        return None, None
+    return weights.q_norm.weight, weights.k_norm.weight

@@ -89,7 +89,7 @@ class Fp8Inputs:
         key = x.data_ptr(), len(x), has_groups
         if self._written != key:
             self._kernels[x.shape[1], has_groups].launch(x, rows)
-            self._written = None
+        self._written = None  # each is read once; what writes an input next need not say so
         return rows
 
     def product(self, count: int, outputs: int) -> Tensor:
@@ -114,10 +114,12 @@ def _ops(config: ModelConfig) -> set[str]:
 class QuantisingNorm(RmsNorm):
     """`RmsNorm` that also writes its result in e4m3, but for chosen rows: these are lm_head's."""
 
-    def __init__(self, library: KernelLibrary, hidden_size: int, eps: float, inputs: Fp8Inputs) -> None:
-        super().__init__(library, hidden_size, eps)
+    def __init__(
+        self, library: KernelLibrary, hidden_size: int, eps: float, inputs: Fp8Inputs, *, unit_offset: bool = False
+    ) -> None:
+        super().__init__(library, hidden_size, eps, unit_offset=unit_offset)
         self._inputs = inputs
-        self._quantising = RmsNormFp8(library, hidden_size, eps, has_groups=inputs.has_groups)
+        self._quantising = RmsNormFp8(library, hidden_size, eps, has_groups=inputs.has_groups, unit_offset=unit_offset)
 
     def launch(
         self,
@@ -136,13 +138,12 @@ class QuantisingNorm(RmsNorm):
             super().launch(x, weight, out, residual=residual, rows=rows)
 
 
-class QuantisingSiluMul(SiluMul):
-    """`SiluMul` that also writes its result in e4m3."""
+class QuantisingGate(SiluMul):
+    """`SiluMul`, or a gate that is made alike, that also writes its result in e4m3."""
 
-    def __init__(self, library: KernelLibrary, width: int, inputs: Fp8Inputs) -> None:
-        super().__init__(library, width)
-        self._inputs = inputs
-        self._quantising = SiluMulFp8(library, width, has_groups=inputs.has_groups)
+    def __init__(self, library: KernelLibrary, width: int, gate: type[SiluMul], inputs: Fp8Inputs) -> None:
+        self._inputs = inputs  # and not the gate's own kernel
+        self._quantising = SiluMulFp8(library, width, has_groups=inputs.has_groups, macros=gate.macros)
 
     def launch(self, gate_up: Tensor, out: Tensor, *, delta: Tensor | None = None) -> None:
         """See `SiluMul`."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from loraplex_engine.runners.cuda.followers import norm_weights
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -137,10 +139,11 @@ class _DecodeLoraPath(BasePath):
 
 
 class BesideLoraPath(_DecodeLoraPath):
-    """Few rows, or products that do not accumulate, whose fork runs all in order: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
+    """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
     The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
-    the next norm adds their products.
+    the next norm adds their products. So no product has to accumulate, and FP8 products of many rows go this way, too, with a fork
+    that runs all in order.
 
     Args:
         delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
@@ -248,10 +251,3 @@ class AddedLoraPath(BasePath):
         rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._lora.apply(layer, op, x, residual, step.scales)
         return rest
-
-
-def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of qk-norm, if the layer has it."""
-    if weights.q_norm is None or weights.k_norm is None:
-        return None, None
-    return weights.q_norm.weight, weights.k_norm.weight
