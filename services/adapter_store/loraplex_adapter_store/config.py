@@ -12,6 +12,14 @@ from loraplex_common.service_settings import ServiceSettings, require_identity, 
 from loraplex_common.settings import secret, setting, size
 
 MIB: Final = 1024 * 1024
+_POSITIVE: Final = (
+    "image_cache_bytes",
+    "image_work_bytes",
+    "disk_cache_bytes",
+    "max_adapter_bytes",
+    "max_concurrent_imports",
+    "max_pending_imports",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +32,9 @@ class StoreConfig(ServiceSettings):
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
+    image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
+    disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
+    disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     max_concurrent_imports: int = setting(2, help="imports at work at once")
     max_pending_imports: int = setting(64, help="imports waiting for their turn")
@@ -51,7 +62,7 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.max_connection_age_s < 0:
