@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +10,17 @@ from typing import TYPE_CHECKING, Final
 
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
-from loraplex_common.auth import Authenticator
-from loraplex_common.errors import InvalidParameterError, LoraplexError
-from loraplex_common.exposition import Audience, Exposition, new_registry
+from loraplex_common.exposition import Audience, Exposition
 from loraplex_common.grpc_server import GrpcServer
-from loraplex_common.housekeeping import until_done
 from loraplex_common.metrics_http import MetricsServer
-from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
-from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.contents import Contents
-from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.core import Core, make_core, make_images, settle_blobs
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
@@ -42,29 +36,23 @@ from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
-from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
+from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.push.pusher import Pusher
 from loraplex_adapter_store.push.readiness import EngineReadiness
 from loraplex_adapter_store.push.released import ReleasedRevisions
 from loraplex_adapter_store.reports import Reports
-from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.blob_tier import BlobTier, ValkeyTier
-from loraplex_adapter_store.repository.blobs import Blobs
-from loraplex_adapter_store.repository.catalog import Catalog
-from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
-from loraplex_adapter_store.repository.hot_tier import ColdTierError, HotTier, settle_place
 from loraplex_adapter_store.repository.moves import AliasMoves
-from loraplex_adapter_store.repository.object_tier import ObjectTier
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-NUM_THREADS: Final = 4
+    from loraplex_adapter_store.config import StoreConfig
+    from loraplex_adapter_store.repository.engines import EngineHoldings
+
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
@@ -91,21 +79,6 @@ class RunningStore:
         self.importer.budget.check_integrity()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Core:
-    """The parts that all other parts depend on."""
-
-    config: StoreConfig
-    client: keys.Client
-    credentials: Credentials
-    catalog: Catalog
-    blobs: Blobs
-    holdings: EngineHoldings
-    metrics: StoreMetrics
-    executor: ThreadPoolExecutor
-    authenticator: Authenticator
-
-
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
@@ -113,8 +86,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
     )
     async with AsyncExitStack() as stack:
-        core = _core(config, bases, stack)
-        images = _images(core)
+        core = make_core(config, bases, stack)
+        images = make_images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
@@ -139,7 +112,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        await _settle_place(core, supervisor)
+        await settle_blobs(core, supervisor)
         _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
@@ -154,67 +127,13 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
 
 
-def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
-    client = config.connect_valkey(config.redis_url)
-    stack.push_async_callback(client.aclose)
-    credentials = Credentials.from_file(config.credentials_file)
-    executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    # It runs in a thread, as what it waits for may wait for this event loop.
-    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-    return _Core(
-        config=config,
-        client=client,
-        catalog=Catalog(
-            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
-        ),
-        credentials=credentials,
-        blobs=Blobs(client, _tiers(config, client, credentials)),
-        holdings=EngineHoldings(client),
-        metrics=StoreMetrics(new_registry("adapter_store")),
-        executor=executor,
-        authenticator=Authenticator.from_file(config.api_keys_file),
-    )
-
-
-def _tiers(config: StoreConfig, client: keys.Client, credentials: Credentials) -> tuple[BlobTier, ...]:
-    """Return where canonical blobs lie, the nearest first."""
-    if config.cold_tier is None:
-        return (ValkeyTier(client),)
-    try:
-        cold = ObjectTier(config.cold_tier, credentials)
-    except (InvalidParameterError, ValueError) as error:
-        raise ColdTierError(f"--cold-tier: {error}") from error
-    return HotTier(client, budget_bytes=config.hot_bytes), cold
-
-
-async def _settle_place(core: _Core, supervisor: Supervisor) -> None:
-    """Find out whether Valkey's adapters lie where this store looks; later, if Valkey is away."""
-    settle = partial(settle_place, core.client, str(core.config.cold_tier or ""))
-    try:
-        await settle()
-    except LoraplexError:
-        supervisor.spawn_once(until_done(settle, name="look for the cold tier"), name="cold tier")
-
-
-def _images(core: _Core) -> ImageCache:
-    budget_bytes = core.config.image_cache_bytes
-    return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
-
-
-def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
+def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes
-
-
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -226,7 +145,7 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
 
 
 def _intake(
-    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
+    core: Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
 ) -> Intake:
     config = core.config
     registries = OciImports(config.import_registry, core.credentials, threads)
@@ -249,7 +168,7 @@ def _intake(
     )
 
 
-def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
+def _pusher(core: Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
     return Pusher(
         intake,
         importer,
@@ -260,7 +179,7 @@ def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineRe
     )
 
 
-def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
+def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
     config = core.config
     listen = config.listen_config(
         config.host,
@@ -277,7 +196,7 @@ def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning
     return server
 
 
-def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hints) -> None:
+def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -291,7 +210,7 @@ def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hint
     supervisor.spawn(collector.run(), name="garbage collector")
 
 
-async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
+async def _serve_metrics(core: Core, stack: AsyncExitStack) -> int:
     config = core.config
     audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)
