@@ -39,6 +39,7 @@ test test-clients: export PYTHONDONTWRITEBYTECODE =
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
+	@tests/tools/ensure-docker-registry.sh
 	@tests/tools/ensure-json-schema-suite.sh
 	@$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu" -q -ra $(PYTEST_ARGS)
 

@@ -35,7 +35,10 @@ from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.imports.oci import OciImports
+from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
+from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
@@ -100,7 +103,9 @@ class _Core:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    bases = KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
         images = _images(core)
@@ -109,9 +114,11 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases, attached)
+        threads = DownloadThreads()
+        stack.push_async_callback(threads.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, stack)
+        intake = _intake(core, importer, operations, threads, stack)
         servicer = AdapterStoreServicer(
             lifecycle=Lifecycle(
                 core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
@@ -189,14 +196,19 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
     return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
 
 
-def _intake(core: _Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
+def _intake(
+    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
+) -> Intake:
     config = core.config
-    hub = Hub(config.hf_endpoint)
-    stack.push_async_callback(hub.close)
+    credentials = Credentials.from_file(config.credentials_file)
+    registries = OciImports(config.import_registry, credentials, threads)
+    stack.callback(registries.close)
     sources = Sources(
         ImportRoots(config.import_root),
-        hub,
-        Credentials.from_file(config.credentials_file),
+        Hub(config.hf_endpoint, threads),
+        S3Imports(config.import_bucket, credentials, threads),
+        registries,
+        credentials,
         max_adapter_bytes=config.max_adapter_bytes,
     )
     return Intake(

@@ -80,6 +80,33 @@ class Adapters(Labels):
         request.uri = messages.directory_uri(directory)
         return self._import(request, progress)
 
+    def import_uri(
+        self,
+        name: str,
+        uri: str,
+        *,
+        label: str = "",
+        base_model: str = "",
+        stage: bool = False,
+        credential_ref: str = "",
+        progress: ProgressCallback | None = None,
+    ) -> ImportResult:
+        """Let the store fetch an adapter from object storage or a registry; as `import_hub`.
+
+        Args:
+            name: Name to import under.
+            uri: ``s3://bucket/folder`` or ``oci://registry/repository@sha256:...``; the store's operator allows buckets
+                and registries.
+            label: As of `import_hub`.
+            base_model: As of `import_hub`.
+            stage: As of `import_hub`.
+            credential_ref: As of `import_hub`.
+            progress: As of `import_hub`.
+        """
+        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request.uri = uri
+        return self._import(request, progress)
+
     def upload(
         self,
         name: str,

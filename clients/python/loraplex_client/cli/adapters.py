@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from loraplex_common.directories import adapter_directory_problem
@@ -20,6 +20,7 @@ from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Rev
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
 
 HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
+URI_SCHEMES: Final = ("s3://", "oci://")
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
 AnyName = Annotated[
     str,
@@ -28,7 +29,8 @@ AnyName = Annotated[
 Source = Annotated[
     str,
     typer.Argument(
-        help="A PEFT directory, or hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits).",
+        help="A PEFT directory, hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits), s3://BUCKET/FOLDER or "
+        "oci://REGISTRY/REPO@sha256:...",
         metavar="SOURCE",
         show_default=False,
     ),
@@ -56,30 +58,30 @@ def import_(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Let the store read the directory itself, below its import roots.")
     ] = False,
+    credential: Annotated[
+        str, typer.Option(help="Name of a credential that the store knows, for a private hf:, s3: or oci: source.")
+    ] = "",
     store_target: StoreTarget = None,
 ) -> None:
-    """Import an adapter from a directory or from the Hugging Face hub."""
+    """Import an adapter from a directory, the Hugging Face hub, object storage or a registry."""
     with connect(context, store_target=store_target) as client, progress_bars() as update:
 
         def progress(state: ImportProgress) -> None:
             update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
 
+        options: dict[str, Any] = {"label": label, "base_model": base_model, "stage": stage, "progress": progress}
         if source.startswith("hf:"):
-            repo = _hub_source(source)
-            result = client.adapters.import_hub(
-                name,
-                repo["repo"],
-                revision=repo["revision"].lower(),
-                subfolder=repo["subfolder"] or "",
-                label=label,
-                base_model=base_model,
-                stage=stage,
-                progress=progress,
-            )
+            repo, kept = _hub_source(source), {"credential_ref": credential, **options}
+            commit, folder = repo["revision"].lower(), repo["subfolder"] or ""
+            result = client.adapters.import_hub(name, repo["repo"], revision=commit, subfolder=folder, **kept)
+        elif source.startswith(URI_SCHEMES):
+            result = client.adapters.import_uri(name, source, credential_ref=credential, **options)
         else:
             directory = _directory(source)
+            if credential:
+                raise typer.BadParameter("a directory needs none", param_hint="--credential")
             put = client.adapters.import_directory if in_place else client.adapters.upload
-            result = put(name, directory, label=label, base_model=base_model, stage=stage, progress=progress)
+            result = put(name, directory, **options)
     _print_import(name, result)
 
 

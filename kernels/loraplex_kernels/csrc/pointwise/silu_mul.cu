@@ -1,5 +1,5 @@
 // out = silu(gate) * up over rows [gate | up], LoRA's delta added first if there is one; silu rounded to the element type, as
-// torch does.
+// torch does. With GELU_TANH it is GELU in its approximation by tanh, in the place of SiLU (Hendrycks and Gimpel, arXiv:1606.08415).
 //
 // Grid: (ceil(WIDTH / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
 // Alignment: WIDTH % (16 / sizeof(elem)) == 0. Registers: 8 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
@@ -20,6 +20,15 @@ __device__ __forceinline__ void add_delta(const float* delta, float (&v)[kVec]) 
     for (int j = 0; j < kVec; ++j) v[j] = rounded(v[j] + delta[j]);
 }
 
+__device__ __forceinline__ float gated(float gate, float up) {
+#ifdef GELU_TANH
+    const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
+    return rounded(0.5f * gate * (1.f + tanhf(inner))) * up;
+#else
+    return silu_mul_value(gate, up);
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(256, 8) silu_mul(const Params p) {
     allow_dependents();
     dependency_wait();
@@ -37,6 +46,6 @@ extern "C" __global__ void __launch_bounds__(256, 8) silu_mul(const Params p) {
     }
     Vec out;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(silu_mul_value(gate[j], up[j]));
+    for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(gated(gate[j], up[j]));
     store_vec(p.out + row * kWidth + column, out);
 }

@@ -925,7 +925,9 @@ class ImportAdapterRequest(_message.Message):
     name: _builtins.str
     """Name to import under."""
     uri: _builtins.str
-    """`file:///dir` below one of the store's configured import roots."""
+    """`file:///dir` below one of the store's configured import roots, `s3://bucket/folder` in one of its buckets, or
+    `oci://registry/repository@sha256:...` of one of its registries.
+    """
     credential_ref: _builtins.str
     """Name of a credential that the store knows; never the credential."""
     label: _builtins.str

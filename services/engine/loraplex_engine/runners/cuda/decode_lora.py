@@ -19,8 +19,10 @@ from loraplex_kernels.lora.chains import LoraChains, fixed_terms
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 
+from loraplex_engine.runners.cuda.fork import Fork
 from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
-from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.runners.cuda.lora_grids import Grids
+from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, InLineLoraPath
 from loraplex_engine.runners.cuda.part_lora import DecodeParts
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS
 from loraplex_engine.runners.cuda.row_terms import needs_chains, row_terms, used_adapters

@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import torch
-from loraplex_kernels.attention.decode import AttentionDecode
 from loraplex_kernels.attention.paged_kv import KvLayout
-from loraplex_kernels.attention.prefill import AttentionPrefill
 from loraplex_kernels.attention.rope_kv import RopeKv
-from loraplex_kernels.attention.scalar import AttentionScalar
 from loraplex_kernels.pointwise.embedding import Embedding
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.lora_paths import Followers
+from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
@@ -112,35 +110,6 @@ class Workspace:
         return self.gate_up.view(-1)[: tokens * hidden].view(tokens, hidden)
 
 
-class PagedAttention:
-    """Attention of layers with one size of window."""
-
-    def __init__(self, library: KernelLibrary, layout: KvLayout, limits: LargestStep) -> None:
-        self._scalar: AttentionScalar | None = None
-        if library.dtype == torch.float32:
-            self._scalar = AttentionScalar(library, layout)
-            return
-        self._decode = AttentionDecode(library, layout, max_rows=limits.max_rows, max_context=limits.max_context)
-        self._prefill = AttentionPrefill(library, layout)
-
-    def launch(self, layer: int, pool: Tensor, qkv: Tensor, step: StepInputs, num_decode: int, out: Tensor) -> None:
-        """Attend from each token; the first ``num_decode`` are decode rows, the rest in the step's tiles."""
-        if self._scalar is not None:
-            self._scalar.launch(layer, pool, qkv, step.block_tables, step.sequences, step.positions, out)
-            return
-        if num_decode:
-            self._decode.launch(
-                layer,
-                pool,
-                qkv[:num_decode],
-                step.block_tables[:num_decode],
-                step.contexts[:num_decode],
-                out[:num_decode],
-            )
-        if step.tiles.shape[0]:
-            self._prefill.launch(layer, pool, qkv, step.block_tables, step.tiles, out)
-
-
 class CudaDecoder(ABC, Generic[ModelT]):
     """Computes steps of one model over a pool it does not own; what decoders have in common.
 
@@ -181,15 +150,23 @@ class CudaDecoder(ABC, Generic[ModelT]):
         }
         self.work = Workspace(config, limits, dtype=library.dtype, device=library.device)
         self.last_sampled = torch.zeros(num_slots + 1, dtype=torch.int32, device=library.device)
-        rotary = model.rope.reshape(model.rope.shape[0], -1).contiguous()
-        self.followers = Followers(
-            RopeKv(library, layouts[config.windows[0]], pool, rotary, norm_eps=config.rms_norm_eps),
-            SiluMul(library, config.intermediate_size),
+        self.followers = self._make_followers(library, layouts[config.windows[0]])
+        self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
+        self._norm = RmsNorm(
+            library, config.hidden_size, config.rms_norm_eps, unit_offset=config.traits.norm_offset == 1.0
         )
-        self._embedding = Embedding(library, config.hidden_size)
-        self._norm = RmsNorm(library, config.hidden_size, config.rms_norm_eps)
-        attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
+        scale, softcap = config.attention_scale, config.traits.score_softcap
+        attention = {
+            window: PagedAttention(library, layout, limits, scale=scale, softcap=softcap)
+            for window, layout in layouts.items()
+        }
         self._attention = [attention[window] for window in config.windows]
+
+    def _make_followers(self, library: KernelLibrary, layout: KvLayout) -> Followers:
+        """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""
+        config, table = self._model.config, rotary_rows(self._model.rope)
+        rope = RopeKv(library, layout, self._pool, table, norm_eps=config.rms_norm_eps)
+        return Followers(rope, SiluMul(library, config.intermediate_size))
 
     @property
     def embedding(self) -> Tensor:
@@ -221,27 +198,56 @@ class CudaDecoder(ABC, Generic[ModelT]):
         """
 
     def base_rows(self, count: int) -> Tensor:
-        """Return the base's logits of the last step's first sampling rows, ``[count, vocab]``."""
+        """Return lm_head's output for the last step's first sampling rows, ``[count, vocab]``; `finished` finishes it."""
         return self.work.logits[:count, : self.vocab_size]
 
+    def finished(self, logits: Tensor) -> Tensor:
+        """Return the sampling rows' logits, which tokens are drawn from; capturable in a graph.
+
+        Args:
+            logits: ``[S, vocab or more]``, the first columns of ``work.logits``: lm_head's output with what adapters add to it.
+                It stays as it is.
+        """
+        return logits
+
+    def finished_rows(self, count: int) -> Tensor:
+        """Return what `finished` made of the last step's first sampling rows, ``[count, vocab]``."""
+        return self.base_rows(count)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Return the model's logits for any rows, in place; for steps that wait for the device anyway."""
+        return self._model.finish_logits(logits)
+
     def logits(self, step: StepInputs, rest: Tensor | None) -> Tensor:
-        """Return the sampling rows' logits, ``[S, vocab]``, after `forward`, which returned ``rest``."""
+        """Return lm_head's output for the sampling rows, ``[S, vocab]``, after `forward`, which returned ``rest``."""
         return self._logits(step.sample_tokens.shape[0], rest, self.work.hidden[: step.token_ids.shape[0]], step)
 
     def logits_of_complete_hidden(self, step: StepInputs, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the sampling rows' logits and the hidden states of all tokens, ``[T, hidden]``."""
+        """Return what `logits` does and the hidden states of all tokens, ``[T, hidden]``."""
         hidden = self.work.hidden[: step.token_ids.shape[0]]
         if rest is not None:
-            hidden.add_(rest)
+            self._complete(rest, hidden)
         return self._logits(step.sample_tokens.shape[0], None, hidden, step), hidden
 
     def _logits(self, samples: int, rest: Tensor | None, hidden: Tensor, step: StepInputs) -> Tensor:
         logits, x = self.base_rows(samples), self.work.x[:samples]
         if samples:
-            weight = self._model.final_norm.weight
-            self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
+            self._head_input(rest, hidden, x, step.sample_tokens)
             self._model.lm_head.into(x, logits)
         return logits
+
+    def _complete(self, rest: Tensor, hidden: Tensor) -> None:
+        """Add what `forward` returned to the residual stream of all tokens."""
+        hidden.add_(rest)
+
+    def _head_input(self, rest: Tensor | None, hidden: Tensor, x: Tensor, rows: Tensor) -> None:
+        """Write lm_head's input of some rows into ``x``; what is still to be added is added to these."""
+        self._norm.launch(rest, self._model.final_norm.weight, x, residual=hidden, rows=rows)
+
+
+def rotary_rows(table: Tensor) -> Tensor:
+    """Return a RoPE table ``[positions, 2, rotary_dim / 2]`` as kernels read it: fp32 ``[positions, rotary_dim]``."""
+    return table.reshape(table.shape[0], -1).contiguous()
 
 
 class LlamaDecoder(CudaDecoder[LlamaModel]):

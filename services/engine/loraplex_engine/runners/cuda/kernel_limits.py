@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.pool_geometry import PoolGeometry
 
-HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
+HEAD_DIMS: Final = (64, 80, 96, 128, 256)  # what the attention kernels are written for
 
 
 def require_kernels(pool: PoolGeometry) -> None:

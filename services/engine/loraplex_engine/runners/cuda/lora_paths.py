@@ -7,10 +7,8 @@ calls the same methods in the same order whichever path a step takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from loraplex_kernels.attention.rope_kv import RopeKv
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
@@ -21,13 +19,9 @@ if TYPE_CHECKING:
 
     from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.cuda.fork import Fork
+    from loraplex_engine.runners.cuda.lora_grids import Grids
     from loraplex_engine.runners.cuda.step_input import StepInputs
-
-SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
-EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
-CHAIN_CTAS_PER_SM: Final = 4  # of lora/expand_chain.cu: at 128 registers x 128 threads
-CTAS_PER_ROW: Final = 64
-TERMS_PER_ROW: Final = 3  # that a graph of chains has CTAs for
 
 
 class HasQkNorm(Protocol):
@@ -67,12 +61,34 @@ class LayerPath(Protocol):
         """
         ...
 
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute o's or down's product with LoRA in ``out``, for decoders that change it before it joins the residual stream."""
+        ...
+
     def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """Rotate q and k in place, write K and V to their pages."""
         ...
 
     def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
-        """Compute ``out = silu(gate) * up``."""
+        """Compute ``out = silu(gate) * up``, or GELU in the place of SiLU."""
+        ...
+
+
+class FinishesQkv(Protocol):
+    """What finishes qkv in every layer: `RopeKv`, or several of them."""
+
+    def launch(
+        self,
+        layer: int,
+        qkv: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        delta: Tensor | None = None,
+    ) -> None:
+        """See `RopeKv.launch`."""
         ...
 
 
@@ -80,7 +96,7 @@ class LayerPath(Protocol):
 class Followers:
     """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
 
-    rope: RopeKv
+    rope: FinishesQkv
     silu_mul: SiluMul
 
 
@@ -103,6 +119,10 @@ class BasePath:
         linear.onto(x, residual)
         return None
 
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        self.project(layer, op, linear, x, out, step)
+
     def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         q_norm, k_norm = norm_weights(weights)
@@ -112,45 +132,6 @@ class BasePath:
         """See `LayerPath`."""
         del layer, step
         self._silu_mul.launch(gate_up, out)
-
-
-class Fork:
-    """Runs work beside the current stream's; on a CPU simply in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
-        """Do both, the first on the side stream; whatever follows on the current stream comes after both."""
-        if self._side is None:
-            side_work()
-            main_work()
-            return
-        current = torch.cuda.current_stream()
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            side_work()
-        main_work()
-        current.wait_stream(self._side)
-
-
-@dataclass(frozen=True, slots=True)
-class Grids:
-    """CTAs of the LoRA kernels in a graph, which must do for any adapters of its rows.
-
-    No more than there is room for at a time, and no more than few rows can have work for: a CTA without work still needs
-    a place on a multiprocessor, which a product beside it may hold to its end.
-    """
-
-    shrink: int
-    expand: int
-
-    @classmethod
-    def of(cls, rows: int, num_sms: int, *, is_chained: bool = False) -> Grids:
-        """Return the grids of a graph with that many rows, which have several adapters each if ``is_chained``."""
-        few = rows * CTAS_PER_ROW * (TERMS_PER_ROW if is_chained else 1)
-        expand = CHAIN_CTAS_PER_SM if is_chained else EXPAND_CTAS_PER_SM
-        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(expand * num_sms, few))
 
 
 class _DecodeLoraPath(BasePath):
@@ -171,6 +152,20 @@ class _DecodeLoraPath(BasePath):
     ) -> None:
         super().__init__(followers)
         self._lora, self._hidden, self._grids, self._ops = lora, hidden, grids, ops
+
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`; the product comes after shrink, so that expand finds it."""
+        if op not in self._ops:
+            linear.into(x, out)
+            return
+        self._beside(
+            lambda: self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink), lambda: linear.into(x, out)
+        )
+        self._lora.expand_add(layer, op, self._hidden, step.scales, out, self._grids.expand)
+
+    def _beside(self, lora_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        lora_work()
+        main_work()
 
     def _write_delta(self, layer: int, op: str, x: Tensor, delta: Tensor, step: StepInputs) -> None:
         self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
@@ -223,6 +218,9 @@ class BesideLoraPath(_DecodeLoraPath):
             return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: linear.into(x, scratch))
         return scratch
+
+    def _beside(self, lora_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        self._fork.beside(lora_work, main_work)
 
     def _delta_of(self, out: Tensor) -> Tensor:
         return self._delta[: out.numel()].view(out.shape)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.model.linear import Linear
-    from loraplex_engine.runners.cuda.lora_paths import Followers, Grids, TokenLora
+    from loraplex_engine.runners.cuda.lora_grids import Grids
+    from loraplex_engine.runners.cuda.lora_paths import Followers, TokenLora
     from loraplex_engine.runners.cuda.part_variants import PartVariant
     from loraplex_engine.runners.cuda.step_input import StepInputs
 

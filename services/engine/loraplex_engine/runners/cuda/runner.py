@@ -191,8 +191,8 @@ class CudaRunner:
         if outside is None:
             if self._drawing.is_greedy(plan):
                 return self._drawing.send_greedy(plan, bucket, faults)
-            return self._drawing.draw(plan, self._decoder.base_rows(count), faults)
-        logits = outside.edit(plan, self._rows.num_columns(plan))
+            return self._drawing.draw(plan, self._decoder.finished_rows(count), faults)
+        logits = self._decoder.finished(outside.edit(plan, self._rows.num_columns(plan)))
         return self._draw(plan, logits, step.sample_slots[:count], faults, {})
 
     def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
@@ -219,6 +219,7 @@ class CudaRunner:
             logits = self._decoder.logits(step, rest)
         if outside is not None and len(plan.sample_rows):
             logits = outside.edit(plan, self._rows.num_columns(plan))
+        logits = self._decoder.finished(logits)
         return self._draw(plan, logits, step.sample_slots, faults, prompt_logprobs)
 
     def _draw(
@@ -240,7 +241,7 @@ class CudaRunner:
         step = self._buffers.of_bucket(bucket)
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
-        self._drawing.draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
+        self._drawing.draw_greedily(self._decoder.finished(self._decoder.logits(step, rest)), step.sample_slots)
 
     def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
         setups = (self._sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())

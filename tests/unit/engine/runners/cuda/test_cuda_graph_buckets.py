@@ -17,7 +17,7 @@ from loraplex_common.vectors import Bias, OutVector
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.runners.cuda.graphs import bucket_sizes, lora_variants, variant_of
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
-from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
+from loraplex_engine.runners.cuda.lora_grids import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
 from loraplex_engine.runners.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_kernels.compiler import sources
 from loraplex_kernels.lora.items import ItemBuilder, op_shapes
