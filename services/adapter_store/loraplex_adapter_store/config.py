@@ -15,6 +15,15 @@ from loraplex_adapter_store.imports.registry import Registry
 from loraplex_adapter_store.object_storage import Bucket
 
 MIB: Final = 1024 * 1024
+_POSITIVE: Final = (
+    "image_cache_bytes",
+    "image_work_bytes",
+    "disk_cache_bytes",
+    "max_adapter_bytes",
+    "keep_pushed_revisions",
+    "max_concurrent_imports",
+    "max_pending_imports",
+)
 
 
 def shown_each(items: tuple[object, ...]) -> list[str]:
@@ -49,6 +58,9 @@ class StoreConfig(ServiceSettings):
         metavar="HOST",
     )
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
+    image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
+    disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
+    disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     keep_pushed_revisions: int = setting(
         4, help="pushed revisions without a label that each name keeps, the newest; engines drop the others"
@@ -81,8 +93,7 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        sizes = ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
-        for name in (*sizes, "keep_pushed_revisions"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.max_connection_age_s < 0:

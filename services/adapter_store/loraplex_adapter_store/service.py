@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from loraplex_common.tasks import Supervisor
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
+from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.contents import Contents
 from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.disk.disk_index import DiskIndex
+from loraplex_adapter_store.disk.disk_tier import DiskTier
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
-from loraplex_adapter_store.images import ImageCache
+from loraplex_adapter_store.images import ImageCache, ImageSources
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
 from loraplex_adapter_store.imports.directory import ImportRoots
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NUM_THREADS: Final = 4
+MAX_IMAGE_THREADS: Final = 16
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
@@ -108,7 +113,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
-        images = _images(core)
+        images = _images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
@@ -167,9 +172,18 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     )
 
 
-def _images(core: _Core) -> ImageCache:
-    budget_bytes = core.config.image_cache_bytes
-    return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
+def _images(core: _Core, stack: AsyncExitStack) -> ImageCache:
+    config = core.config
+    threads = max(NUM_THREADS, min(MAX_IMAGE_THREADS, os.cpu_count() or 1))
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="image")
+    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
+    disk = None
+    if config.disk_cache_dir is not None:
+        disk = DiskTier(DiskIndex(config.disk_cache_dir, config.disk_cache_bytes), executor, core.metrics)
+        stack.push_async_callback(disk.close)
+    budget = ByteBudget(config.image_work_bytes)
+    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
+    return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
 
 
 def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
