@@ -21,6 +21,7 @@ _POSITIVE: Final = (
     "image_work_bytes",
     "disk_cache_bytes",
     "max_adapter_bytes",
+    "keep_pushed_revisions",
     "max_concurrent_imports",
     "max_pending_imports",
     "keep_pushed_revisions",
