@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Final
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import Authenticator
-from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
-from loraplex_common.housekeeping import until_done
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
@@ -46,16 +44,15 @@ from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.blob_tier import BlobTier, ValkeyTier
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
-from loraplex_adapter_store.repository.hot_tier import ColdTierError, HotTier, settle_place
-from loraplex_adapter_store.repository.object_tier import ObjectTier
+from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
+from loraplex_adapter_store.tiers import find_adapters, tiers_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -129,7 +126,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        await _settle_place(core, supervisor)
+        await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
@@ -155,35 +152,19 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
         config=config,
         client=client,
         catalog=Catalog(
-            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
+            client,
+            gc_grace_s=config.gc_grace_s,
+            check_name=bases.check_adapter_name,
+            limit_of=_limit_of(config),
+            on_disk=OnDisk(config.num_replicas),
         ),
         credentials=credentials,
-        blobs=Blobs(client, _tiers(config, client, credentials)),
+        blobs=Blobs(client, tiers_of(config, client, credentials)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
         authenticator=Authenticator.from_file(config.api_keys_file),
     )
-
-
-def _tiers(config: StoreConfig, client: keys.Client, credentials: Credentials) -> tuple[BlobTier, ...]:
-    """Return where canonical blobs lie, the nearest first."""
-    if config.cold_tier is None:
-        return (ValkeyTier(client),)
-    try:
-        cold = ObjectTier(config.cold_tier, credentials)
-    except (InvalidParameterError, ValueError) as error:
-        raise ColdTierError(f"--cold-tier: {error}") from error
-    return HotTier(client, budget_bytes=config.hot_bytes), cold
-
-
-async def _settle_place(core: _Core, supervisor: Supervisor) -> None:
-    """Find out whether Valkey's adapters lie where this store looks; later, if Valkey is away."""
-    settle = partial(settle_place, core.client, str(core.config.cold_tier or ""))
-    try:
-        await settle()
-    except LoraplexError:
-        supervisor.spawn_once(until_done(settle, name="look for the cold tier"), name="cold tier")
 
 
 def _images(core: _Core) -> ImageCache:
