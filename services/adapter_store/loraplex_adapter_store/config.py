@@ -8,6 +8,7 @@ from typing import Final
 
 from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
+from loraplex_common.sentinel_url import SentinelUrl
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
 
@@ -44,6 +45,10 @@ class StoreConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
     text_only: bool = setting(False, help="know a multimodal model by its text part, without images")
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
+    redis_replicas: int | None = setting(
+        None,
+        help="replicas of Valkey that must have a change on disk before it is acknowledged (default: 1 behind Sentinels, else 0)",
+    )
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     import_bucket: tuple[Bucket, ...] = setting(
         (),
@@ -98,6 +103,13 @@ class StoreConfig(ServiceSettings):
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
 
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that must have a change on disk: one that the Sentinels may put in the primary's place."""
+        if self.redis_replicas is not None:
+            return self.redis_replicas
+        return 0 if SentinelUrl.parse(self.redis_url) is None else 1
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("at least one --model is needed")
@@ -106,6 +118,8 @@ class StoreConfig(ServiceSettings):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.redis_replicas is not None and self.redis_replicas < 0:
+            raise ValueError("--redis-replicas must not be negative")
         if self.max_connection_age_s < 0:
             raise ValueError("--max-connection-age-s must not be negative")
         for root in self.import_root:

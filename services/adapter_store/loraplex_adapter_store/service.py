@@ -20,7 +20,7 @@ from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.contents import Contents
-from loraplex_adapter_store.core import Core, make_core, make_images, settle_blobs
+from loraplex_adapter_store.core import Core, make_core, make_images
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
@@ -46,6 +46,7 @@ from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
+from loraplex_adapter_store.tiers import find_adapters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -112,7 +113,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        await settle_blobs(core, supervisor)
+        await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
