@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from loraplex_common.architectures.registry import model_config
+from loraplex_common.decoder_config import LLAMA_DECODER
 from loraplex_common.log import get_logger
 from loraplex_common.stored_forms.registry import quantisation_of
 
@@ -106,7 +107,10 @@ def _why_no_fp8(info: BaseModelInfo, device: torch.device, quantisation: Quantis
         )
     if dtype != "bfloat16":
         return f"FP8 products write bfloat16, not {dtype}; use --dtype bfloat16"
-    for layer in model_config(info.config).layers:
+    config = model_config(info.config)
+    if config.decoder != LLAMA_DECODER:
+        return f"our kernels quantise no activations of the decoder {config.decoder}; use --quantization none"
+    for layer in config.layers:
         for each in layer:
             if each.in_features % FP8_STEP or each.out_features % FP8_STEP:
                 return (
