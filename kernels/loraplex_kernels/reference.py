@@ -70,6 +70,8 @@ def read_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather K and V of the first ``length`` tokens of a sequence; each ``[length, kv_heads, head_dim]``, as stored.
 
+    Of e4m3 they come times their scales, rounded to ``dtype`` as the kernels round them.
+
     Args:
         pool: uint8 ``[pages, page_bytes]``.
         layout: Place of K and V in pages.
@@ -78,6 +80,9 @@ def read_kv(
         pages: int ``[>= blocks]``; the sequence's page ids.
         length: Tokens wanted.
     """
+    if layout.scales_offset is not None:
+        key, value = _read_fp8(pool, layout, layer, pages, length)
+        return key.to(dtype), value.to(dtype)
     blocks = -(-length // layout.block_tokens)
     start = layout.layer_offset(layer, dtype.itemsize)
     count = 2 * layout.num_kv_heads * layout.block_tokens * layout.head_dim * dtype.itemsize
@@ -87,6 +92,35 @@ def read_kv(
         2, blocks * layout.block_tokens, layout.num_kv_heads, layout.head_dim
     )
     return key[:length], value[:length]
+
+
+def _read_fp8(
+    pool: torch.Tensor, layout: KvLayout, layer: int, pages: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, size, dim = layout.num_kv_heads, layout.block_tokens, layout.head_dim
+    chosen = pool[pages[: -(-length // size)].long()]
+    start, count = layout.layer_offset(layer, 1), 2 * heads * size * dim
+    values = chosen[:, start : start + count].contiguous().view(torch.float8_e4m3fn)
+    start = (layout.scales_offset or 0) + layer * heads * size * 4
+    scales = chosen[:, start : start + heads * size * 4].contiguous().view(torch.bfloat16)
+    wide = (
+        values.view(-1, 2, heads, size, dim).float()
+        * scales.view(-1, heads, size, 2).permute(0, 3, 1, 2)[..., None].float()
+    )
+    key, value = wide.permute(1, 0, 3, 2, 4).reshape(2, -1, heads, dim)
+    return key[:length], value[:length]
+
+
+def quantise_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K or V as e4m3, and bf16 scales ``[...]`` of its last dimension.
+
+    Args:
+        x: ``[..., head_dim]``.
+    """
+    most = x.float().abs().amax(-1)
+    scales = (most * (1 / 448)).clamp(2.0**-100, 127.5).bfloat16()
+    scales = torch.where(most.isfinite(), scales, math.nan)
+    return (x.float() * (1 / scales.float())[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales
 
 
 def attention(

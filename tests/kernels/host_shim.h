@@ -41,6 +41,7 @@ struct Copy {
     void* to;
     const void* from;
     bool live, early;
+    size_t bytes = 16;
 };
 #ifdef __x86_64__
 // swapcontext keeps the mask of signals by a system call, which costs more than most of what runs between two barriers.
@@ -202,9 +203,9 @@ T& shared_memory() {
 }
 inline void perform(const Copy& copy) {
     if (copy.live) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
     } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
 }
 inline unsigned coin = 1;  // asynchronous copies happen at once or as late as they may, in a fixed random order
@@ -269,7 +270,6 @@ inline unsigned __float_as_uint(float v) {
     return u;
 }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float v) { return std::exp(v); }
 template <class T>
 inline T max(T a, T b) {
@@ -286,6 +286,14 @@ inline bool __any_sync(unsigned, bool value) {
         if (lane[0]) return true;
     return false;
 }
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
+    const shim::Lanes all = shim::exchange({value});
+    unsigned most = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (lanes >> lane & 1) most = most < all[lane][0] ? static_cast<unsigned>(all[lane][0]) : most;
+    return most;
+}
+inline float reciprocal_approx(float v) { return 1.f / v; }
 inline float exp2_approx(float v) { return std::exp2(v); }
 using SharedAddress = unsigned char*;
 inline SharedAddress address_of(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
@@ -293,12 +301,14 @@ template <class Shared>
 unsigned char* generic_address(Shared&, SharedAddress at) {
     return at;
 }
-inline void copy_async16(void* to, const void* from, bool live) {
-    if (reinterpret_cast<size_t>(to) % 16 || (live && reinterpret_cast<size_t>(from) % 16)) std::exit(7);
-    const shim::Copy copy{to, from, live, shim::flip()};
+inline void copy_async(void* to, const void* from, bool live, size_t bytes) {
+    if (reinterpret_cast<size_t>(to) % bytes || (live && reinterpret_cast<size_t>(from) % bytes)) std::exit(7);
+    const shim::Copy copy{to, from, live, shim::flip(), bytes};
     if (copy.early) shim::perform(copy);
     shim::fibers[shim::current].copies.back().push_back(copy);
 }
+inline void copy_async16(void* to, const void* from, bool live) { copy_async(to, from, live, 16); }
+inline void copy_async4(void* to, const void* from, bool live) { copy_async(to, from, live, 4); }
 inline void copy_async16_if(SharedAddress to, const void* from, unsigned bytes, bool live) {
     if (live) copy_async16(to, from, bytes != 0);
 }

@@ -19,6 +19,11 @@ MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 BLOCK, CONTEXTS = 4, (1, 0, 150)
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_each_time() -> None:
+    torch.manual_seed(11)
+
+
 def make_layout(head_dim: int, *, heads: int = 3, window: int = 0, dtype: torch.dtype = torch.bfloat16) -> KvLayout:
     return KvLayout(
         page_bytes=2 * BLOCK * head_dim * dtype.itemsize,

@@ -84,16 +84,6 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             "final_logit_softcapping": 9.0,
         },
     ),
-    "gemma2 no caps": (
-        "gemma2",
-        {
-            "head_dim": 24,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-    ),
     "gemma3": (
         "gemma3_text",
         {
@@ -106,7 +96,10 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             },
         },
     ),
-    "gemma3 untied": ("gemma3_text", {"head_dim": 24, "tie_word_embeddings": False, "final_logit_softcapping": 8.0}),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": False, "final_logit_softcapping": 8.0},
+    ),
     "olmo3": (
         "olmo3",
         {
@@ -139,7 +132,6 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         },
     ),
     "granite4": ("granitemoehybrid", GRANITE4 | {"position_embedding_type": "rope", "attention_bias": True}),
-    "granite4 no rope": ("granitemoehybrid", GRANITE4 | {"tie_word_embeddings": True}),
 }
 """By name: transformers' ``model_type``, and what differs from `SIZES`."""
 
@@ -192,14 +184,19 @@ def family_dir(name: str) -> Path:
     directory = Path(holder.name)
     torch.manual_seed(11)
     model: Any = AutoModelForCausalLM.from_config(family_config(name), dtype=torch.float32)
-    for path, weight in model.named_parameters():
-        _draw(path, weight)
+    draw_weights(model)
     model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text(tiny_tokenizer_json(VOCAB_SIZE))
     return directory
 
 
 _HOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def draw_weights(model: Any) -> None:
+    """Draw all weights of a model."""
+    for path, weight in model.named_parameters():
+        _draw(path, weight)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
@@ -23,6 +22,7 @@ from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.step import StepResult
 from loraplex_kernels.lora.tables import AdapterTables
@@ -84,9 +84,10 @@ class HostRunner:
         max_rows_beside: int = BUCKET,
         min_decode_runs: int = MIN_DECODE_RUNS,
         max_added_tokens: int = 0,
+        kv_dtype: str = "",
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
-        self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
+        self.pool_geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
         config = model_config(info.config)

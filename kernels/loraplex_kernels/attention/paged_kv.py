@@ -33,9 +33,13 @@ def softcap_defines(softcap: float | None) -> tuple[str, ...]:
 class KvLayout:
     """Shape of the K and V of all layers inside a page: ``[layer][K|V][kv_head][token][dim]``.
 
+    K and V are in the kernels' element type, or e4m3 with one bf16 scale for each token and head (csrc/attention/kv_fp8.cuh).
+
     Attributes:
         block_tokens: Tokens of a page, a power of two.
         window: Sliding window in tokens; 0 for none.
+        scales_offset: Bytes from a page's start to the scales of e4m3, ``[layer][kv_head][token][K|V]``; None: K and V are
+            in the kernels' element type.
     """
 
     page_bytes: int
@@ -44,10 +48,13 @@ class KvLayout:
     num_kv_heads: int
     head_dim: int
     window: int = 0
+    scales_offset: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_tokens <= 0 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(f"block_tokens {self.block_tokens} is not a power of two")
+        if self.scales_offset is not None and self.scales_offset % 4:
+            raise ValueError(f"scales that begin at byte {self.scales_offset} of a page are on no 4 bytes")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads are no multiple of {self.num_kv_heads} KV heads")
 
@@ -57,8 +64,14 @@ class KvLayout:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     def layer_offset(self, layer: int, item_bytes: int) -> int:
-        """Return the bytes from a page's start to a layer's K."""
-        return layer * 2 * self.num_kv_heads * self.block_tokens * self.head_dim * item_bytes
+        """Return the bytes from a page's start to a layer's K; an element of K has ``item_bytes`` unless it is e4m3."""
+        size = item_bytes if self.scales_offset is None else 1
+        return layer * 2 * self.num_kv_heads * self.block_tokens * self.head_dim * size
+
+    @property
+    def kv_defines(self) -> tuple[str, ...]:
+        """Macros of a kernel that reads or writes K and V, besides their size."""
+        return () if self.scales_offset is None else (f"KV_SCALES={self.scales_offset}",)
 
     def fill(
         self,

@@ -51,18 +51,21 @@ def block_threads(head_dim: int) -> int:
     return 256 if head_dim > 128 else 128
 
 
-def shared_bytes(head_dim: int, available: int) -> int:
-    """Return the shared memory of a CTA: the tile's rows of q, and two tiles each of K and V.
+def shared_bytes(head_dim: int, available: int, *, is_fp8: bool = False) -> int:
+    """Return the shared memory of a CTA: the tile's rows of q, and two tiles each of K and V, of FP8 one more in bf16.
 
     Args:
         head_dim: 64, 80, 96, 128 or 256.
         available: Most bytes that a CTA may have on the device.
+        is_fp8: Whether K and V are e4m3.
 
     Raises:
         ValueError: If the smallest tiles take more.
     """
     row = 2 * head_dim + (0 if head_dim % 64 == 0 else 16)
-    sizes = [(TILE_ROWS + 4 * tokens) * row for tokens in ((64,) if head_dim <= 128 else (32, 16))]
+    token = 2 * row + 4 * head_dim + 8 if is_fp8 else 4 * row
+    choices = (32, 16) if head_dim > 128 else (64,)
+    sizes = [TILE_ROWS * row + tokens * token for tokens in choices]
     fitting = [size for size in sizes if size <= available]
     if not fitting:
         raise ValueError(
@@ -88,12 +91,18 @@ class AttentionPrefill:
         self, library: KernelLibrary, layout: KvLayout, *, scale: float | None = None, softcap: float | None = None
     ) -> None:
         self._library, self._layout, self._scale = library, layout, scale
-        shared = shared_bytes(layout.head_dim, library.max_shared_bytes)
+        is_fp8 = layout.scales_offset is not None
+        shared = shared_bytes(layout.head_dim, library.max_shared_bytes, is_fp8=is_fp8)
         self._kernel = library.load(
             "attention_prefill",
             AttentionPrefillParams(),
             block_threads(layout.head_dim),
-            defines=(f"HEAD_DIM={layout.head_dim}", f"SHARED_BYTES={shared}", *softcap_defines(softcap)),
+            defines=(
+                f"HEAD_DIM={layout.head_dim}",
+                *layout.kv_defines,
+                f"SHARED_BYTES={shared}",
+                *softcap_defines(softcap),
+            ),
             shared_bytes=shared,
         )
 

@@ -13,19 +13,8 @@
 // Registers: 2 CTAs of 128 threads per SM by shared memory, 1 of 256 for heads of 256, hence at most 255.
 // Architectures: sm_80 and up.
 // Source: Dao, arXiv:2307.08691 (FlashAttention-2), algorithm 1 with its loop order.
-#include "attention/paged_kv.cuh"
+#include "attention/prefill_tile.cuh"
 
-constexpr bool kIsWide = kHeadDim > 128;
-constexpr int kWarps = kIsWide ? 8 : 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kM = kIsWide ? 1 : 2;  // blocks of 16 rows of a warp
-constexpr int kRows = 16 * kM * kWarps;
-constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a row of q, K or V
-constexpr bool kIsSwizzled = kChunks % 8 == 0;
-constexpr int kStride = kIsSwizzled ? kChunks : kChunks + 1;           // of rows in shared memory, in chunks
-constexpr int kTokens = (SHARED_BYTES / (16 * kStride) - kRows) / 4;   // of a tile of K and V
-constexpr int kLaneTokens = kTokens > kWarp ? kTokens / kWarp : 1;     // whose pages a lane looks up
-static_assert(kRows == 128 && kTokens % 16 == 0, "attention/prefill.py chooses the tile");
 constexpr int kSteps = kHeadDim / 16;
 
 // Rows [first_row, first_row + 128) of a chunk.
@@ -47,45 +36,6 @@ struct Params {
     i64 q_stride;
 };
 static_assert(sizeof(Params) == 88, "params.py mirrors it");
-
-struct Shared {
-    u16 q[kRows * kStride * 8];
-    u16 key[2][kTokens * kStride * 8];
-    u16 value[2][kTokens * kStride * 8];
-};
-static_assert(sizeof(Shared) == SHARED_BYTES, "attention/prefill.py asks for it");
-
-// Eight rows' chunks c lie on all 32 banks: rows are an odd number of chunks apart, or c is permuted by the row.
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-    return (row * kStride + (kIsSwizzled ? chunk ^ (row & 7) : chunk)) * 8;
-}
-
-// Where threads divide by chunks, all copies of a thread have the same chunk and are kRowStep rows apart.
-constexpr bool kHasOwnChunk = kThreads % kChunks == 0;
-constexpr int kRowStep = kThreads / kChunks;
-static_assert(kTokens * kChunks % kThreads == 0 && kRows * kChunks % kThreads == 0, "all threads copy alike");
-
-// The page of this lane's tokens of a tile; a tile's page ids are spread over a warp. Pages hold 2 tokens or more.
-__device__ __forceinline__ int fetch_page(const PagedKv& kv, int sequence, int first, int end) {
-    return page_of(kv, sequence, min(first + static_cast<int>(threadIdx.x % kWarp) * kLaneTokens, end - 1));
-}
-
-// Starts the copy of tokens [first, first + kTokens) of K and V; tokens past the end are zeroed.
-__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, u16* key, u16* value) {
-    const int own_chunk = threadIdx.x % kChunks;
-    const i64 plane = kv_plane(kv);
-#pragma unroll(kHasOwnChunk ? 2 : 1)  // no more, as the scores leave few registers
-    for (int i = 0; i < kTokens * kChunks / kThreads; ++i) {
-        const int at = threadIdx.x + i * kThreads;
-        const int row = kHasOwnChunk ? threadIdx.x / kChunks + i * kRowStep : at / kChunks;
-        const int chunk = kHasOwnChunk ? own_chunk : at % kChunks;
-        const bool live = first + row < end;
-        const elem* from = key_address(kv, __shfl_sync(kFullMask, page, row / kLaneTokens), kv_head, first + row) + chunk * 8;
-        copy_async16(key + swizzled(row, chunk), from, live);
-        copy_async16(value + swizzled(row, chunk), from + plane, live);
-    }
-    copy_async_commit();
-}
 
 // Starts the copy of the tile's rows of q; rows past the chunk are zeroed.
 __device__ __forceinline__ void load_q(const Params& p, const Tile& tile, int kv_head, int group, u16* q) {
@@ -221,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kIsWide ? 1 : 2) attentio
     const int begin = window > 0 ? max(0, tile.start + first_token - window + 1) / kTokens * kTokens : 0;
     int page = fetch_page(p.kv, tile.sequence, begin, end);
     load_q(p, tile, kv_head, group, shared.q);
-    load_tile(p.kv, kv_head, page, begin, end, shared.key[0], shared.value[0]);
+    load_tile(p.kv, kv_head, page, begin, end, 0, shared);
     if (begin + kTokens < end) page = fetch_page(p.kv, tile.sequence, begin + kTokens, end);
 
     Rows rows{};
@@ -242,16 +192,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kIsWide ? 1 : 2) attentio
         copy_async_wait<0>();
         __syncthreads();  // this tile has landed, and no warp reads the other buffers
         if (first + kTokens < end) {
-            load_tile(p.kv, kv_head, page, first + kTokens, end, shared.key[stage ^ 1], shared.value[stage ^ 1]);
+            load_tile(p.kv, kv_head, page, first + kTokens, end, stage ^ 1, shared);
             if (first + 2 * kTokens < end) page = fetch_page(p.kv, tile.sequence, first + 2 * kTokens, end);
         }
+        finish_tile(stage, shared);
         if (first > warp_last) continue;
         float s[kM][kTokens / 8][4] = {};
-        rows.score(s, shared.q, shared.key[stage], warp, lane);
+        rows.score(s, shared.q, key_tile(shared, stage), warp, lane);
         if constexpr (kHasSoftcap) rows.cap(s, scale);
         if (first + kTokens - 1 > warp_first || window > 0) rows.mask(s, first, window, tile, first_row, group, lane);
         rows.weigh(s, kHasSoftcap ? 1.f : scale);
-        rows.add(s, shared.value[stage], lane);
+        rows.add(s, value_tile(shared, stage), lane);
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.model.layers import RmsNorm, new_activation
-from loraplex_engine.model.linear import StoredLinear
+from loraplex_engine.model.linear import LinearForms, StoredLinear
 from loraplex_engine.model.rope import query_scale_table, rope_table
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
-    from loraplex_engine.model.linear import Linear, LinearForms
+    from loraplex_engine.model.linear import Linear
     from loraplex_engine.model.weights import WeightSource
 
 LayerT = TypeVar("LayerT")
@@ -147,12 +147,13 @@ def _embedding_multiplier(config: ModelConfig, dtype: torch.dtype) -> float:
 def _read_embeddings(config: ModelConfig, weights: WeightSource, forms: LinearForms) -> tuple[Tensor, Linear]:
     """Return embedding and lm_head; a tied pair is one tensor, whichever of the two the files bring.
 
+    Both are in the compute dtype, whatever the other linear layers are.
     Where config.json ties them and the files bring two that differ, the files are right, as in transformers 5.
     """
     shape, embed = (config.vocab_size, config.hidden_size), config.names.embedding
     head = StoredLinear(name=config.names.lm_head, in_features=config.hidden_size, out_features=config.vocab_size)
     if not config.tied_embeddings:
-        return weights.read(embed, shape), weights.linear([head], forms)
+        return weights.read(embed, shape), weights.linear([head], LinearForms(dense=forms.dense))
     if not (weights.has(embed) and weights.has(head.weight)):
         tied = weights.read(head.weight if weights.has(head.weight) else embed, shape)
         return tied, forms.dense(tied, None)

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loraplex_engine.model.fp8 import Fp8Linear
 from loraplex_engine.model.linear import LinearForms
 
 OUTPUT_BLOCK: Final = 32  # rows of W per small product: measured best of 16 to 576
@@ -99,7 +100,7 @@ class Dense:
             out.add_(self.bias)
 
 
-TORCH_LINEARS = LinearForms(dense=Dense)
+TORCH_LINEARS = LinearForms(dense=Dense, fp8=Fp8Linear)
 
 
 class RmsNorm:

@@ -1,0 +1,91 @@
+"""Canonical blobs in two tiers behind each other: a damaged or lost chunk comes from the next one."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, aclosing
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
+from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.blob_tier import ValkeyTier
+from loraplex_adapter_store.repository.blobs import Blobs
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
+from loraplex_common.errors import AdapterCorruptError, StoreUnavailableError
+from loraplex_common.text_parts import TextParts
+from loraplex_common.valkey import connect
+from support.valkey import fresh_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from loraplex_common.valkey import EmbeddedValkey
+
+pytestmark = pytest.mark.integration
+REVISION = "ab" * 32
+DATA = bytes(range(256)) * (CHUNK_BYTES * 5 // 2 // 256)
+FORM = CanonicalForm(
+    revision=REVISION,
+    base_fingerprint="cd" * 32,
+    spec=AdapterSpec(REVISION, (ModuleSpec.low_rank(0, "q_proj", 8, 2.0),)),
+    num_parameters=1,
+    num_bytes=len(DATA),
+    pieces=(memoryview(DATA),),
+    text_parts=TextParts(),
+)
+
+
+class Rig(NamedTuple):
+    near: keys.Client
+    far: keys.Client
+    blobs: Blobs
+
+
+@pytest.fixture
+async def rig(store_valkey: EmbeddedValkey) -> AsyncIterator[Rig]:
+    """Blobs whose manifests and nearest tier are in one database, and whose farthest tier is in another."""
+    async with AsyncExitStack() as stack:
+        near, far = (connect(fresh_database(store_valkey)) for _ in range(2))
+        for client in (near, far):
+            stack.push_async_callback(client.aclose)
+        blobs = Blobs(near, (ValkeyTier(near), ValkeyTier(far)))
+        await blobs.put(FORM)
+        yield Rig(near, far, blobs)
+
+
+async def content(blobs: Blobs) -> bytes:
+    manifest = await blobs.manifest(REVISION)
+    assert manifest is not None
+    async with aclosing(blobs.read(REVISION, manifest)) as chunks:
+        return b"".join([chunk async for chunk in chunks])
+
+
+async def test_a_chunk_that_is_lost_and_one_that_is_damaged_come_from_the_next_tier(rig: Rig) -> None:
+    await rig.near.delete(keys.chunk(REVISION, 0))
+    await rig.near.setrange(keys.chunk(REVISION, 1), 77, b"\x00")
+
+    assert await content(rig.blobs) == DATA
+    assert await rig.blobs.is_complete(REVISION)
+
+
+async def test_a_chunk_that_no_tier_has_ends_the_blob_in_both(rig: Rig) -> None:
+    await rig.near.setrange(keys.chunk(REVISION, 2), 77, b"\x00")
+    await rig.far.delete(keys.chunk(REVISION, 2))
+
+    with pytest.raises(AdapterCorruptError, match=r"chunk 2 of 3 has a wrong crc32c in redis, is missing in redis"):
+        await content(rig.blobs)
+
+    assert await rig.near.dbsize() == await rig.far.dbsize() == 0
+
+
+async def test_a_tier_that_is_away_is_no_reason_to_delete_a_blob(rig: Rig) -> None:
+    away = connect("redis://127.0.0.1:1/0")
+    blobs = Blobs(rig.near, (ValkeyTier(rig.near), ValkeyTier(away)))
+    assert await content(blobs) == DATA
+
+    await rig.near.delete(keys.chunk(REVISION, 2))
+    with pytest.raises(StoreUnavailableError):
+        await content(blobs)
+
+    assert await rig.blobs.is_complete(REVISION)
+    await away.aclose()
