@@ -35,6 +35,9 @@ class StoreConfig(ServiceSettings):
     image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
     disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
     disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
+    prepare_images: int = setting(
+        32, help="new adapters that may wait until their images are made for the attached engines; 0 makes none ahead"
+    )
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     max_concurrent_imports: int = setting(2, help="imports at work at once")
     max_pending_imports: int = setting(64, help="imports waiting for their turn")
@@ -65,8 +68,9 @@ class StoreConfig(ServiceSettings):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.max_connection_age_s < 0:
-            raise ValueError("--max-connection-age-s must not be negative")
+        for name in ("max_connection_age_s", "prepare_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")

@@ -43,6 +43,7 @@ from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
@@ -109,7 +110,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases, attached)
+        preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
+        importer = _importer(core, bases, aliases, attached, preparer)
         hub = Hub(config.hf_endpoint)
         stack.push_async_callback(hub.close)
         operations = LongRunning(core.client)
@@ -126,6 +128,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
         _spawn(supervisor, core, aliases, hints)
+        supervisor.spawn(preparer.run(), name="image preparer")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -186,7 +189,9 @@ def _limit_of(config: StoreConfig) -> LimitOf:
     return lambda tenant: file.current().of(tenant).max_adapter_bytes
 
 
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(
+    core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines, preparer: ImagePreparer
+) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -194,7 +199,9 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         max_pending=config.max_pending_imports,
     )
     checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
-    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
+    return Importer(
+        checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
+    )
 
 
 def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
