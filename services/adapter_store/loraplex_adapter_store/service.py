@@ -38,6 +38,7 @@ from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.pusher import Pusher
 from loraplex_adapter_store.push.readiness import EngineReadiness
 from loraplex_adapter_store.push.released import ReleasedRevisions
@@ -93,16 +94,13 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases, attached)
-        threads = DownloadThreads()
-        stack.push_async_callback(threads.close)
+        preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
+        importer = _importer(core, bases, aliases, attached, preparer)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, threads, stack)
+        intake = _intake(core, importer, operations, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(
-                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
-            ),
+            lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
             pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
             aliases=aliases,
@@ -115,6 +113,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints)
+        supervisor.spawn(preparer.run(), name="image preparer")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -134,7 +133,9 @@ def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack:
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(
+    core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines, preparer: ImagePreparer
+) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -142,13 +143,20 @@ def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: Atta
         max_pending=config.max_pending_imports,
     )
     checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
-    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
+    return Importer(
+        checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
+    )
 
 
-def _intake(
-    core: Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
-) -> Intake:
+def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
+
+
+def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
     config = core.config
+    threads = DownloadThreads()
+    stack.push_async_callback(threads.close)
     registries = OciImports(config.import_registry, core.credentials, threads)
     stack.callback(registries.close)
     sources = Sources(
