@@ -129,9 +129,9 @@ async def test_a_rank_that_an_engine_cannot_take_is_refused_at_import(
         ):
             await client.upload_recipe("refused", Recipe(rank=9, targets=("q_proj",)))
     async with attached_peer(client.channel, base, page_bytes=4096):
-        with refused(AdapterIncompatibleError, "stacked rank 129: 8 x 516 = 4128 bytes exceed a tile of 4096"):
-            await client.upload_recipe("refused", Recipe(rank=129, targets=("q_proj",)))
-    await client.upload_recipe("refused", Recipe(rank=129, targets=("q_proj",)))  # no engine is there to refuse it
+        with refused(AdapterIncompatibleError, "stacked rank 257: 4 x 1028 = 4112 bytes exceed a tile of 4096"):
+            await client.upload_recipe("refused", Recipe(rank=257, targets=("q_proj",)))
+    await client.upload_recipe("refused", Recipe(rank=257, targets=("q_proj",)))  # no engine is there to refuse it
 
 
 async def test_an_image_larger_than_the_pool_is_refused_with_the_arithmetic(

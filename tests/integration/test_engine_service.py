@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
+NO_READING_AHEAD = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+"""Options of a channel that reads 64 KiB ahead of its caller; by default it reads more where more arrives."""
+
 
 async def failure_of(call: Any) -> LoraplexError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -211,7 +214,8 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_else_no
         process = stack.enter_context(running_engine(tmp_path, *limits))
         channel = await stack.enter_async_context(open_channel(process.grpc))
         stub = engine_pb2_grpc.EngineServiceStub(channel)
-        deaf = stub.Session()
+        deaf_channel = await stack.enter_async_context(grpc.aio.insecure_channel(process.grpc, NO_READING_AHEAD))
+        deaf = engine_pb2_grpc.EngineServiceStub(deaf_channel).Session()
         await deaf.write(engine_pb2.SessionRequest(hello=engine_pb2.SessionRequest.Hello(gateway_id="deaf")))
         submits = [make_submit(slot, PROMPT, 480, logprobs=20) for slot in range(48)]
         await deaf.write(engine_pb2.SessionRequest(submits=submits))
@@ -221,5 +225,5 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_else_no
 
         await eventually(lambda: is_idle(stub), timeout_s=60)
         with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
-            await drain_stream(deaf)
+            await asyncio.wait_for(drain_stream(deaf), 60)
     assert len(tokens) == 8

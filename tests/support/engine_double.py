@@ -57,6 +57,7 @@ class EngineDouble:
         gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
         constrains: Whether its record says that it knows constraints.
         sums_adapters: Whether its record says that it adds up several adapters.
+        numerics: What loading did to the base model's numbers, it says.
         is_silent: Send nothing any more but keep the connection, as a stopped process does.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
@@ -76,6 +77,7 @@ class EngineDouble:
     is_silent: bool = False
     constrains: bool = True
     sums_adapters: bool = True
+    numerics: str = "bf16"
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -119,6 +121,7 @@ class EngineDouble:
             max_image_pages=32,
             constrains=self.constrains,
             sums_adapters=self.sums_adapters,
+            numerics=self.numerics,
         )
 
     async def kill(self) -> None:
@@ -154,6 +157,7 @@ class EngineDouble:
         try:
             first = self._message(step, running, residency=True)
             first.welcome.engine_id, first.welcome.base_fingerprint = self.engine_id, self.base.fingerprint
+            first.welcome.numerics = self.numerics
             yield first
             while True:
                 changed = self._changed.next

@@ -259,7 +259,7 @@ def fake_limits(*, block_tokens: int = 4, **fields: int) -> EngineLimits:
     """Return sizes for a `FakeRunner`: 32 pages of 4 tokens; every field can be replaced."""
     sizes = {"num_pages": 32, "num_arena_slots": 32, "max_model_len": 64, **fields}
     pool = fake_pool(block_tokens, FAKE_PAGE_BYTES)
-    return EngineLimits(pool=pool, eos_token_ids=(7,), policy=NO_GROWTH, **sizes)
+    return EngineLimits(pool=pool, eos_token_ids=(7,), numerics="fp32", policy=NO_GROWTH, **sizes)
 
 
 @contextmanager

@@ -40,6 +40,17 @@ LONGROPE: Final[dict[str, Any]] = {
     },
 }
 """Six factors: three quarters of heads of 16, in pairs."""
+GRANITE4: Final[dict[str, Any]] = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "layer_types": ["full_attention"] * 3,
+    "shared_intermediate_size": 80,
+    "mamba_n_heads": 8,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 4.0,
+}
 FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "granite": (
         "granite",
@@ -63,13 +74,105 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "phi3": ("phi3", {"num_key_value_heads": 4, "sliding_window": 11}),
     "phi3 short": ("phi3", LONGROPE | {"original_max_position_embeddings": 256}),
     "phi3 long": ("phi3", LONGROPE | {"original_max_position_embeddings": 2, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 9.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 24,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": False, "final_logit_softcapping": 8.0},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 900.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 900.0},
+            },
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 900.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "granite4": ("granitemoehybrid", GRANITE4 | {"position_embedding_type": "rope", "attention_bias": True}),
 }
 """By name: transformers' ``model_type``, and what differs from `SIZES`."""
 
 
+def _sized(suffix: str, *, num_layers: int, num_kv_heads: int) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return families with heads of 64 dimensions: kernels take no smaller ones."""
+    kinds = ["sliding_attention", "full_attention"] * (num_layers // 2)
+    sizes = {
+        "hidden_size": 128 * num_kv_heads,
+        "intermediate_size": 128 * num_kv_heads,
+        "num_attention_heads": 2 * num_kv_heads,
+        "num_key_value_heads": num_kv_heads,
+        "num_hidden_layers": num_layers,
+    }
+    phi_rope = {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 0.75}
+    changes: dict[str, dict[str, Any]] = {
+        "granite": {},
+        "granite4": {"shared_intermediate_size": 128 * num_kv_heads, "layer_types": ["attention"] * num_layers},
+        "olmo2": {},
+        "olmo3": {"layer_types": kinds},
+        "smollm3": {"no_rope_layers": [1, 0] * (num_layers // 2)},
+        "glm4": {"head_dim": 64},
+        "phi3": {"rope_parameters": phi_rope},
+        "gemma2": {"head_dim": 64, "tie_word_embeddings": False},
+        "gemma3": {"head_dim": 64, "layer_types": kinds},
+        "ministral3": {"head_dim": 64},
+    }
+    return {
+        f"{name} {suffix}": (FAMILIES[name][0], {**FAMILIES[name][1], **sizes, **own}) for name, own in changes.items()
+    }
+
+
+SHIM_FAMILIES: Final = _sized("on the host shim", num_layers=2, num_kv_heads=1)
+"""Families whose tiny models our kernels compute: each value for which there is a kernel occurs."""
+GPU_FAMILIES: Final = _sized("on a GPU", num_layers=4, num_kv_heads=2)
+"""The same with KV pages of at least a tile in bf16."""
+
+
 def family_config(name: str) -> Any:
     """Return transformers' configuration of a family's tiny model."""
-    model_type, changes = FAMILIES[name]
+    model_type, changes = {**FAMILIES, **SHIM_FAMILIES, **GPU_FAMILIES}[name]
     return AutoConfig.for_model(model_type, **{**SIZES, **changes})
 
 
@@ -81,14 +184,19 @@ def family_dir(name: str) -> Path:
     directory = Path(holder.name)
     torch.manual_seed(11)
     model: Any = AutoModelForCausalLM.from_config(family_config(name), dtype=torch.float32)
-    for path, weight in model.named_parameters():
-        _draw(path, weight)
+    draw_weights(model)
     model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text(tiny_tokenizer_json(VOCAB_SIZE))
     return directory
 
 
 _HOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def draw_weights(model: Any) -> None:
+    """Draw all weights of a model."""
+    for path, weight in model.named_parameters():
+        _draw(path, weight)
 
 
 @torch.no_grad()

@@ -109,9 +109,14 @@ async def running_gateway(
     resident_on: dict[int, set[str]] | None = None,
     channel_options: dict[str, Any] | None = None,
     max_model_len: int = 512,
+    numerics: Sequence[str] = (),
     **overrides: Any,
 ) -> AsyncIterator[Rig]:
-    """Run a gateway with engine doubles; adapter `poet` has the labels latest and prod, `secret` is for tenant vip."""
+    """Run a gateway with engine doubles; adapter `poet` has the labels latest and prod, `secret` is for tenant vip.
+
+    Where `numerics` are given, there is an engine for each.
+    """
+    num_engines = len(numerics) or num_engines
     base = base or load_base_model(model_directory())
     store = StoreDouble()  # type: ignore[abstract]  # the two calls that a gateway makes
     await store.start()
@@ -123,7 +128,8 @@ async def running_gateway(
         EngineDouble(base=base, reply=reply, resident=(resident_on or {}).get(n, set()), max_model_len=max_model_len)
         for n in range(num_engines)
     ]
-    for engine in engines:
+    for engine, said in zip(engines, numerics or ["bf16"] * num_engines, strict=True):
+        engine.numerics = said
         await engine.start()
         await engine.register(client)
     overrides.setdefault("store_target", f"127.0.0.1:{store.port}")

@@ -17,6 +17,7 @@ from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.runner_config import RunnerConfig
@@ -42,8 +43,10 @@ MAX_LOGIT_ERROR = 1e-4
 class Oracle:
     """One base model with its adapters, in transformers and peft, fp32, eager attention."""
 
-    def __init__(self, model_dir: Path, adapters: dict[str, Path] | None = None) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    def __init__(
+        self, model_dir: Path, adapters: dict[str, Path] | None = None, *, auto_class: Any = AutoModelForCausalLM
+    ) -> None:
+        model: Any = auto_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
         self._model: Any = model.eval()
         for name, directory in (adapters or {}).items():
             if isinstance(self._model, PeftModel):
@@ -144,14 +147,16 @@ def make_rig(
     device: str = "cpu",
     emulate_async: bool = False,
     seed: int = 0,
+    text_only: bool = False,
+    weight_form: WeightForm = WeightForm.WHOLE,
 ) -> Rig:
     """Build a runner over a model directory and load adapters from PEFT directories."""
-    info = load_base_model(model_dir)
+    info = load_base_model(model_dir, text_only=text_only)
     geometry = choose_pool_geometry(info, dtype=dtype)
     limits = EngineLimits(pool=geometry, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     runner = TorchRunner(
-        RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async),
-        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device(device)),
+        RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async, weight_form=weight_form),
+        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device(device), form=weight_form),
     )
     harness = Harness(runner, geometry, num_pages, seed=seed)
     indices: dict[str | None, int] = {None: -1}

@@ -39,13 +39,20 @@ class HeldAdapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStatus:
-    """One engine and its load; ``pages_adapter`` can be evicted, ``pages_pinned`` are leased or pinned."""
+    """One engine and its load; ``pages_adapter`` can be evicted, ``pages_pinned`` are leased or pinned.
+
+    Attributes:
+        numerics: What loading did to the base model's numbers; empty of an engine of an earlier version.
+        passed_over: Why the gateway sends it no new requests; empty if it may, or if the engine itself was asked.
+    """
 
     engine_id: str
     target: str
     base_model: str
     backend: str
     dtype: str
+    numerics: str
+    passed_over: str
     page_bytes: int
     running: int
     waiting: int
@@ -93,7 +100,7 @@ def fleet_status(connection: Connection) -> tuple[list[EngineStatus], dict[str, 
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
         response = stub.ListEngines(fleet_pb2.ListEnginesRequest(), timeout=4 * TIMEOUT_S, metadata=connection.metadata)
     engines = [
-        _status(state.target, state.info, state.load, state.adapters)
+        _status(state.target, state.info, state.load, state.adapters, passed_over=state.passed_over)
         for state in response.engines
         if not state.HasField("error")
     ]
@@ -105,6 +112,8 @@ def _status(
     info: engine_pb2.GetEngineInfoResponse,
     load: engine_pb2.LoadReport,
     held: Iterable[engine_pb2.ResidentAdapter],
+    *,
+    passed_over: str = "",
 ) -> EngineStatus:
     return EngineStatus(
         engine_id=info.engine_id,
@@ -112,6 +121,8 @@ def _status(
         base_model=info.base_model.name,
         backend=info.backend,
         dtype=info.geometry.dtype,
+        numerics=info.numerics,
+        passed_over=passed_over,
         page_bytes=info.geometry.page_bytes,
         running=load.running,
         waiting=load.waiting,

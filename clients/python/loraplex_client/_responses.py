@@ -104,6 +104,7 @@ def _started(started: gateway_pb2.Started) -> events.Started:
         adapter_revisions=tuple(started.adapter_revisions),
         resume_token=started.resume_token,
         seed=started.seed,
+        numerics=started.numerics,
         prompt_logprobs=_logprobs(started.prompt_logprobs),
     )
 

@@ -69,14 +69,21 @@ class KnownBases:
         self._bases = tuple(bases)
 
     @classmethod
-    def load(cls, directories: Sequence[Path], *, name: str | None, aliases: tuple[str, ...]) -> KnownBases:
-        """Read model directories; ``name`` and ``aliases`` belong to the first one.
+    def load(
+        cls, directories: Sequence[Path], *, name: str | None, aliases: tuple[str, ...], text_only: bool = False
+    ) -> KnownBases:
+        """Read model directories; ``name`` and ``aliases`` belong to the first one, ``text_only`` to all.
 
         Raises:
             BaseModelError: If a directory is no base model that can be served, or two models have one name.
         """
         infos = [
-            load_base_model(directory, name=name if index == 0 else None, aliases=aliases if index == 0 else ())
+            load_base_model(
+                directory,
+                name=name if index == 0 else None,
+                aliases=aliases if index == 0 else (),
+                text_only=text_only,
+            )
             for index, directory in enumerate(directories)
         ]
         check_distinct_names(infos)

@@ -27,9 +27,12 @@ def shown_each(items: tuple[object, ...]) -> list[str]:
 class StoreConfig(ServiceSettings):
     """Keeps adapters and feeds engines."""
 
-    model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub; repeat for several", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
+    text_only: bool = setting(False, help="know a multimodal model by its text part, without images")
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
     redis_replicas: int | None = setting(
         None,
@@ -60,6 +63,9 @@ class StoreConfig(ServiceSettings):
     hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
+    keep_pushed_revisions: int = setting(
+        4, help="pushed revisions without a label that each name keeps, the newest; engines drop the others"
+    )
     max_concurrent_imports: int = setting(2, help="imports at work at once")
     max_pending_imports: int = setting(64, help="imports waiting for their turn")
     host: str = setting("127.0.0.1", help="address to listen on")
@@ -95,13 +101,8 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        for name in (
-            "image_cache_bytes",
-            "hot_bytes",
-            "max_adapter_bytes",
-            "max_concurrent_imports",
-            "max_pending_imports",
-        ):
+        sizes = ("image_cache_bytes", "hot_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
+        for name in (*sizes, "keep_pushed_revisions"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.redis_replicas is not None and self.redis_replicas < 0:

@@ -42,12 +42,16 @@ from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.push.pusher import Pusher
+from loraplex_adapter_store.push.readiness import EngineReadiness
+from loraplex_adapter_store.push.released import ReleasedRevisions
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
@@ -102,7 +106,9 @@ class _Core:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    bases = KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
         images = _images(core)
@@ -115,9 +121,13 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         stack.push_async_callback(threads.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
+        intake = _intake(core, importer, operations, threads, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
-            intake=_intake(core, importer, operations, threads, stack),
+            lifecycle=Lifecycle(
+                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
+            ),
+            intake=intake,
+            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -217,6 +227,17 @@ def _intake(
         importer.budget,
         sources,
         max_adapter_bytes=config.max_adapter_bytes,
+    )
+
+
+def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
+    return Pusher(
+        intake,
+        importer,
+        core.catalog,
+        readiness,
+        forget=ReleasedRevisions(core.client, hints).forget,
+        num_kept=core.config.keep_pushed_revisions,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_image import Geometry, ImageError
-from loraplex_common.architectures.registry import model_config
+from loraplex_common.architectures.registry import model_config, served_config
 from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
 from loraplex_common.decoder_config import ModelConfig
@@ -41,9 +41,10 @@ class BaseModelInfo:
             generation defaults), which may be corrected without refusing the model's adapters.
         aliases: Other names that adapters may use for it (``base_model_name_or_path``), e.g. its hub id.
         max_position_embeddings: Longest sequence the model was trained for, in tokens.
-        config: config.json as read.
+        config: config.json as read; of a multimodal model, the one that its text part would have alone.
         layers: What each decoder layer offers to adapters.
         outside: What lies outside of the layers and is offered to adapters: the embedding and lm_head.
+        tied_embeddings: Whether lm_head is the embedding, as `ModelConfig` has it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class BaseModelInfo:
     config: dict[str, Any]
     layers: tuple[LayerProjections, ...]
     outside: LayerProjections = ()
+    tied_embeddings: bool = False
 
     def geometry(self, *, dtype: str, page_bytes: int, tp_degree: int = 1) -> Geometry:
         """Return the image geometry of an engine that serves this model.
@@ -92,8 +94,12 @@ class CheckedModel:
     weights: Weights
 
 
-def check_base_model(directory: Path) -> CheckedModel:
+def check_base_model(directory: Path, *, text_only: bool = False) -> CheckedModel:
     """Check that a directory is a model that can be served, as far as that is known without reading its weights.
+
+    Args:
+        directory: Its files.
+        text_only: Whether a multimodal model means its text part; without it, one is refused.
 
     Raises:
         BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or
@@ -116,7 +122,7 @@ def check_base_model(directory: Path) -> CheckedModel:
         raise BaseModelError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"{path}: expected a JSON object")
-    shape = model_config(config, str(path))
+    shape = model_config(config, str(path), text_only=text_only)
     tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
     _refuse_quantised_ends(directory, shape, weights)
     lm_head = f"{shape.names.lm_head}.weight"
@@ -139,7 +145,9 @@ def _refuse_quantised_ends(directory: Path, shape: ModelConfig, weights: Weights
             )
 
 
-def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = ()) -> BaseModelInfo:
+def load_base_model(
+    directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = (), text_only: bool = False
+) -> BaseModelInfo:
     """Read a base model's facts; hashes its weights unless this machine has done so before.
 
     Args:
@@ -147,17 +155,18 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         name: Name that clients use; if unset, the folder's name, or in a hub cache the model's.
         aliases: Further names; the hub id of a directory in a hub cache is added. ``_name_or_path`` of config.json is
             not used: transformers 4.36 to 4.46 saved there the model that this one was made from.
+        text_only: Whether a multimodal model means its text part; it is the same model then, with the same fingerprint.
 
     Raises:
         BaseModelError: In the cases of `check_base_model`, or if the weights change while they are read.
     """
-    checked = check_base_model(directory)
+    checked = check_base_model(directory, text_only=text_only)
     shape = checked.shape
     try:
         digests = weight_digests(checked.weights.shards())
     except OSError as error:
         raise BaseModelError(f"{error.filename}: {error.strerror}") from error
-    weights = sorted((tensor, digests[file]) for tensor, file in checked.weights.files.items())
+    weights = sorted((tensor, digests[file]) for tensor, file in checked.weights.all_files().items())
     hub_id = hub_id_of(directory)
     return BaseModelInfo(
         name=name or folder_name(directory),
@@ -171,13 +180,14 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
-        config=checked.config,
+        config=served_config(checked.config),
         layers=shape.layers,
         outside=shape.outside,
+        tied_embeddings=shape.tied_embeddings,
     )
 
 
-def state_of_files(directory: Path) -> tuple[FileState, ...]:
+def state_of_files(directory: Path, *, text_only: bool = False) -> tuple[FileState, ...]:
     """Return the file system's state of the files that a fingerprint covers.
 
     If the state is the same before the fingerprint is computed and after the model has been loaded, the loaded model is
@@ -186,7 +196,7 @@ def state_of_files(directory: Path) -> tuple[FileState, ...]:
     Raises:
         BaseModelError: In the cases of `check_base_model`.
     """
-    shards = check_base_model(directory).weights.shards()
+    shards = check_base_model(directory, text_only=text_only).weights.shards()
     files = (directory / "config.json", directory / "tokenizer.json", *shards)
     return tuple(FileState.of(path, path.stat()) for path in files)
 

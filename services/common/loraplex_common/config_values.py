@@ -156,7 +156,17 @@ class ConfigValues:
 
     def with_default(self, key: str, value: object) -> ConfigValues:
         """Return the same entries, with one more if its key is absent; what is asked of either is asked of both."""
-        same = ConfigValues({key: value, **self._values}, self._file, self._prefix)
+        return self.with_defaults({key: value})
+
+    def with_defaults(self, defaults: Mapping[str, object]) -> ConfigValues:
+        """Return the same entries, with those whose keys are absent; what is asked of either is asked of both."""
+        same = ConfigValues({**defaults, **self._values}, self._file, self._prefix)
+        same._asked, same._sections = self._asked, self._sections
+        return same
+
+    def with_value(self, key: str, value: object) -> ConfigValues:
+        """Return the same entries, but for one; what is asked of either is asked of both."""
+        same = ConfigValues({**self._values, key: value}, self._file, self._prefix)
         same._asked, same._sections = self._asked, self._sections
         return same
 

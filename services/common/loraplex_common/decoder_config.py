@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from loraplex_common.projections import LayerProjections
 
@@ -18,6 +18,13 @@ OLMO2_DECODER: Final = "olmo2"
 SMOLLM3_DECODER: Final = "smollm3"
 GLM4_DECODER: Final = "glm4"
 PHI3_DECODER: Final = "phi3"
+GEMMA_DECODER: Final = "gemma"
+"""Gemma 2 and 3."""
+OLMO3_DECODER: Final = "olmo3"
+MINISTRAL3_DECODER: Final = "ministral3"
+
+Activation: TypeAlias = Literal["silu", "gelu_tanh"]
+"""What an MLP applies to its gate: SiLU, or GELU in its approximation by tanh."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +58,14 @@ class WeightNames:
         return self.layer.format(layer=layer) + name
 
 
+@dataclass(frozen=True, slots=True)
+class QueryScaling:
+    """Factor of the queries at a position: ``1 + beta * log(1 + floor(position / length))`` (Llama 4, Ministral 3)."""
+
+    beta: float
+    length: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseTraits:
     """What distinguishes a dense decoder that Llama's does not compute; the defaults are Llama's.
@@ -60,13 +75,22 @@ class DenseTraits:
         after_attention: Likewise, of attention's output, before it is added to the residual stream.
         before_mlp: Likewise, of the MLP's input.
         after_mlp: Likewise, of the MLP's output.
+        norm_offset: Added to the weight of every norm, q's, k's and the last one included (Gemma: 1). The product with the
+            weight is rounded to the compute dtype once, behind it.
         norms_whole_qk: Whether q and k are normalised over all their heads at once, not each head by itself (OLMo 2).
         rotary_layers: Per layer, whether it has RoPE; empty if all have.
+        more_ropes: RoPE parameters of layers that do not have those of ``ModelConfig.rope``, in its form.
+        rope_of_layer: Per layer, its entry of `ModelConfig.ropes`; empty if all have the first.
         rotary_dim: How many of the first dimensions of a head RoPE rotates; None is all.
         interleaved: Whether RoPE pairs dimensions 2i and 2i + 1, not i and i + rotary_dim / 2.
-        embedding_multiplier: Factor of the embeddings.
+        activation: What the MLP applies to its gate.
+        embedding_multiplier: Factor of the embeddings, what adapters add to them or put in their place included.
+        rounds_embedding_multiplier: Whether the factor is rounded to the compute dtype first (Gemma).
         residual_multiplier: Factor of what attention and MLP add to the residual stream.
         attention_scale: Factor of attention scores; None is 1 / sqrt(head_dim).
+        query_scaling: Factor of the queries by position, behind RoPE; None is 1.
+        score_softcap: Scores, after their factor and before the mask, become ``cap * tanh(score / cap)``; None is no cap.
+        logits_softcap: Likewise of logits, with what adapters add to them.
         logits_divisor: What the logits are divided by.
     """
 
@@ -74,13 +98,21 @@ class DenseTraits:
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm.weight"
     after_mlp: str | None = None
+    norm_offset: float = 0.0
     norms_whole_qk: bool = False
     rotary_layers: tuple[bool, ...] = ()
+    more_ropes: tuple[dict[str, Any], ...] = ()
+    rope_of_layer: tuple[int, ...] = ()
     rotary_dim: int | None = None
     interleaved: bool = False
+    activation: Activation = "silu"
     embedding_multiplier: float = 1.0
+    rounds_embedding_multiplier: bool = False
     residual_multiplier: float = 1.0
     attention_scale: float | None = None
+    query_scaling: QueryScaling | None = None
+    score_softcap: float | None = None
+    logits_softcap: float | None = None
     logits_divisor: float = 1.0
 
 
@@ -132,6 +164,18 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Dimensions of a head that RoPE rotates."""
         return self.head_dim if self.traits.rotary_dim is None else self.traits.rotary_dim
+
+    @property
+    def ropes(self) -> tuple[dict[str, Any], ...]:
+        """All RoPE parameters: ``rope``, then those of other layers."""
+        return (self.rope, *self.traits.more_ropes)
+
+    def rope_of(self, layer: int) -> int | None:
+        """Return a layer's entry of ``ropes``; None if it has no RoPE."""
+        traits = self.traits
+        if traits.rotary_layers and not traits.rotary_layers[layer]:
+            return None
+        return traits.rope_of_layer[layer] if traits.rope_of_layer else 0
 
     @property
     def attention_scale(self) -> float:

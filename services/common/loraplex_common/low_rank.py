@@ -7,8 +7,8 @@ Per op, an image holds first the A tiles, then the B tiles:
   no rows: with q and v but no k, v's rows follow q's.
 * **B tile** ``[n][r]``, row-major: outputs ``[start, start + n)`` of one slice's B matrix with its own exact rank.
 
-``k`` and ``n`` are multiples of 64 (of 32, 16 or 8 where the rank is so large that 64 columns exceed a tile: more than 256
-stacked in bf16) except in the last tile of a matrix; with 64, neighbouring B tiles in a page are contiguous. The scaling is
+``k`` and ``n`` are multiples of 64 (of 32, 16 or 8, in fp32 also 4, where the rank is so large that 64 columns exceed a tile: more
+than 256 stacked in bf16) except in the last tile of a matrix; with 64, neighbouring B tiles in a page are contiguous. The scaling is
 not folded in: it is in the device table, fp32 (docs/lora-path.md).
 """
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from loraplex_common.projections import Op, Projection
 
 # Columns and outputs are cut at multiples of the first of these that fits a tile: of 64, so that tiles stay aligned without
-# padding; of less where the (stacked) rank is so large that 64 exceed a tile; of 8 at least, for 16-byte vectors of bf16.
-TILE_STEPS: Final = (64, 32, 16, 8)
+# padding; of less where the (stacked) rank is so large that 64 exceed a tile; of a vector of 16 bytes at least.
+TILE_STEPS: Final = (64, 32, 16, 8, 4)
+VECTOR_BYTES: Final = 16
 
 Arrays: TypeAlias = tuple[NDArray[Any], ...]
 """The tensors of one part, fp32, or integers for an entry of integers; in the order of `PartKind.shapes`."""
@@ -172,6 +173,11 @@ class PartKind(Protocol):
         ...
 
 
+def least_columns(item_bytes: int) -> int:
+    """Return the fewest columns or outputs of a tile that is one of several: what a vector of 16 bytes holds, 8 at most."""
+    return max(min(VECTOR_BYTES // item_bytes, 8), TILE_STEPS[-1])
+
+
 def cut(
     geometry: Geometry, length: int, unit_items: int, what: str, item_bytes: int | None = None
 ) -> list[tuple[int, int]]:
@@ -187,15 +193,16 @@ def cut(
     Raises:
         ImageError: If the least that a kernel reads at once exceeds a tile.
     """
-    unit_bytes = unit_items * (item_bytes or ITEM_BYTES[geometry.dtype])
+    one = item_bytes or ITEM_BYTES[geometry.dtype]
+    unit_bytes, fewest = unit_items * one, least_columns(one)
     for granule in TILE_STEPS:
-        if step := geometry.tile_bytes // unit_bytes // granule * granule:
+        if granule >= fewest and (step := geometry.tile_bytes // unit_bytes // granule * granule):
             break
     else:
         if length * unit_bytes > geometry.tile_bytes:
-            least = TILE_STEPS[-1] * unit_bytes
+            least = fewest * unit_bytes
             raise ImageError(
-                f"{what}: {TILE_STEPS[-1]} x {unit_bytes} = {least} bytes exceed a tile of {geometry.tile_bytes} bytes"
+                f"{what}: {fewest} x {unit_bytes} = {least} bytes exceed a tile of {geometry.tile_bytes} bytes"
             )
         step = length
     return [(start, min(start + step, length)) for start in range(0, length, step)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_image import layout
 from loraplex_common.image_geometry import ITEM_BYTES, Geometry, ImageError
 from loraplex_common.low_rank import LOW_RANK
-from loraplex_common.part_kind import TILE_STEPS
+from loraplex_common.part_kind import least_columns
 from loraplex_common.token_rows import DEFAULT_MAX_ADDED_TOKENS, ROWS, num_vocabulary_rows, row_width
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 CUDA_MAX_RANK: Final = 512
 """Largest rank of one projection that the CUDA kernels take (kMaxRank); stacked, q, k and v have three times that."""
+KERNEL_COLUMNS: Final = 8
+"""Fewest columns of an A tile that the CUDA kernels read: a lane's, in either dtype."""
 _ANY_PAGE_BYTES: Final = 2 * 1024 * 1024  # holds the largest tile
 
 
@@ -64,10 +67,24 @@ class RankLimits:
             bound = f"{self.name} takes at most rank {max_stacked_rank(self.geometry)} there"
             raise ImageError(f"{error}; {bound}; train or convert the adapter to a lower rank") from error
         self._check_added(last_row_id)
+        if self.max_rank:
+            self._check_columns(pairs)
         if len(pairs) < len(sizes):
             layout(self.geometry, sizes)
         if self.max_image_pages and any(each.kind == ROWS for each in sizes):
             self._check_pages(sizes)
+
+    def _check_columns(self, pairs: PartSizes) -> None:
+        most = self.geometry.tile_bytes // (KERNEL_COLUMNS * ITEM_BYTES[self.geometry.dtype])
+        stacked: Counter[tuple[int, str]] = Counter()
+        for layer, projection, _, rank in pairs:
+            stacked[layer, self.geometry.projection(layer, projection).op] += rank
+        for (layer, op), rank in stacked.items():
+            if rank > most:
+                raise ImageError(
+                    f"layer {layer} {op}: stacked rank {rank} exceeds the {most} that the kernels of {self.name} take in "
+                    f"{self.geometry.dtype}; train or convert the adapter to a lower rank, or start the engine with --backend torch"
+                )
 
     def _check_added(self, last_row_id: int) -> None:
         if last_row_id < 0 or self.geometry.outside is None:
@@ -98,7 +115,8 @@ class RankLimits:
 
 def max_stacked_rank(geometry: Geometry) -> int:
     """Return the largest rank whose tiles fit: of a projection, of q, k and v together, of gate and up together."""
-    return geometry.tile_bytes // (TILE_STEPS[-1] * ITEM_BYTES[geometry.dtype])
+    item_bytes = ITEM_BYTES[geometry.dtype]
+    return geometry.tile_bytes // (least_columns(item_bytes) * item_bytes)
 
 
 def check_servable(sizes: PartSizes, base: BaseModelInfo, engines: Sequence[RankLimits], last_row_id: int = -1) -> None:

@@ -72,6 +72,7 @@ class EngineRecord:
         constrains: Whether it knows constraints on outputs: structured output and sequences that are never drawn. Engines
             of earlier versions pass over what they do not know.
         sums_adapters: Whether it adds up several adapters of one request: others would compute the first of them alone.
+        numerics: What loading did to the base model's numbers (`numerics.Numerics`); empty of earlier versions.
     """
 
     engine_id: str
@@ -88,6 +89,7 @@ class EngineRecord:
     is_draining: bool = False
     constrains: bool = False
     sums_adapters: bool = False
+    numerics: str = ""
     version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from loraplex_common.architectures.text_part import is_multimodal, text_names
 from loraplex_common.config_values import BaseModelError
 from loraplex_common.stored_forms.registry import quantisation_of
 
@@ -29,19 +30,36 @@ _LFS_POINTER: Final = b"version "
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The tensors of a model directory.
+    """The tensors of a model directory; of a multimodal model, those of its text part, by the names that it would have alone.
 
     Attributes:
         files: Tensor name -> the file that the engine reads it from.
         shapes: Tensor name -> shape.
+        stored: Tensor name -> its name in the file, where that is another.
+        others: Tensors of a multimodal model's other parts, which are not read -> their files.
     """
 
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Path] = field(default_factory=dict)
+
+    def stored_name(self, name: str) -> str:
+        """Return a tensor's name in its file."""
+        return self.stored.get(name, name)
+
+    def stored_module(self, module: str) -> str:
+        """Return the name that a module has in the files, by any of its tensors; its own if it has none."""
+        tensor = next((name for name in self.stored if name.startswith(f"{module}.")), None)
+        return module if tensor is None else self.stored[tensor].removesuffix(tensor.removeprefix(module))
+
+    def all_files(self) -> dict[str, Path]:
+        """Return the file of each tensor, those of other parts included, by the names in the files."""
+        return {self.stored_name(name): file for name, file in self.files.items()} | dict(self.others)
 
     def shards(self) -> tuple[Path, ...]:
         """Return the files, each once."""
-        return tuple(sorted(set(self.files.values())))
+        return tuple(sorted({*self.files.values(), *self.others.values()}))
 
 
 def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -107,7 +125,21 @@ def find_weights(directory: Path) -> Weights:
                 files[name], shapes[name] = path, shape
     if absent := sorted(set(weight_map) - set(files)):
         raise BaseModelError(f"{directory / INDEX_FILE}: {absent[0]} is not in {weight_map[absent[0]]}")
-    return Weights(files, shapes)
+    return _of_text(directory, files, shapes) if is_multimodal(directory) else Weights(files, shapes)
+
+
+def _of_text(directory: Path, files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    try:
+        names = text_names(files)
+    except BaseModelError as error:
+        raise BaseModelError(f"{directory}: {error}") from error
+    own = {name: stored for stored, name in names.items() if name is not None}
+    return Weights(
+        files={name: files[stored] for name, stored in own.items()},
+        shapes={name: shapes[stored] for name, stored in own.items()},
+        stored={name: stored for name, stored in own.items() if name != stored},
+        others={stored: files[stored] for stored, name in names.items() if name is None},
+    )
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -13,28 +13,26 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, BaseModelInfo, load_base_model, state_of_files
 from loraplex_common.end_of_text import read_eos_token_ids
-from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import CUDA_MAX_RANK
-from loraplex_common.stored_forms.registry import quantisation_of
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
+from loraplex_engine.model.numerics import numerics_of
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
+from loraplex_engine.weight_choice import WeightChoice
 
 if TYPE_CHECKING:
-    from loraplex_common.stored_forms.quantisation import Quantisation
     from loraplex_common.weight_digests import FileState
 
     from loraplex_engine.loop.engine import RunnerFactory
     from loraplex_engine.model_runner import ModelRunner
-
-_log = get_logger()
 
 STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""
@@ -68,8 +66,11 @@ def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileStat
     Raises:
         BaseModelError: If the directory is no model we can serve.
     """
-    files = state_of_files(config.model)
-    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
+    files = state_of_files(config.model, text_only=config.text_only)
+    info = load_base_model(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
+    return info, files
 
 
 def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineLimits:
@@ -78,7 +79,8 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     Raises:
         ConfigError: If a size does not work out; the message names the flag.
     """
-    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
+    kv_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), kv_dtype=kv_dtype)
     num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
@@ -92,11 +94,15 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
+    model = model_config(info.config)
+    weights = weight_choice(config, info, device).numerics
+    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
         num_arena_slots=num_arena_slots,
         max_added_tokens=config.max_added_tokens,
+        numerics=str(numerics),
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -164,6 +170,16 @@ def resolve_backend(config: EngineConfig, device: torch.device) -> str:
     return "cuda"
 
 
+def weight_choice(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> WeightChoice:
+    """Return what the weights become.
+
+    Raises:
+        ConfigError: If ``--quantization`` asks for what the backend cannot compute.
+    """
+    is_cuda = resolve_backend(config, device) == "cuda"
+    return WeightChoice(config, info, device, dtype=resolve_dtype(config, device), is_cuda=is_cuda)
+
+
 def max_rank(config: EngineConfig, device: torch.device) -> int:
     """Return the largest rank of one projection that the backend's kernels take; 0 if only the tiles limit it."""
     return CUDA_MAX_RANK if resolve_backend(config, device) == "cuda" else 0
@@ -183,18 +199,20 @@ def runner_factory(
 
     Raises:
         BaseModelError: If the backend does not compute the model's decoder: before its weights are read.
+        ConfigError: If ``--quantization`` asks for what the backend cannot compute.
     """
     is_cuda = resolve_backend(config, device) == "cuda"
     if is_cuda:
         _check_cuda_decoder(info)
 
+    choice = weight_choice(config, info, device)
+
     def make(limits: EngineLimits) -> ModelRunner:
-        runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device))
-        weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device)
-        if weights.quantisation is not None:
-            _tell_unpacked(weights.quantisation, limits.pool.dtype)
+        runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device), weight_form=choice.form)
+        weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device, form=choice.form)
+        choice.tell()
         runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
-        if state_of_files(config.model) != files:
+        if state_of_files(config.model, text_only=config.text_only) != files:
             runner.close()
             raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
         return runner
@@ -218,22 +236,15 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
     return CudaRunner(config, weights)
 
 
-def _tell_unpacked(quantisation: Quantisation, dtype: str) -> None:
-    """Say once what becomes of quantised weights."""
-    activations = "; activations are not quantised" if quantisation.quantises_activations else ""
-    _log.info(
-        f"quantised weights are unpacked to {dtype}, and take the memory of whole ones{activations}",
-        quant_method=quantisation.method,
-    )
-
-
 def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
-    """Return the bytes of the weights once they are loaded, as those of their files or, of quantised ones, unpacked."""
-    if quantisation_of(config.model) is None:
-        return sum(file.stat().st_size for file in find_weights(config.model).shards())
-    projections = [each for layer in (*info.layers, info.outside) for each in layer]
-    items = sum(each.in_features * each.out_features for each in projections)
-    return items * DTYPES[resolve_dtype(config, device)].itemsize
+    """Return the bytes of the weights once they are loaded: as their files have them, unpacked, or quantised.
+
+    Files that have other parts of a multimodal model, too, say nothing of them.
+    """
+    choice, stored = weight_choice(config, info, device), find_weights(config.model)
+    if choice.form is WeightForm.WHOLE and choice.quantisation is None and not stored.others:
+        return sum(file.stat().st_size for file in stored.shards())
+    return choice.num_bytes
 
 
 def _default_pool_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:

@@ -29,8 +29,10 @@ from loraplex_engine.limits import (
 )
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
+KvCacheDtypeName = Literal["auto", "fp8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
+QuantizationName = Literal["auto", "fp8", "none"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
 
 
@@ -46,11 +48,12 @@ class EngineConfig(ServiceSettings):
     (`build`).
     """
 
-    model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
+    model: Path = setting(help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub", metavar="DIR")
     served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
     model_alias: tuple[str, ...] = setting(
         (), help="further name under which adapters may name the base, e.g. its hub id"
     )
+    text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str | None = valkey_url(
         None, help="Valkey or Redis to register in (default: none, gateways must know the address)"
     )
@@ -90,6 +93,15 @@ class EngineConfig(ServiceSettings):
         MAX_ADDED_TOKENS, help="most tokens that an adapter may add behind the base model's vocabulary; 0 for none"
     )
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
+    quantization: QuantizationName = setting(
+        "auto",
+        help="auto keeps an FP8 checkpoint in FP8 where the GPU multiplies it, fp8 quantises any checkpoint on load, none "
+        "unpacks (docs/stored-forms.md)",
+    )
+    kv_cache_dtype: KvCacheDtypeName = setting(
+        "auto",
+        help="type of keys and values; auto is the compute type, fp8 is e4m3 with a scale for each token and head",
+    )
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
     num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
@@ -166,6 +178,12 @@ class EngineConfig(ServiceSettings):
         self._check_callers()
         self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
+        for name, kinds in (
+            ("quantization", get_args(QuantizationName)),
+            ("kv_cache_dtype", get_args(KvCacheDtypeName)),
+        ):
+            value = getattr(self, name)
+            _require(value in kinds, f"--{name.replace('_', '-')} {value!r} is not one of {kinds}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
         _require(
             self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"

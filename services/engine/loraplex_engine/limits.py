@@ -81,6 +81,7 @@ class EngineLimits:
         num_arena_slots: Pages of host memory for adapter images.
         max_resident_adapters: Size of the runner's adapter table; 0 serves the base model alone.
         max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
+        numerics: What loading does to the base's numbers, as `loraplex_common.numerics` writes it.
         max_model_len: Longest sequence, prompt and output together, in tokens.
         max_num_seqs: Most sequences of one step.
         max_num_batched_tokens: Most tokens of one step.
@@ -97,6 +98,7 @@ class EngineLimits:
     num_arena_slots: int = 0
     max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
     max_added_tokens: int = MAX_ADDED_TOKENS
+    numerics: str = ""
     max_model_len: int
     max_num_seqs: int = CPU_STEP[0]
     max_num_batched_tokens: int = CPU_STEP[1]

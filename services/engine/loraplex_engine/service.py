@@ -290,6 +290,7 @@ class EngineService:
             max_image_pages=limits.max_image_pages,
             constrains=True,
             sums_adapters=True,
+            numerics=limits.numerics,
         )
 
 

@@ -21,7 +21,7 @@ from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
-from loraplex_gateway.engines.pool import EnginePool
+from loraplex_gateway.engines.pool import EnginePool, LinkOptions
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
@@ -215,18 +215,23 @@ class GatewayApp:
     def _load_models(self) -> ModelCatalog:
         config = self.config
         aliases = tuple(config.model_alias)
-        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
+        models = load_served_models(
+            config.model, self.workers, name=config.served_model_name, aliases=aliases, text_only=config.text_only
+        )
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:
         config = self.config
         return EnginePool(
             self.catalog,
-            gateway_id=self.gateway_id,
-            max_buffered_tokens=config.max_buffered_tokens,
-            silence_s=config.engine_silence_s,
+            LinkOptions(
+                gateway_id=self.gateway_id,
+                max_buffered_tokens=config.max_buffered_tokens,
+                silence_s=config.engine_silence_s,
+                dial=self._dial,
+            ),
             failover_wait_s=config.failover_wait_s,
-            dial=self._dial,
+            allows_mixed_numerics=config.allow_mixed_numerics,
         )
 
     def _make_metrics(self) -> GatewayMetrics:

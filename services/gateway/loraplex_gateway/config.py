@@ -24,6 +24,7 @@ class GatewayConfig(ServiceSettings):
         model: Base models in Hugging Face layout; tokenizer and chat template are read from there.
         served_model_name: Name of the first model; its directory's name if None.
         model_alias: Other names of the first model, e.g. its hub id.
+        text_only: Serve the text part of a multimodal model; without it, one is refused.
         redis_url: Valkey or Redis with the engine registry and the request claims.
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
@@ -53,9 +54,12 @@ class GatewayConfig(ServiceSettings):
         drain_grace_s: How long running streams may go on once the gateway drains.
     """
 
-    model: tuple[Path, ...] = setting(help="base model in Hugging Face layout (repeat for several)", metavar="DIR")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub (repeat for several)", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first model (default: its directory's name)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
+    text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
     store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
     engine_tls_name: str | None = setting(
@@ -93,6 +97,10 @@ class GatewayConfig(ServiceSettings):
         3600.0, help="how long after its start a broken stream may be resumed, 0 for never"
     )
     engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
+    allow_mixed_numerics: bool = setting(
+        False,
+        help="send requests of a base model to engines whose numerics differ (--dtype, quantisation ...), and go on there",
+    )
     failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")

@@ -209,6 +209,7 @@ class Started:
 
     Attributes:
         adapter_revisions: Revisions of `GenerationRequest.adapters`.
+        numerics: What loading did to the base model's numbers there.
         prompt_token_ids: The prompt's tokens.
         prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
         prompt_text: If it was asked for.
@@ -222,6 +223,7 @@ class Started:
     engine_id: str
     adapter_revision: str
     adapter_revisions: tuple[str, ...] = ()
+    numerics: str = ""
     seed: int
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()

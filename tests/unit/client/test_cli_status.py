@@ -54,6 +54,22 @@ def test_status_shows_each_revision_with_its_own_labels_and_residency(loraplex: 
     ] in rows
 
 
+def test_status_shows_numerics_and_says_why_an_engine_gets_no_new_requests(
+    loraplex: Runner, fleet: FleetDouble
+) -> None:
+    info = engine_pb2.GetEngineInfoResponse(engine_id="engine-2", backend="cuda", numerics="bf16+kv:fp8")
+    fleet.engines.append(
+        fleet_pb2.EngineState(engine_id="engine-2", target="two:8520", info=info, passed_over="its numerics are others")
+    )
+
+    result = loraplex("status")
+
+    assert result.code == 0
+    assert "cuda bf16+kv:fp8" in result.out
+    assert "engine engine-2 gets no new requests: its numerics are others" in result.err
+    assert "--allow-mixed-numerics" in result.err
+
+
 def test_status_needs_to_reach_the_gateway_alone(loraplex: Runner) -> None:
     # Outside a compose stack no machine knows a host `engine`.
     result = loraplex("status")

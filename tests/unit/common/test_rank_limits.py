@@ -40,7 +40,7 @@ def ranks(**of_projection: int) -> PartSizes:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "page_bytes", "most"), [("float32", MIB, 1024), ("bfloat16", MIB, 2048), ("float32", 16384, 512)]
+    ("dtype", "page_bytes", "most"), [("float32", MIB, 2048), ("bfloat16", MIB, 2048), ("float32", 16384, 1024)]
 )
 def test_q_k_and_v_share_the_largest_rank_that_a_tile_holds(
     base: BaseModelInfo, dtype: str, page_bytes: int, most: int
@@ -50,7 +50,7 @@ def test_q_k_and_v_share_the_largest_rank_that_a_tile_holds(
 
     limits.check(ranks(q_proj=most - 8, k_proj=4, v_proj=4))
     with pytest.raises(
-        ImageError, match=rf"layer 1 qkv: stacked rank {most + 1}: 8 x .* engine e1 takes at most rank {most}"
+        ImageError, match=rf"layer 1 qkv: stacked rank {most + 1}: [48] x .* engine e1 takes at most rank {most}"
     ):
         limits.check(ranks(q_proj=most - 8, k_proj=4, v_proj=5))
     with pytest.raises(ImageError, match=f"layer 1 o: stacked rank {most + 1}"):
@@ -63,6 +63,17 @@ def test_kernels_bound_each_projection(base: BaseModelInfo) -> None:
     limits.check(ranks(q_proj=512, k_proj=512, v_proj=512))
     with pytest.raises(ImageError, match="layer 1 v_proj: rank 513 exceeds the 512 that the kernels of engine e1 take"):
         limits.check(ranks(q_proj=8, v_proj=513))
+
+
+def test_the_kernels_read_eight_columns_at_once_of_q_k_and_v_together_in_fp32_too(base: BaseModelInfo) -> None:
+    three = ranks(q_proj=512, k_proj=512, v_proj=512)
+
+    engine(base, "float32").check(three)
+    engine(base, "float32", max_rank=CUDA_MAX_RANK).check(ranks(q_proj=512, k_proj=512))
+    with pytest.raises(
+        ImageError, match="layer 1 qkv: stacked rank 1536 exceeds the 1024 that the kernels of engine e1"
+    ):
+        engine(base, "float32", max_rank=CUDA_MAX_RANK).check(three)
 
 
 def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo) -> None:

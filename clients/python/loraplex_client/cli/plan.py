@@ -34,6 +34,7 @@ class FleetOptions:
     """What serves."""
 
     model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b"
+    text_only: Annotated[bool, typer.Option("--text-only", help="Size the text part of a multimodal model.")] = False
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100"
     ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16"
     targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all"
@@ -88,6 +89,7 @@ def plan(
 
 def _question(adapters: int, fleet: FleetOptions, slo_ttft: float, search: SearchOptions) -> dict[str, Any]:
     return _model_of(fleet.model) | {
+        "text_only": fleet.text_only,
         "gpu": fleet.gpu,
         "num_adapters": adapters,
         "ranks": read_ranks(fleet.ranks),

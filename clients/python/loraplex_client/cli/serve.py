@@ -59,7 +59,7 @@ def serve(
     check_directories(None if base.hub_name else base.model, import_root or [])
     adapters = demo_adapters(base.demo_dir) if base.demo else {}
     model = fetched(base)
-    check_base(model, log_level)
+    check_base(model, log_level, text_only=base.text_only)
     config = ServeConfig(
         model=model.resolve(),
         data_dir=(data_dir or default_data_dir()).resolve(),

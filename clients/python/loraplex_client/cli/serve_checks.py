@@ -12,7 +12,7 @@ from loraplex_client.cli.serve_options import BaseOptions
 from loraplex_client.serve import ServeError
 
 
-def check_base(base: Path, log_level: str) -> None:
+def check_base(base: Path, log_level: str, *, text_only: bool) -> None:
     """Refuse a base model that no service would serve before any is started; hash its weights, once for all of them.
 
     Raises:
@@ -23,7 +23,7 @@ def check_base(base: Path, log_level: str) -> None:
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--log-level") from error
     try:
-        load_base_model(base)
+        load_base_model(base, text_only=text_only)
     except BaseModelError as error:
         raise ServeError(str(error)) from error
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import typer
+from loraplex_common.hub_base import hub_base
 
 from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.demo import SMOLLM2_HUB_ID
-from loraplex_client.hub_base import hub_base
 from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
 from loraplex_client.serve.ports import Ports
 
@@ -48,6 +48,9 @@ class BaseOptions:
     model_alias: Annotated[
         list[str] | None, typer.Option(help="Further name under which adapters may name the base; may be given again.")
     ] = None
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Serve the text part of a multimodal base model, without images.")
+    ] = False
 
     def check(self) -> None:
         """Refuse two base models, and none."""
@@ -61,9 +64,10 @@ class BaseOptions:
         return parts["repo"] if parts else None
 
     def flags(self) -> tuple[str, ...]:
-        """Return the names of the base model, for all services."""
+        """Return the names of the base model, and what is served of it, for all services."""
         aliases = [*(self.model_alias or ()), *([SMOLLM2_HUB_ID] if self.demo else ())]
-        return flags({"--served-model-name": self.served_model_name or self.hub_name}, ("--model-alias", aliases))
+        names = flags({"--served-model-name": self.served_model_name or self.hub_name}, ("--model-alias", aliases))
+        return (*names, *(("--text-only",) if self.text_only else ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,6 +60,13 @@ def status(
     else:
         engines = _ask_gateway(servers, problems)
     stdout.print(_engine_table(engines))
+    for engine in engines:
+        if engine.passed_over:
+            stderr.print(
+                f"note: engine {engine.engine_id[:12]} gets no new requests: {engine.passed_over}; start all engines of a base "
+                "model alike, or the gateways with --allow-mixed-numerics",
+                soft_wrap=True,
+            )
     with connect(context, target, store_target) as client:
         try:
             models = client.list_models()
@@ -136,7 +143,7 @@ def _engine_table(engines: list[EngineStatus]) -> Table:
             engine.engine_id[:12] + (" (draining)" if engine.is_draining else ""),
             engine.target,
             engine.base_model,
-            f"{engine.backend} {engine.dtype}",
+            f"{engine.backend} {engine.numerics or engine.dtype}",
             str(engine.running),
             str(engine.waiting),
             f"{engine.tokens_per_s:.1f}",

@@ -291,10 +291,13 @@ class SessionResponse(_message.Message):
         ENGINE_ID_FIELD_NUMBER: _builtins.int
         BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
         MAX_SILENCE_FIELD_NUMBER: _builtins.int
+        NUMERICS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """The engine."""
         base_fingerprint: _builtins.str
         """Fingerprint of its base model."""
+        numerics: _builtins.str
+        """As GetEngineInfoResponse.numerics."""
         @_builtins.property
         def max_silence(self) -> _duration_pb2.Duration:
             """A message is sent at least this often, so that a peer knows from when on silence is a fault. Unset: not promised."""
@@ -305,10 +308,11 @@ class SessionResponse(_message.Message):
             engine_id: _builtins.str = ...,
             base_fingerprint: _builtins.str = ...,
             max_silence: _duration_pb2.Duration | None = ...,
+            numerics: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["max_silence", b"max_silence"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "engine_id", b"engine_id", "max_silence", b"max_silence"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "engine_id", b"engine_id", "max_silence", b"max_silence", "numerics", b"numerics"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -645,6 +649,7 @@ class GetEngineInfoResponse(_message.Message):
     API_REVISIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Unique among all engines that ever ran."""
     num_pages: _builtins.int
@@ -661,6 +666,11 @@ class GetEngineInfoResponse(_message.Message):
     """Version of the software."""
     max_added_tokens: _builtins.int
     """Tokens that an adapter may add behind the base model's vocabulary; their ids begin at its size."""
+    numerics: _builtins.str
+    """What loading did to the base model's numbers: the type computed in, then, behind `+`, what is not the plain case, e.g.
+    `bf16+unpacked:awq` or `bf16+fp8-w8a8-dynamic+kv:fp8`. Engines of one fingerprint give equal answers only if this is
+    equal, too. Empty: an earlier version, which does not say.
+    """
     @_builtins.property
     def base_model(self) -> _adapter_pb2.BaseModel:
         """The base model."""
@@ -692,10 +702,11 @@ class GetEngineInfoResponse(_message.Message):
         api_revisions: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         max_added_tokens: _builtins.int = ...,
+        numerics: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_revisions", b"api_revisions", "backend", b"backend", "base_model", b"base_model", "block_tokens", b"block_tokens", "engine_id", b"engine_id", "geometry", b"geometry", "max_added_tokens", b"max_added_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_pages", b"num_pages", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_revisions", b"api_revisions", "backend", b"backend", "base_model", b"base_model", "block_tokens", b"block_tokens", "engine_id", b"engine_id", "geometry", b"geometry", "max_added_tokens", b"max_added_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_pages", b"num_pages", "numerics", b"numerics", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

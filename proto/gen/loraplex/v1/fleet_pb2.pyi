@@ -73,10 +73,13 @@ class EngineState(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Unique among all engines that ever ran."""
     target: _builtins.str
     """Where the gateway reaches it, `host:port`."""
+    passed_over: _builtins.str
+    """Why the gateway sends it no new requests although it takes some; empty if the gateway does."""
     @_builtins.property
     def info(self) -> _engine_pb2.GetEngineInfoResponse:
         """What it is."""
@@ -102,10 +105,11 @@ class EngineState(_message.Message):
         load: _engine_pb2.LoadReport | None = ...,
         adapters: _abc.Iterable[_engine_pb2.ResidentAdapter] | None = ...,
         error: _status_pb2.Status | None = ...,
+        passed_over: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "engine_id", b"engine_id", "error", b"error", "info", b"info", "load", b"load", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "engine_id", b"engine_id", "error", b"error", "info", b"info", "load", b"load", "passed_over", b"passed_over", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -976,6 +976,7 @@ class Started(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADAPTER_REVISIONS_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt, special tokens included."""
     cached_tokens: _builtins.int
@@ -988,6 +989,10 @@ class Started(_message.Message):
     """For Resume; empty if the stream cannot be resumed: chunks carry no token ids, or this gateway does not serve it."""
     seed: _builtins.int
     """Seed in use."""
+    numerics: _builtins.str
+    """As GetEngineInfoResponse.numerics, of the engine. A stream goes on only where they are equal, unless the operator allows
+    more (`--allow-mixed-numerics`).
+    """
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
         """Probabilities of the prompt's tokens after the first, if asked for; not sent again when a stream is resumed."""
@@ -1007,10 +1012,11 @@ class Started(_message.Message):
         seed: _builtins.int = ...,
         prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
         adapter_revisions: _abc.Iterable[_builtins.str] | None = ...,
+        numerics: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "adapter_revisions", b"adapter_revisions", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "adapter_revisions", b"adapter_revisions", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "numerics", b"numerics", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,7 +33,7 @@ from loraplex_adapter_store.attach.urgency import UrgencyGate
 from loraplex_adapter_store.images import Fit, Image, ImageCache, ImageKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from concurrent.futures import Executor
 
     from loraplex_adapter_store.metrics import StoreMetrics
@@ -50,10 +50,19 @@ class EngineSession:
 
     Args:
         executor: Runs the copies into shared memory.
+        on_residency: Called after each change of what the engine holds.
     """
 
-    def __init__(self, hello: Hello, images: ImageCache, metrics: StoreMetrics, executor: Executor) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        images: ImageCache,
+        metrics: StoreMetrics,
+        executor: Executor,
+        on_residency: Callable[[], None],
+    ) -> None:
         self.hello = hello
+        self._on_residency = on_residency
         self._images = images
         self._metrics = metrics
         self._fit = Fit(hello.base_fingerprint, hello.max_image_pages)
@@ -179,6 +188,7 @@ class EngineSession:
             transfer.report(event.held.place, event.failure)
         self._outbox.acknowledge(Ack(self._sequence, len(self._held)))
         self.changed.set()
+        self._on_residency()
 
     def _start(self, digest: str, *, is_wanted: bool) -> Transfer | None:
         if len(self._transfers) >= MAX_TRANSFERS:

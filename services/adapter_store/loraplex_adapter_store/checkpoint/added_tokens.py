@@ -72,7 +72,7 @@ def check_rows(tokens: Sequence[AddedToken], modules: Iterable[Module], base: Ba
     if not beyond:
         return
     rows = {module.projection: part.tensors[0] for module in modules if (part := module.of_kind(ROWS)) is not None}
-    needed = [each for each in base.outside if each.op == EMBED_OP or not base.config.get("tie_word_embeddings")]
+    needed = [each for each in base.outside if each.op == EMBED_OP or not base.tied_embeddings]
     for name in [each.name for each in needed] or ["embed_tokens"]:
         known = {int(each) for each in rows[name].values()} if name in rows else set()
         if (missing := min(beyond.keys() - known, default=None)) is not None:

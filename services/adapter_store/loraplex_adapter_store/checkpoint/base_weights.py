@@ -68,7 +68,7 @@ class BaseWeights:
             ValueError: If its file is damaged; so with `KeyError` and `BaseModelError`, also where no directory is known.
         """
         weights = self._weights
-        return _stored(weights.files[name], name) if name in weights.files else None
+        return _stored(weights.files[name], weights.stored_name(name)) if name in weights.files else None
 
     @cached_property
     def _weights(self) -> Weights:

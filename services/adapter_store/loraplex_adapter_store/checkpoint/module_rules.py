@@ -22,12 +22,15 @@ class ModuleRules:
 
     Args:
         matcher: Matches the patterns.
+        prefix: What the names that patterns mean begin with in the place of ``model.``; see `Normalised`.
 
     Raises:
         AdapterIncompatibleError: If matching takes too long or too much memory; the message names the setting.
     """
 
-    def __init__(self, config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher) -> None:
+    def __init__(
+        self, config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher, prefix: str = "model."
+    ) -> None:
         self._config = config
         self._base = base
         self._modules = [
@@ -35,10 +38,10 @@ class ModuleRules:
             for layer, offered in enumerate(base.layers)
             for each in offered
         ]
-        outside = (each.path for each in base.outside)
-        questions = _questions(config, (*outside, *(name for _, _, name in self._modules)))
+        keys = (*(each.path for each in base.outside), *(name for _, _, name in self._modules))
+        questions = _questions(config, tuple(_trained_name(key, prefix) for key in keys))
         self._answers: dict[str, dict[str, Answer]] = {
-            question.setting: dict(zip(question.keys, found, strict=True))
+            question.setting: dict(zip(keys, found, strict=True))
             for question, found in zip(questions, matcher.ask(questions), strict=True)
         }
         self._targets = _listed(config.target_modules)
@@ -112,6 +115,13 @@ class ModuleRules:
     def _answer(self, setting: str, key: str) -> int | None:
         answers = self._answers.get(setting)
         return None if answers is None else resolved(answers[key], setting)
+
+
+def _trained_name(key: str, prefix: str) -> str:
+    """Return a module's name in the model that the adapter was trained on."""
+    if key.startswith("model."):
+        return prefix + key.removeprefix("model.")
+    return f"language_model.{key}" if prefix == "language_model.model." else key
 
 
 def _listed(names: str | tuple[str, ...]) -> frozenset[str]:

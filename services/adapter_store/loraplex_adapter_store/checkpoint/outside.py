@@ -40,7 +40,7 @@ def read_outside_modules(
     offered = {each.name for each in base.outside}
     if strange := sorted({*config.outside.saved, *config.outside.tokens} - offered):
         raise AdapterIncompatibleError(f"{CONFIG_FILE}: {base.name} has no {strange[0]} that adapters may replace")
-    is_tied = bool(base.config.get("tie_word_embeddings"))
+    is_tied = base.tied_embeddings
     is_list = not isinstance(config.target_modules, str)
     plans = planned(config.outside, targets, is_list=is_list, is_tied=is_tied)
     rows = BaseRows(weights, [each.path for each in base.outside], is_tied=is_tied)

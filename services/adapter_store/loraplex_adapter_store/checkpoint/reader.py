@@ -97,7 +97,7 @@ def read_checkpoint(
     config = parse_peft_config(written.config)
     inside, outside = split_outside(written.tensors, base)
     found, shared = _group_tensors(inside, base, config)
-    rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
+    rules = ModuleRules(config, base, PatternMatcher(confinement=confinement), written.prefix)
     sites = _sites(found, config, rules, base)
     _check_shared(shared, config, [each for layer, each in sites if names.VERA_D in found[layer, each.name]])
     base_weights = BaseWeights(base_dir)

@@ -47,6 +47,11 @@ def adapter(name: str) -> str:
     return f"{_PREFIX}adapter:{name}"
 
 
+def moves(name: str) -> str:
+    """List of the moves of a name's labels as JSON, newest first; kept when the name is deleted."""
+    return f"{_PREFIX}moves:{name}"
+
+
 def revision(digest: str) -> str:
     """String: the `Revision` as JSON. Exists only while the catalog may refer to it."""
     return f"{_PREFIX}revision:{digest}"

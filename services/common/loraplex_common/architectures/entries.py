@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from loraplex_common.config_values import ConfigValues
 
@@ -22,6 +22,8 @@ ROPE_NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
 """Served RoPE types, and the numbers that each cannot do without."""
 ROPE_OPTIONS: Final = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 """Numbers of yarn that may be absent or null."""
+ROPE_MSCALES: Final = ("mscale", "mscale_all_dim")
+"""Those of them of which 0 means that they are absent."""
 DEFAULT_ROPE_THETA: Final = 10000.0
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -93,6 +95,24 @@ def windows_by_layer(values: ConfigValues, num_layers: int) -> Windows:
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
+def windows_of_types(values: ConfigValues, num_layers: int, default: Callable[[int], str]) -> Windows:
+    """Return the windows that ``layer_types`` gives each layer.
+
+    Args:
+        values: Entries of config.json.
+        num_layers: Decoder layers.
+        default: Returns the type of a layer, by its number, for an absent ``layer_types``.
+
+    Raises:
+        BaseModelError: If ``layer_types`` does not say one or the other of each layer, or there is no window.
+    """
+    layer_types = values.texts("layer_types") or [default(layer) for layer in range(num_layers)]
+    if set(layer_types) - {SLIDING, FULL} or len(layer_types) != num_layers:
+        raise values.wrong("layer_types", f"expected {num_layers} of {SLIDING} and {FULL}")
+    window = values.integer("sliding_window", 4096)
+    return tuple(window if kind == SLIDING else None for kind in layer_types)
+
+
 def rope_parameters(
     values: ConfigValues,
     max_positions: int,
@@ -116,27 +136,43 @@ def rope_parameters(
     Raises:
         BaseModelError: If the type is not served, or lacks a number.
     """
-    rope = rope_section(values)
-    rope.without_effect("type", *ROPE_OPTIONS, *(key for needs in kinds.values() for key in needs))
     values.without_effect("rope_theta", "rope_scaling")
-    kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
-    if kind not in kinds:
-        raise values.problem(f"RoPE type {kind!r} is not one of {', '.join(kinds)}")
-    if nested := rope.nested():
-        raise values.problem(f"RoPE parameters per layer type ({', '.join(nested)}) are not served")
+    rope = rope_section(values)
     for owner in () if is_partial else (rope, values):
         if owner.has("partial_rotary_factor") and owner.number("partial_rotary_factor") != 1.0:
             raise owner.unserved("partial_rotary_factor", "only 1.0 is")
     theta = rope if rope.has("rope_theta") else values
+    return read_rope(rope, theta.number("rope_theta", default_theta, above=1.0), max_positions, kinds)
+
+
+def read_rope(
+    rope: ConfigValues, theta: float, max_positions: int, kinds: Mapping[str, tuple[str, ...]] = ROPE_NEEDS
+) -> dict[str, Any]:
+    """Return RoPE parameters from one object of config.json; see `rope_parameters`.
+
+    Args:
+        rope: Its entries.
+        theta: The wavelengths' base.
+        max_positions: What an absent trained length means.
+        kinds: As there.
+    """
+    rope.without_effect("type", *ROPE_OPTIONS, *(key for needs in kinds.values() for key in needs))
+    kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
+    if kind not in kinds:
+        raise rope.problem(f"RoPE type {kind!r} is not one of {', '.join(kinds)}")
+    if nested := rope.nested():
+        raise rope.problem(f"RoPE parameters per layer type ({', '.join(nested)}) are not served")
     length = "original_max_position_embeddings"
     read: dict[str, Any] = {
         "rope_type": kind,
-        "rope_theta": theta.number("rope_theta", default_theta, above=1.0),
+        "rope_theta": theta,
         length: rope.integer(length) if rope.has(length) else max_positions,
         "truncate": rope.flag("truncate", default=True),
     }
     read |= {key: rope.number(key) for key in kinds[kind]}
-    read |= {key: rope.number(key) for key in ROPE_OPTIONS if kind == "yarn" and rope.has(key)}
+    for key in ROPE_OPTIONS if kind == "yarn" else ():
+        if rope.has(key) and not (key in ROPE_MSCALES and rope.raw(key) == 0):
+            read[key] = rope.number(key)
     if kind == "llama3" and read["high_freq_factor"] <= read["low_freq_factor"]:
         raise rope.wrong("high_freq_factor", "expected more than low_freq_factor")
     return read

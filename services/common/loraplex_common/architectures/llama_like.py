@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from loraplex_common.config_values import ConfigValues
     from loraplex_common.projections import LayerProjections
 
-ACTIVATIONS: Final = ("silu", "swish")
+SILU: Final = ("silu", "swish")
+"""Names of the activation; an absent key means the first."""
 DEFAULT_MAX_POSITIONS: Final = 2048
 
 
@@ -37,6 +38,7 @@ def read_llama_like(
     qk_norm: bool = False,
     rms_norm_eps: float = 1e-6,
     tied_embeddings: bool = False,
+    activation: tuple[str, tuple[str, ...]] = ("hidden_act", SILU),
     rope: Callable[[ConfigValues, int], dict[str, Any]] = rope_parameters,
     windows: Callable[[ConfigValues, int], Windows] = no_windows,
 ) -> ModelConfig:
@@ -50,6 +52,7 @@ def read_llama_like(
         qk_norm: Likewise.
         rms_norm_eps: What an absent ``rms_norm_eps`` means.
         tied_embeddings: What an absent ``tie_word_embeddings`` means.
+        activation: The key of the MLP's activation, and what it may be; an absent one means the first.
         rope: Reads RoPE's parameters from the entries and the longest trained sequence.
         windows: Reads each layer's window from the entries and the number of layers.
 
@@ -57,7 +60,7 @@ def read_llama_like(
         BaseModelError: If it asks for something this decoder does not compute, or an entry is missing, null or of the
             wrong type; the message names it.
     """
-    _check(values)
+    _check(values, *activation)
     num_layers, num_heads = values.integer("num_hidden_layers"), values.integer("num_attention_heads")
     max_positions = values.integer("max_position_embeddings", DEFAULT_MAX_POSITIONS)
     hidden, intermediate = values.integer("hidden_size"), values.integer("intermediate_size")
@@ -86,10 +89,9 @@ def read_llama_like(
     )
 
 
-def _check(values: ConfigValues) -> None:
-    activation = values.text("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise values.problem(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+def _check(values: ConfigValues, activation: str, activations: tuple[str, ...]) -> None:
+    if values.text(activation, activations[0]) not in activations:
+        raise values.unserved(activation, f"only {' and '.join(activations)} {'are' if len(activations) > 1 else 'is'}")
     for flag in ("attention_bias", "mlp_bias"):
         values.flag(flag)  # one that is no flag is refused by architectures that ignore it, too
 

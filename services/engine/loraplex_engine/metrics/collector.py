@@ -56,6 +56,7 @@ class EngineCollector(Collector):
         usage = (load.pages_kv + load.pages_pinned) / load.pages_total
         yield _gauge("vllm:kv_cache_usage_perc", "Share of the pool that cannot be had by eviction, 0 to 1.", usage)
         yield self._cache_config()
+        yield _numerics(self._engine.limits.numerics)
         yield from self._lora(load, held)
         pages = GaugeMetricFamily("loraplex_engine_pool_pages", "Pages of the pool by owner.", labels=["owner"])
         for owner, count in (
@@ -172,6 +173,13 @@ class EngineCollector(Collector):
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value=value)
+
+
+def _numerics(numerics: str) -> GaugeMetricFamily:
+    text = "1, with what loading did to the base model's numbers."
+    family = GaugeMetricFamily("loraplex_engine_numerics_info", text, labels=["numerics"])
+    family.add_metric([numerics], 1)
+    return family
 
 
 def _summary(name: str, text: str, count: int, total: float) -> SummaryMetricFamily:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.model.layers import RmsNorm, new_activation
-from loraplex_engine.model.linear import StoredLinear
-from loraplex_engine.model.rope import rope_table
+from loraplex_engine.model.linear import LinearForms, StoredLinear
+from loraplex_engine.model.rope import query_scale_table, rope_table
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
-    from loraplex_engine.model.linear import Linear, LinearForms
+    from loraplex_engine.model.linear import Linear
     from loraplex_engine.model.weights import WeightSource
 
 LayerT = TypeVar("LayerT")
@@ -52,7 +52,7 @@ class LayerReader:
     def norm(self, name: str, width: int) -> RmsNorm:
         """Return a norm of the layer; the name is one of `WeightNames`."""
         full = self.config.names.in_layer(self.layer, name)
-        return RmsNorm(self._weights.read(full, (width,)), self.config.rms_norm_eps)
+        return read_norm(self.config, self._weights, full, width)
 
 
 class DecoderModel(ABC, Generic[LayerT]):
@@ -71,7 +71,10 @@ class DecoderModel(ABC, Generic[LayerT]):
         embedding: ``[vocab, hidden]``.
         final_norm: The norm before lm_head.
         lm_head: The output projection.
-        rope: RoPE table, fp32 ``[positions, 2, rotary_dim / 2]``: cosines, then sines.
+        rope: RoPE table, fp32 ``[positions, 2, rotary_dim / 2]``: cosines, then sines; the first of ``ropes``.
+        ropes: A table for each of `ModelConfig.ropes`.
+        query_scale: Factor of the queries by position, fp32 ``[positions]``; None if it is always 1.
+        embedding_multiplier: Factor of the embeddings, rounded as the architecture does.
         weight_bytes: Bytes of the linear layers and lm_head: what every step reads, whatever its batch.
     """
 
@@ -88,10 +91,14 @@ class DecoderModel(ABC, Generic[LayerT]):
         self._device = device
         self.embedding, self.lm_head = _read_embeddings(config, weights, forms)
         self._dtype = self.embedding.dtype
+        self.embedding_multiplier = _embedding_multiplier(config, self._dtype)
         readers = [LayerReader(config, weights, forms, layer) for layer in range(config.num_layers)]
         self.layers = [self._read_layer(reader) for reader in readers]
-        self.final_norm = RmsNorm(weights.read(config.names.final_norm, (config.hidden_size,)), config.rms_norm_eps)
-        self.rope = rope_table(config, max_model_len).to(device)
+        self.final_norm = read_norm(config, weights, config.names.final_norm, config.hidden_size)
+        self.ropes = tuple(rope_table(config, max_model_len, index).to(device) for index in range(len(config.ropes)))
+        self.rope = self.ropes[0]
+        query_scale = query_scale_table(config, max_model_len)
+        self.query_scale = None if query_scale is None else query_scale.to(device)
         self.linears = [reader.linears for reader in readers]
         linears = [self.lm_head, *(linear for layer in self.linears for linear in layer.values())]
         self.weight_bytes = sum(linear.weight_bytes for linear in linears)
@@ -102,10 +109,10 @@ class DecoderModel(ABC, Generic[LayerT]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
-        return self.head(hidden)[1]
+        return self.finish_logits(self.head(hidden)[1])
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return lm_head's input, ``[S, hidden]``, and its output, as `logits` does."""
+        """Return lm_head's input, ``[S, hidden]``, and its output in the form of `logits`, which `finish_logits` finishes."""
         rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
         rows.copy_(hidden)
         x = torch.empty_like(rows)
@@ -114,20 +121,39 @@ class DecoderModel(ABC, Generic[LayerT]):
         self.lm_head.into(x, out)
         return x, out
 
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Return the model's logits for outputs of lm_head, ``[S, vocab or more]``, to which adapters have added theirs.
+
+        Args:
+            logits: Overwritten. A logit of -inf behind the vocabulary, which is one of no token, stays what it is.
+        """
+        return logits
+
     def _head_input(self, rows: Tensor, x: Tensor) -> None:
         """Write lm_head's input into ``x``, for hidden states ``rows`` of the same memory order."""
         self.final_norm.into(rows, x)
 
 
+def read_norm(config: ModelConfig, weights: WeightSource, name: str, width: int) -> RmsNorm:
+    """Return a norm by its full name."""
+    return RmsNorm(weights.read(name, (width,)), config.rms_norm_eps, config.traits.norm_offset)
+
+
+def _embedding_multiplier(config: ModelConfig, dtype: torch.dtype) -> float:
+    multiplier = config.traits.embedding_multiplier
+    return torch.tensor(multiplier, dtype=dtype).item() if config.traits.rounds_embedding_multiplier else multiplier
+
+
 def _read_embeddings(config: ModelConfig, weights: WeightSource, forms: LinearForms) -> tuple[Tensor, Linear]:
     """Return embedding and lm_head; a tied pair is one tensor, whichever of the two the files bring.
 
+    Both are in the compute dtype, whatever the other linear layers are.
     Where config.json ties them and the files bring two that differ, the files are right, as in transformers 5.
     """
     shape, embed = (config.vocab_size, config.hidden_size), config.names.embedding
     head = StoredLinear(name=config.names.lm_head, in_features=config.hidden_size, out_features=config.vocab_size)
     if not config.tied_embeddings:
-        return weights.read(embed, shape), weights.linear([head], forms)
+        return weights.read(embed, shape), weights.linear([head], LinearForms(dense=forms.dense))
     if not (weights.has(embed) and weights.has(head.weight)):
         tied = weights.read(head.weight if weights.has(head.weight) else embed, shape)
         return tied, forms.dense(tied, None)

@@ -1,4 +1,4 @@
-"""The decoder of dense families that differ from Llama in `DenseTraits`: multipliers, places of norms, partial RoPE."""
+"""The decoder of dense families that differ from Llama in `DenseTraits`: multipliers, caps, places of norms, several RoPEs."""
 
 from __future__ import annotations
 
@@ -59,3 +59,15 @@ class DenseModel(DecoderModel[DenseLayer]):
         super()._head_input(rows, x)
         if self.config.traits.logits_divisor != 1.0:
             x.div_(self.config.traits.logits_divisor)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Cap the logits."""
+        cap = self.config.traits.logits_softcap
+        if cap is None:
+            return logits
+        added = logits[:, self.config.vocab_size :]
+        is_none = added.isneginf() if added.shape[1] else None
+        logits.div_(cap).tanh_().mul_(cap)
+        if is_none is not None:
+            added.masked_fill_(is_none, float("-inf"))
+        return logits

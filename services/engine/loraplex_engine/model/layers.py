@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loraplex_engine.model.fp8 import Fp8Linear
 from loraplex_engine.model.linear import LinearForms
 
 OUTPUT_BLOCK: Final = 32  # rows of W per small product: measured best of 16 to 576
@@ -99,24 +100,33 @@ class Dense:
             out.add_(self.bias)
 
 
-TORCH_LINEARS = LinearForms(dense=Dense)
+TORCH_LINEARS = LinearForms(dense=Dense, fp8=Fp8Linear)
 
 
 class RmsNorm:
-    """Root-mean-square norm: ``x / rms(x) * weight``, in fp32 inside.
+    """Root-mean-square norm: ``x / rms(x) * (weight + offset)``, in fp32 inside.
+
+    With an offset the result is rounded once, behind the product; without, before it, as in the families that have none.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Attributes:
+        weight: As stored, in the compute dtype.
+        offset: Added to the weight in fp32.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        self.weight, self.offset = weight, offset
         self._eps = eps
         self._ones = torch.ones((weight.shape[0], 1), device=weight.device)
+        self._factor = weight.float() + offset if offset else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
+        if self._factor is not None:
+            return (wide * scale).mul_(self._factor).to(x.dtype)
         return (wide * scale).to(x.dtype).mul_(self.weight)
 
     def into(self, x: Tensor, out: Tensor) -> None:
@@ -125,7 +135,8 @@ class RmsNorm:
         squares = torch.mm(wide.square(), self._ones)  # a product is the fastest sum in either memory order
         scale = squares.mul_(1 / x.shape[1]).add_(self._eps).rsqrt_()
         if x.dtype == out.dtype == torch.float32:
-            torch.mul(wide, scale, out=out)
+            torch.mul(wide, scale, out=out).mul_(self.weight if self._factor is None else self._factor)
+        elif self._factor is not None:
+            out.copy_(wide.mul_(scale).mul_(self._factor))
         else:
-            out.copy_(wide.mul_(scale))
-        out.mul_(self.weight)
+            out.copy_(wide.mul_(scale)).mul_(self.weight)

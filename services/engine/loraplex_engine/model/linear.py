@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from loraplex_common.projections import Projection
 
+    from loraplex_engine.model.fp8 import Fp8Weight
+
 
 class Linear(Protocol):
     """A linear layer ``y = x @ W.T + bias``; a backend has one class for each form of ``W`` that it computes with."""
@@ -61,6 +63,9 @@ class Linear(Protocol):
 MakeDense: TypeAlias = Callable[[Tensor, Tensor | None], Linear]
 """Makes a `Linear` of a weight ``[out_features, in_features]`` and a bias ``[out_features]``, both in the compute dtype."""
 
+MakeFp8: TypeAlias = "Callable[[Fp8Weight, Tensor | None], Linear]"
+"""Makes a `Linear` of a weight in e4m3 and a bias ``[out_features]`` in the compute dtype."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearForms:
@@ -68,9 +73,11 @@ class LinearForms:
 
     Attributes:
         dense: For a weight that is stored whole, in any floating-point type.
+        fp8: For a weight in e4m3; None where none is read.
     """
 
     dense: MakeDense
+    fp8: MakeFp8 | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

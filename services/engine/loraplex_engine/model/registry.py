@@ -11,10 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.decoder_config import (
+    GEMMA_DECODER,
     GLM4_DECODER,
     GRANITE_DECODER,
     LLAMA_DECODER,
+    MINISTRAL3_DECODER,
     OLMO2_DECODER,
+    OLMO3_DECODER,
     PHI3_DECODER,
     SMOLLM3_DECODER,
 )
@@ -37,6 +40,9 @@ DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
     SMOLLM3_DECODER: DenseModel,
     GLM4_DECODER: DenseModel,
     PHI3_DECODER: DenseModel,
+    GEMMA_DECODER: DenseModel,
+    OLMO3_DECODER: DenseModel,
+    MINISTRAL3_DECODER: DenseModel,
 }
 """By `ModelConfig.decoder`."""
 

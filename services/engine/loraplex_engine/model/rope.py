@@ -55,10 +55,19 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
     return mscale(1.0)
 
 
-def _longrope(inv_freq: Tensor, config: ModelConfig, num_positions: int) -> tuple[Tensor, float]:
+def has_long_factors(config: ModelConfig, num_positions: int) -> bool:
+    """Return whether longrope divides by its factors for long sequences, because one of that length is served."""
+    return any(_is_long(rope, num_positions) for rope in config.ropes)
+
+
+def _is_long(rope: dict[str, Any], num_positions: int) -> bool:
+    return rope["rope_type"] == "longrope" and num_positions > int(rope["original_max_position_embeddings"])
+
+
+def _longrope(inv_freq: Tensor, config: ModelConfig, rope: dict[str, Any], num_positions: int) -> tuple[Tensor, float]:
     """Divide by the factors for the longest sequence that is served: those for long ones if training saw none as long."""
-    rope, trained = config.rope, config.rope["original_max_position_embeddings"]
-    factors = torch.tensor(rope["long_factor" if num_positions > trained else "short_factor"])
+    trained = rope["original_max_position_embeddings"]
+    factors = torch.tensor(rope["long_factor" if _is_long(rope, num_positions) else "short_factor"])
     factor = rope.get("factor") or config.max_position_embeddings / trained
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
@@ -66,14 +75,15 @@ def _longrope(inv_freq: Tensor, config: ModelConfig, num_positions: int) -> tupl
     return inv_freq / factors, float(attention_factor)
 
 
-def rope_frequencies(config: ModelConfig, num_positions: int) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig, num_positions: int, index: int = 0) -> tuple[Tensor, float]:
     """Return the inverse frequencies, fp32 ``[rotary_dim / 2]``, and the factor on cosines and sines.
 
     Args:
         config: The decoder.
         num_positions: Longest sequence that is served, in tokens: the length that longrope picks its factors by.
+        index: Which of the decoder's RoPEs: an entry of `ModelConfig.ropes`.
     """
-    rope, dim = config.rope, config.rotary_dim
+    rope, dim = config.ropes[index], config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
     match rope["rope_type"]:
@@ -84,22 +94,30 @@ def rope_frequencies(config: ModelConfig, num_positions: int) -> tuple[Tensor, f
         case "yarn":
             return _yarn_frequencies(inv_freq, rope, dim), _yarn_attention_factor(rope)
         case "longrope":
-            return _longrope(inv_freq, config, num_positions)
+            return _longrope(inv_freq, config, rope, num_positions)
     return inv_freq, 1.0
 
 
-def rope_table(config: ModelConfig, num_positions: int) -> Tensor:
-    """Tabulate RoPE: fp32 ``[num_positions, 2, rotary_dim / 2]``, cosines then sines.
+def rope_table(config: ModelConfig, num_positions: int, index: int = 0) -> Tensor:
+    """Tabulate one of the decoder's RoPEs: fp32 ``[num_positions, 2, rotary_dim / 2]``, cosines then sines.
 
     Raises:
         BaseModelError: If the dynamic rule is asked for positions beyond training, where it would change the
             frequencies of keys that are already in the pool.
     """
-    if config.rope["rope_type"] == "dynamic" and num_positions > config.max_position_embeddings:
+    if config.ropes[index]["rope_type"] == "dynamic" and num_positions > config.max_position_embeddings:
         raise BaseModelError(
             f"dynamic RoPE is served up to max_position_embeddings = {config.max_position_embeddings} tokens, "
             f"not {num_positions}: lower --max-model-len"
         )
-    inv_freq, factor = rope_frequencies(config, num_positions)
+    inv_freq, factor = rope_frequencies(config, num_positions, index)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
     return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
+
+
+def query_scale_table(config: ModelConfig, num_positions: int) -> Tensor | None:
+    """Tabulate the factor of the queries by position: fp32 ``[num_positions]``; None if it is always 1."""
+    scaling = config.traits.query_scaling
+    if scaling is None:
+        return None
+    return 1 + scaling.beta * torch.log1p(torch.arange(num_positions) // scaling.length)

@@ -13,26 +13,20 @@ from loraplex_common.weight_files import IGNORED_SUFFIXES, SERVED_DTYPES, find_w
 from safetensors import safe_open
 from torch import Tensor
 
+from loraplex_engine.model.fp8_reading import AddedError, Place, read_fp8
+from loraplex_engine.model.stored_forms.packed_linear import PackedLinear
 from loraplex_engine.model.stored_forms.registry import FORM_READERS, UNUSED_SUFFIXES
+from loraplex_engine.model.weight_form import WeightForm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from loraplex_common.stored_forms.quantisation import StoredForm
 
     from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
+    from loraplex_engine.model.stored_forms.unpacker import Unpacker
 
-FILE_DTYPES: Final = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
-"""As safetensors names them."""
 UNPACKED_ITEMS: Final = 1 << 18
 """Numbers of a weight that are unpacked at once: what loading takes besides the weights is a few times as many bytes."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,16 +88,27 @@ class WeightReader:
 
     Attributes:
         quantisation: How the files store the weights; None if they are whole.
+        dtype: The compute dtype.
+        device: Where the weights are.
+        added_error: What quantising whole or 4-bit weights to FP8 has added.
     """
 
     def __init__(
-        self, directory: Path, *, dtype: torch.dtype, device: torch.device, layout: WeightLayout | None = None
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: WeightLayout | None = None,
+        form: WeightForm = WeightForm.WHOLE,
     ) -> None:
-        self._files = find_weights(directory).files
+        self._stored = find_weights(directory)
+        self._files = self._stored.files
         self._directory = directory
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._layout = layout or WeightLayout()
+        self._form, self.added_error = form, AddedError()
         self._opened: tuple[Path, Any] | None = None
         self.quantisation = quantisation_of(directory)
         ignored = IGNORED_SUFFIXES if self.quantisation is None else (*IGNORED_SUFFIXES, *UNUSED_SUFFIXES)
@@ -125,12 +130,13 @@ class WeightReader:
         Raises:
             BaseModelError: If it is missing or of another shape.
         """
-        return self._mapped(name, shape, None).to(device=self._device, dtype=self._dtype, copy=True)
+        return self._mapped(name, shape, None).to(device=self.device, dtype=self.dtype, copy=True)
 
     def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
         """Return this rank's part of linear layers that share their input, stacked along their outputs; a copy, too.
 
-        A weight that the files store quantised is unpacked, so that the backend gets its dense form.
+        A weight that the files store quantised is unpacked, so that the backend gets its dense form, unless weights are to be
+        FP8: then those that are in e4m3 stay so, and others are quantised, if the backend's forms have it.
 
         Args:
             parts: In the order of their outputs; all have a bias or none has.
@@ -140,19 +146,28 @@ class WeightReader:
             BaseModelError: If a tensor is missing or of another shape, or cannot be divided over the ranks.
         """
         stored = [self._form_of(part) for part in parts]
+        bias: Tensor | None = None
+        if parts[0].has_bias:
+            bias = self._stacked((part.bias, (part.out_features,), part.split) for part in parts)
+        if forms.fp8 is not None and self._reads_fp8(stored):
+            quantised = read_fp8(self, parts, stored, self.added_error)
+            if quantised is not None:
+                return forms.fp8(quantised, bias)
         if any(stored):
             weight = self._unpacked(parts, stored)
         else:
             weight = self._stacked((part.weight, part.weight_shape, part.split) for part in parts)
-        if not parts[0].has_bias:
-            return forms.dense(weight, None)
-        return forms.dense(weight, self._stacked((part.bias, (part.out_features,), part.split) for part in parts))
+        return forms.dense(weight, bias)
+
+    def _reads_fp8(self, stored: Sequence[StoredForm | None]) -> bool:
+        """Tell whether a layer becomes FP8; what a quantised checkpoint leaves whole stays whole."""
+        return self._form is WeightForm.FP8 and (self.quantisation is None or any(stored))
 
     def _stacked(self, tensors: Iterable[tuple[str, tuple[int, ...], Split | None]]) -> Tensor:
         mapped = [self._mapped(name, shape, split) for name, shape, split in tensors]
         if len(mapped) == 1:  # lm_head may be gigabytes: not converted first and copied then
-            return mapped[0].to(device=self._device, dtype=self._dtype, copy=True)
-        return torch.cat([part.to(device=self._device, dtype=self._dtype) for part in mapped])
+            return mapped[0].to(device=self.device, dtype=self.dtype, copy=True)
+        return torch.cat([part.to(device=self.device, dtype=self.dtype) for part in mapped])
 
     def _form_of(self, part: StoredLinear) -> StoredForm | None:
         """Return how a weight is stored; None if it is whole, as it may be although config.json does not say so.
@@ -162,7 +177,7 @@ class WeightReader:
         """
         if self.quantisation is None:
             return None
-        form = self.quantisation.form_of(part.name)
+        form = self.quantisation.form_of(self._stored.stored_module(part.name))
         packed = {f"{part.name}.{reader.mark}" for reader in FORM_READERS.values()} & set(self._files)
         is_whole = packed == {part.weight} and self.slice_of(part.weight).get_dtype() in SERVED_DTYPES
         if packed and not is_whole and form is None:
@@ -174,31 +189,52 @@ class WeightReader:
 
     def _unpacked(self, parts: Sequence[StoredLinear], forms: Sequence[StoredForm | None]) -> Tensor:
         """Return weights stacked along their outputs, those with a form unpacked some rows at a time."""
-        places = [self._layout.local(part.weight, part.weight_shape, part.split) for part in parts]
-        bounds = [place.indices(part.out_features)[:2] for (place, _), part in zip(places, parts, strict=True)]
-        columns = range(parts[0].in_features)[places[0][1]]
-        num_rows = sum(last - first for first, last in bounds)
-        weight = torch.empty((num_rows, len(columns)), dtype=self._dtype, device=self._device)
+        places = [self.place(part) for part in parts]
+        num_rows = sum(place.last - place.first for place in places)
+        weight = torch.empty((num_rows, places[0].end - places[0].begin), dtype=self.dtype, device=self.device)
         position = 0
-        for part, form, (first, last), (_, inputs) in zip(parts, forms, bounds, places, strict=True):
-            into = weight[position : position + last - first]
-            position += last - first
-            if form is None:
-                into.copy_(self._mapped(part.weight, part.weight_shape, part.split))
-            else:
-                self._unpack(part, form, into, first, inputs)
+        for part, form in zip(parts, forms, strict=True):
+            for rows in self.rows(part, form):
+                weight[position : position + len(rows)].copy_(rows)
+                position += len(rows)
         return weight
 
-    def _unpack(self, part: StoredLinear, form: StoredForm, into: Tensor, first: int, inputs: slice) -> None:
-        unpacker = FORM_READERS[form.name].make(PackedLinear(self, part, self._device), form)
-        step = max(1, UNPACKED_ITEMS // part.in_features)
-        for begin in range(0, into.shape[0], step):
-            end = min(begin + step, into.shape[0])
-            into[begin:end].copy_(unpacker.rows(first + begin, first + end)[:, inputs])
-        if part.has_bias or part.bias not in self._files:
-            return
-        if bool(self._mapped(part.bias, (part.out_features,), None).any()):  # AutoGPTQ writes zeros where there is none
+    def place(self, part: StoredLinear) -> Place:
+        """Return this rank's part of a layer."""
+        outputs, inputs = self._layout.local(part.weight, part.weight_shape, part.split)
+        return Place(*outputs.indices(part.out_features)[:2], *inputs.indices(part.in_features)[:2])
+
+    def rows(self, part: StoredLinear, form: StoredForm | None) -> Iterator[Tensor]:
+        """Yield this rank's rows of a layer's weight in order, some at a time, in any floating-point type, on the device.
+
+        Args:
+            part: The layer.
+            form: How it is stored; None if it is whole.
+
+        Raises:
+            BaseModelError: If a tensor is missing or does not fit.
+        """
+        place, step = self.place(part), max(1, UNPACKED_ITEMS // part.in_features)
+        whole = None if form else self._mapped(part.weight, part.weight_shape, part.split)
+        unpacker = self.unpacker(part, form) if form else None
+        for begin in range(place.first, place.last, step):
+            end = min(begin + step, place.last)
+            if unpacker is not None:
+                yield unpacker.rows(begin, end)[:, place.begin : place.end]
+            elif whole is not None:
+                yield whole[begin - place.first : end - place.first].to(self.device)
+
+    def unpacker(self, part: StoredLinear, form: StoredForm) -> Unpacker:
+        """Return what unpacks a layer's weight.
+
+        Raises:
+            BaseModelError: If a tensor is missing or does not fit.
+        """
+        # AutoGPTQ writes a bias of zeros where there is none.
+        is_extra = not part.has_bias and part.bias in self._files
+        if is_extra and bool(self._mapped(part.bias, (part.out_features,), None).any()):
             raise BaseModelError(f"{self._directory}: {part.bias} is not zero, and the architecture has no such bias")
+        return FORM_READERS[form.name].make(PackedLinear(self, part, self.device), form)
 
     def _mapped(self, name: str, shape: tuple[int, ...], split: Split | None) -> Tensor:
         """Return this rank's part of a tensor as safetensors gives it: memory that is the file's."""
@@ -227,7 +263,7 @@ class WeightReader:
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
             self._opened = file, safe_open(file, framework="pt")
-        return self._opened[1].get_slice(name)
+        return self._opened[1].get_slice(self._stored.stored_name(name))
 
     def mark_read(self, name: str) -> None:
         """Say that a tensor that `slice_of` returned is made use of."""
@@ -243,29 +279,3 @@ class WeightReader:
         if self._unread:
             some = ", ".join(sorted(self._unread)[:3])
             raise BaseModelError(f"{self._directory}: {len(self._unread)} weights are not known, e.g. {some}")
-
-
-class PackedLinear:
-    """The tensors of one quantised linear layer; see `ModuleTensors`."""
-
-    def __init__(self, reader: WeightReader, part: StoredLinear, device: torch.device) -> None:
-        self.name, self.shape, self.device = part.name, part.weight_shape, device
-        self._reader = reader
-
-    def has(self, suffix: str) -> bool:
-        """See `ModuleTensors`."""
-        return self._reader.has(f"{self.name}.{suffix}")
-
-    def take(self, suffix: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...]) -> Any:
-        """See `ModuleTensors`."""
-        name = f"{self.name}.{suffix}"
-        stored = self._reader.slice_of(name)
-        found, allowed = stored.get_dtype(), [FILE_DTYPES[dtype] for dtype in dtypes]
-        if found not in allowed or (shape is not None and tuple(stored.get_shape()) != shape):
-            expected = f"{' or '.join(allowed)}{'' if shape is None else f' {list(shape)}'}"
-            raise BaseModelError(
-                f"{name} is {found} {stored.get_shape()}, config.json and its quantization_config imply {expected}; fetch "
-                "config.json and the weights again"
-            )
-        self._reader.mark_read(name)
-        return stored

@@ -1,6 +1,6 @@
 """Names of blocks of tokens: equal names mean equal keys and values in every layer.
 
-A block's name is a hash over everything that its keys and values depend on: the adapter's revision (or none, or several in
+A block's name is a hash over everything that its keys and values depend on: the base model's numerics, the adapter's revision (or none, or several in
 the order in which they are added), the request's factor on each adapter's scaling, the cache salt, and *all* tokens up to the block's end. A layer's keys and
 values depend on every adapted module below it, so blocks of an adapter never have the base model's names, whichever
 modules the adapter changes. The one exception: blocks that lie wholly before the token from which an activated adapter
@@ -37,6 +37,7 @@ class BlockKeys:
         adapter_scale: The request's own factor on the adapter's scaling; means nothing without an adapter.
         cache_salt: Sequences share blocks only if their salts are equal.
         block_tokens: Tokens of a block.
+        numerics: What loading did to the base model's numbers, keys and values included.
         adapter_start: First token that the adapter applies to; None: it applies to all.
         more_adapters: Adapters that are added to the first one, in this order; none of them beside ``adapter_start``.
 
@@ -53,11 +54,14 @@ class BlockKeys:
         adapter_scale: float,
         cache_salt: str,
         block_tokens: int,
+        numerics: str = "",
         adapter_start: int | None = None,
         more_adapters: Iterable[AdapterTerm] = (),
     ) -> None:
         self._block_tokens = block_tokens
         self._hash = hashlib.blake2b(digest_size=KEY_BYTES)
+        if numerics:
+            self._add(b"numerics", numerics.encode())  # the first part is no digest
         self._activation: tuple[bytes, ...] = ()
         self._num_base_blocks = 0
         identity = ((adapter_digest or "").encode(), struct.pack("<f", adapter_scale if adapter_digest else 1.0))

@@ -130,6 +130,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 response = await anext(responses)
                 response.welcome.engine_id = self._identity.engine_id
                 response.welcome.base_fingerprint = self._identity.base_model.fingerprint
+                response.welcome.numerics = self._engine.limits.numerics
                 response.welcome.max_silence.FromNanoseconds(round(self._config.load_report_s * 1e9))
                 yield response
                 async for response in responses:
@@ -155,6 +156,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             api_revisions=API_REVISIONS,
             version=self._identity.version,
             max_added_tokens=limits.max_added_tokens,
+            numerics=limits.numerics,
         )
 
     async def WatchLoad(

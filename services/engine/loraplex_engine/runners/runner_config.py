@@ -8,6 +8,7 @@ from loraplex_common.base_model import BaseModelInfo
 
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weight_form import WeightForm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,7 @@ class RunnerConfig:
             nothing; `wait` computes all plans up to its own, and only then are they done.
         min_decode_runs: In steps of the CUDA backend with prefill chunks, in bf16, decode rows that make so many runs of one
             adapter or more go through the decode kernels; else they are segments of the prefill kernel, as chunks are.
+        weight_form: What the weights of linear layers are; the reader of the weights is told the same.
         arch: Architecture to compile kernels for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
         dependent_launch: Whether kernels are launched programmatically dependent on those before them; if None, where the
             target can (sm_90 and up).
@@ -35,6 +37,7 @@ class RunnerConfig:
     device: str = "cpu"
     emulate_async: bool = False
     min_decode_runs: int = MIN_DECODE_RUNS
+    weight_form: WeightForm = WeightForm.WHOLE
     arch: str | None = None
     dependent_launch: bool | None = None
     jitter: bool = False

@@ -16,6 +16,7 @@ from loraplex_engine.pages.page_pool import NO_PAGES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.pages.prefix_cache import PrefixCache
     from loraplex_engine.scheduler.decode_state import DecodeState
@@ -28,13 +29,14 @@ class PrefixSharing:
     Args:
         prefix: The cache.
         state: Rows of running requests.
-        is_enabled: False if nothing is shared.
+        limits: Whether anything is shared, and the base model's numerics: part of each block's name.
     """
 
-    def __init__(self, *, prefix: PrefixCache, state: DecodeState, is_enabled: bool) -> None:
+    def __init__(self, *, prefix: PrefixCache, state: DecodeState, limits: EngineLimits) -> None:
         self._prefix = prefix
         self._state = state
-        self._is_enabled = is_enabled
+        self._is_enabled = limits.policy.enable_prefix_cache
+        self._numerics = limits.numerics
 
     def find(self, request: Request) -> Pages:
         """Return the pages a waiting request can share; they are not held yet.
@@ -84,6 +86,7 @@ class PrefixSharing:
                 adapter_scale=submission.adapter_scale,
                 cache_salt=submission.cache_salt,
                 block_tokens=self._state.block_tokens,
+                numerics=self._numerics,
                 adapter_start=submission.adapter_start,
                 more_adapters=submission.more_adapters,
             )

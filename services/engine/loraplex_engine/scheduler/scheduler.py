@@ -93,7 +93,7 @@ class Scheduler:
         self.batch = RunningBatch(state=_make_state(limits), pool=pool)
         self.prefix = PrefixCache(pool, half_life_s=policy.half_life_s, page_worth=cache.ranking.page_worth)
         self.costs = StepCosts()
-        sharing = PrefixSharing(prefix=self.prefix, state=self.batch.state, is_enabled=policy.enable_prefix_cache)
+        sharing = PrefixSharing(prefix=self.prefix, state=self.batch.state, limits=limits)
         self.book = book = RequestBook(
             limits=limits, queue=self.queue, batch=self.batch, cache=cache, sharing=sharing, clock=clock
         )

@@ -46,6 +46,7 @@ class Question:
         arena_bytes: Host memory for adapter images, per engine.
         pool_bytes: Page pool per engine; None for what the engine takes by itself.
         max_num_seqs: Most sequences of a step; ``max_num_batched_tokens`` most tokens.
+        text_only: Whether a multimodal model's ``config`` means its text part.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Question:
     pool_bytes: int | None = None
     max_num_seqs: int = GPU_STEP[0]
     max_num_batched_tokens: int = GPU_STEP[1]
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu not in DEVICES:
@@ -106,7 +108,9 @@ def answer(question: Question) -> dict[str, Any]:
     """
     device = DEVICES[question.gpu]
     shape = ModelShape(
-        base_model_from_config(question.model, question.config) if question.config else base_model(question.model)
+        base_model_from_config(question.model, question.config, text_only=question.text_only)
+        if question.config
+        else base_model(question.model)
     )
     adapters = Adapters(shape, question.num_adapters, question.ranks, TARGETS[question.targets])
     trace = load_trace(Path(question.trace))

@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import Any, Final
 
 from loraplex_common.adapter_image import ITEM_BYTES, ImageError, layout, pair_sizes
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.config_values import BaseModelError
+from loraplex_common.projections import LayerProjections, gated_decoder_layer
 
 from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
@@ -26,6 +28,12 @@ _KNOWN: Final = {
     "qwen3-8b": (36, 4096, 12288, 32, 8, 128, 151936),
 }
 KNOWN_SHAPES: Final = tuple(_KNOWN)
+NO_FINGERPRINT: Final = "0" * 64
+_OPS: Final = {
+    each.name: each.op
+    for each in gated_decoder_layer(hidden_size=2, intermediate_size=2, num_heads=1, num_kv_heads=1, head_dim=2)
+}
+"""Targets -> the products of a layer that they are part of."""
 
 
 class ShapeError(ValueError):
@@ -44,29 +52,36 @@ def base_model(name: str) -> BaseModelInfo:
     return _info(name, layers, hidden, intermediate, heads, kv_heads, head_dim, vocab)
 
 
-def base_model_from_config(name: str, config: dict[str, Any]) -> BaseModelInfo:
-    """Return the sizes that a Hugging Face ``config.json`` states.
+def base_model_from_config(name: str, config: dict[str, Any], *, text_only: bool = False) -> BaseModelInfo:
+    """Return the sizes that a Hugging Face ``config.json`` states, as the engine reads it.
+
+    Args:
+        name: What the model is called.
+        config: Its config.json.
+        text_only: Whether a multimodal model means its text part.
 
     Raises:
-        ShapeError: If a size is missing or not a number.
+        ShapeError: If it is no config.json of a model that is served.
     """
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        return _info(
-            name,
-            int(config["num_hidden_layers"]),
-            hidden,
-            int(config["intermediate_size"]),
-            heads,
-            int(config.get("num_key_value_heads") or heads),
-            int(config.get("head_dim") or hidden // heads),
-            int(config["vocab_size"]),
-        )
-    except KeyError as error:
-        raise ShapeError(f"{name}: {error.args[0]} is missing in config.json") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ShapeError(f"{name}: config.json: {error}") from error
+        shape = model_config(config, f"{name}: config.json", text_only=text_only)
+    except BaseModelError as error:
+        raise ShapeError(str(error)) from error
+    return BaseModelInfo(
+        name=name,
+        fingerprint=NO_FINGERPRINT,
+        aliases=(),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        config=config,
+        layers=shape.layers,
+    )
 
 
 def _info(
@@ -81,7 +96,7 @@ def _info(
     )
     return BaseModelInfo(
         name=name,
-        fingerprint="0" * 64,
+        fingerprint=NO_FINGERPRINT,
         aliases=(),
         num_layers=layers,
         hidden_size=hidden,
@@ -152,15 +167,7 @@ class ModelShape:
     @cached_property
     def layer_weights(self) -> int:
         """Weights of all layers: each token is multiplied with each of them once."""
-        info = self.info
-        layer = gated_decoder_layer(
-            hidden_size=info.hidden_size,
-            intermediate_size=info.intermediate_size,
-            num_heads=info.num_heads,
-            num_kv_heads=info.num_kv_heads,
-            head_dim=info.head_dim,
-        )
-        return info.num_layers * sum(each.in_features * each.out_features for each in layer)
+        return sum(each.in_features * each.out_features for layer in self.info.layers for each in layer)
 
     @cached_property
     def head_weights(self) -> int:
@@ -195,20 +202,29 @@ class ModelShape:
     def adapter(self, rank: int, targets: tuple[str, ...] = ATTENTION_TARGETS) -> AdapterSize:
         """Return the size of an adapter of one rank on ``targets`` of all layers.
 
+        Where the model has fused a target with others, the fused module is adapted, once.
+
         Raises:
             ShapeError: If the adapter cannot be laid out.
         """
         geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
-        ranks = tuple((layer, target, rank) for layer in range(self.info.num_layers) for target in targets)
+        projections = self._targeted(targets)
+        ranks = tuple((layer, each.name, rank) for layer in range(self.info.num_layers) for each in projections)
         try:
             num_pages = layout(geometry, pair_sizes(ranks)).num_pages
         except ImageError as error:
             raise ShapeError(f"an adapter of rank {rank}: {error}") from error
-        projections = [geometry.projection(0, target) for target in targets]
         shapes = [projection.shape for projection in projections]
         widths = sum(inputs + outputs for inputs, outputs in shapes)
         traffic = sum(inputs + 2 * outputs for inputs, outputs in shapes)
         layers, item = self.info.num_layers, self.item_bytes
         num_ops = len({projection.op for projection in projections})
         weights, activations = layers * rank * widths * item, layers * traffic * item
-        return AdapterSize(rank, num_pages, weights, activations, num_ops, len(targets))
+        return AdapterSize(rank, num_pages, weights, activations, num_ops, len(projections))
+
+    def _targeted(self, targets: tuple[str, ...]) -> LayerProjections:
+        """Return the projections of a layer that targets mean; all layers are alike."""
+        ops = {_OPS[target] for target in targets}
+        return tuple(
+            each for each in self.info.layers[0] if each.name in targets or (each.name not in _OPS and each.op in ops)
+        )

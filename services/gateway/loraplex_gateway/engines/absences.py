@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from loraplex_common.registry import EngineRecord
+
 
 class Absences:
     """Since when engines have been away: registered and never reached, lost, silent, draining or gone from the registry.
@@ -23,26 +25,26 @@ class Absences:
     def __init__(self, wait_s: float, clock: Callable[[], float]) -> None:
         self._wait_s = wait_s
         self._clock = clock
-        self._since: dict[str, tuple[str, float]] = {}
+        self._since: dict[str, tuple[EngineRecord, float]] = {}
 
-    def update(self, present: Mapping[str, bool], fingerprints: Mapping[str, str]) -> None:
+    def update(self, present: Mapping[str, bool], records: Mapping[str, EngineRecord]) -> None:
         """Take in which engines are there.
 
         Args:
             present: Engine id -> whether it takes requests.
-            fingerprints: Engine id -> its base model's; of the same engines.
+            records: Engine id -> what is registered of it; of the same engines.
         """
         now = self._clock()
         for engine_id, is_there in present.items():
             if is_there:
                 self._since.pop(engine_id, None)
             else:
-                self._since.setdefault(engine_id, (fingerprints[engine_id], now))
+                self._since.setdefault(engine_id, (records[engine_id], now))
         for engine_id, (_, since) in list(self._since.items()):
             if engine_id not in present and since + self._wait_s < now:
                 del self._since[engine_id]
 
-    def expected_until(self, fingerprint: str) -> float:
-        """Return until when an engine of a base model may come; minus infinity if none is away."""
-        known = (since for model, since in self._since.values() if model == fingerprint)
+    def expected_until(self, is_wanted: Callable[[EngineRecord], bool]) -> float:
+        """Return until when an engine like those that are wanted may come; minus infinity if none is away."""
+        known = (since for record, since in self._since.values() if is_wanted(record))
         return max(known, default=-math.inf) + self._wait_s

@@ -7,6 +7,7 @@ so there is one series per base model, summed over its engines, and one list of 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -102,12 +103,28 @@ class FleetCollector(Collector):
         text = "Share of the pool that cannot be had by eviction, 0 to 1."
         yield _gauge("vllm:kv_cache_usage_perc", text, {fleet.model: fleet.usage for fleet in fleets})
         yield _cache_config(fleets)
+        yield self._engines(fleets)
         yield self._lora_info(fleets)
         yield self._loaded(fleets)
         text = "Adapters on the device of some engine."
         yield _gauge("vllm:num_gpu_loaded_lora_adapters", text, {f.model: len(f.resident) for f in fleets})
         text = "Adapters that fit on the devices."
         yield _gauge("vllm:max_gpu_lora_adapters", text, {fleet.model: fleet.room for fleet in fleets})
+
+    def _engines(self, fleets: Sequence[_Fleet]) -> GaugeMetricFamily:
+        counts = Counter(
+            (fleet.model, link.record.numerics, "false" if self._pool.passed_over(link.record) else "true")
+            for fleet in fleets
+            for link in fleet.links
+        )
+        family = GaugeMetricFamily(
+            "loraplex_gateway_engines",
+            "Engines by what loading did to their numbers, and whether they get new requests.",
+            labels=["model_name", "numerics", "is_used"],
+        )
+        for labels, count in sorted(counts.items()):
+            family.add_metric(labels, count)
+        return family
 
     def _fleet(self, model: ServedModel) -> _Fleet:
         links = [

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import grpc
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 from loraplex_common.wake_up import WakeUp
 
 from loraplex_gateway.engines.absences import Absences
+from loraplex_gateway.engines.alike import Alike
 from loraplex_gateway.engines.link import EngineLink
 from loraplex_gateway.engines.link_state import LinkState
 from loraplex_gateway.engines.routing import Candidate, choose
 from loraplex_gateway.engines.silence import SILENCE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    import grpc
     from loraplex_common.registry import EngineRecord
 
     from loraplex_gateway.adapters.names import ResolvedAdapter
     from loraplex_gateway.text.models import ModelCatalog
 
 _log = get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkOptions:
+    """What the links of a pool have in common.
+
+    Attributes:
+        gateway_id: Said in every hello.
+        max_buffered_tokens: Bound of each request's buffer.
+        silence_s: As of `EngineLink`.
+        dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
+    """
+
+    gateway_id: str
+    max_buffered_tokens: int
+    silence_s: float = SILENCE_S
+    dial: Callable[[str], grpc.aio.Channel] = open_channel
 
 
 class EnginePool:
@@ -37,12 +57,10 @@ class EnginePool:
 
     Args:
         catalog: Base models; engines of others are left alone.
-        gateway_id: Said in every hello.
-        max_buffered_tokens: Bound of each request's buffer.
-        silence_s: As of `EngineLink`.
+        links: What all links have in common.
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
+        allows_mixed_numerics: Whether a request may go to engines whose numerics differ.
         clock: Monotonic seconds.
-        dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
 
     Attributes:
         failover_wait_s: As above.
@@ -51,21 +69,16 @@ class EnginePool:
     def __init__(
         self,
         catalog: ModelCatalog,
+        links: LinkOptions,
         *,
-        gateway_id: str,
-        max_buffered_tokens: int,
-        silence_s: float = SILENCE_S,
         failover_wait_s: float = 60.0,
+        allows_mixed_numerics: bool = False,
         clock: Callable[[], float] = time.monotonic,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
     ) -> None:
-        self._dial = dial
-        self._catalog = catalog
-        self._gateway_id = gateway_id
-        self._max_buffered_tokens = max_buffered_tokens
-        self._silence_s = silence_s
+        self._catalog, self._options = catalog, links
         self.failover_wait_s = failover_wait_s
         self._absences = Absences(failover_wait_s, clock)
+        self._alike = Alike(allows_mixed=allows_mixed_numerics)
         self._links: dict[str, EngineLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -95,16 +108,30 @@ class EnginePool:
             link.state is LinkState.CONNECTING and link.engine_id in self._listed for link in self._links.values()
         )
 
-    def is_expected(self, fingerprint: str) -> bool:
-        """Whether an engine of this base model is listed but still being dialled."""
+    def is_expected(self, fingerprint: str, begun: str | None = None) -> bool:
+        """Whether an engine that may serve a request, as in `choose`, is listed but still being dialled."""
         return any(
             link.state is LinkState.CONNECTING and link.engine_id in self._listed
-            for link in self._of_model(fingerprint)
+            for link in self._of_model(fingerprint, begun)
         )
 
-    def expected_until(self, fingerprint: str) -> float:
-        """Return until when an engine of this base model that takes no requests now may do so."""
-        return self._absences.expected_until(fingerprint)
+    def expected_until(self, fingerprint: str, begun: str | None = None) -> float:
+        """Return until when an engine that takes no requests now may do so, and serve a request as in `choose`."""
+        return self._absences.expected_until(
+            lambda record: (
+                record.base_fingerprint == fingerprint and (begun is None or self._alike.may_serve(record, begun))
+            )
+        )
+
+    def unlike(self, fingerprint: str, begun: str) -> tuple[str, ...]:
+        """Return the numerics of engines that take requests, but not one that began on an engine of other numerics."""
+        links = [link for link in self._links.values() if link.record.base_fingerprint == fingerprint]
+        others = [link.record for link in links if self._is_candidate(link)]
+        return tuple(sorted({each.numerics for each in others if not self._alike.may_serve(each, begun)}))
+
+    def passed_over(self, record: EngineRecord) -> str:
+        """Return why an engine gets no new requests although it is registered; empty if it may get some."""
+        return self._alike.reason(record)
 
     def num_resident(self, digest: str) -> int:
         """Return on how many engines' devices an adapter is."""
@@ -123,6 +150,7 @@ class EnginePool:
         """
         served = self._served({**(lapsed or {}), **records})
         self._listed = set(served) & set(records)
+        self._alike.update(served[engine_id] for engine_id in sorted(self._listed or served))
         for engine_id, record in served.items():
             if engine_id in self._links:
                 self._links[engine_id].record = record
@@ -152,17 +180,23 @@ class EnginePool:
         num_tokens: int,
         excluded: frozenset[str],
         is_constrained: bool = False,
+        begun: str | None = None,
     ) -> EngineLink | None:
-        """Return the engine that should take a request of `num_tokens` tokens so far, or None if none can."""
+        """Return the engine that should take a request of `num_tokens` tokens so far, or None if none can.
+
+        One that has `begun` on an engine of some numerics goes on where they are equal; None has not begun.
+        """
         links = {
             link.engine_id: link
-            for link in self._of_model(fingerprint)
+            for link in self._of_model(fingerprint, begun)
             if self._is_candidate(link)
             and link.engine_id not in excluded
             and link.record.max_model_len > num_tokens
             and (link.record.constrains or not is_constrained)
             and (link.record.sums_adapters or len(adapters) < 2)
         }
+        # Where the operator allows others, equal ones are still the first choice.
+        links = {each: link for each, link in links.items() if link.record.numerics == begun} or links
         # One that is about to be taken for lost gets nothing new while there are others.
         links = {each: link for each, link in links.items() if not link.is_quiet} or links
         candidates = [
@@ -193,8 +227,13 @@ class EnginePool:
         for link in self._links.values():
             link.check_integrity()
 
-    def _of_model(self, fingerprint: str) -> list[EngineLink]:
-        return [link for link in self._links.values() if link.record.base_fingerprint == fingerprint]
+    def _of_model(self, fingerprint: str, begun: str | None = None) -> list[EngineLink]:
+        """Return the engines of a base model that may serve a request as far as their numerics count."""
+        return [
+            link
+            for link in self._links.values()
+            if link.record.base_fingerprint == fingerprint and self._alike.may_serve(link.record, begun)
+        ]
 
     def _is_candidate(self, link: EngineLink) -> bool:
         return link.is_candidate and (link.engine_id in self._listed or link.is_proven)
@@ -211,11 +250,11 @@ class EnginePool:
         assert model is not None
         link = EngineLink(
             record,
-            gateway_id=self._gateway_id,
-            max_buffered_tokens=self._max_buffered_tokens,
+            gateway_id=self._options.gateway_id,
+            max_buffered_tokens=self._options.max_buffered_tokens,
             on_change=self._notify,
-            silence_s=self._silence_s,
-            dial=self._dial,
+            silence_s=self._options.silence_s,
+            dial=self._options.dial,
         )
         self._links[record.engine_id] = link
         task = asyncio.create_task(link.run(), name=f"session-{record.engine_id}")
@@ -238,7 +277,7 @@ class EnginePool:
     def _notify(self) -> None:
         self._absences.update(
             {engine_id: self._is_candidate(link) for engine_id, link in self._links.items()},
-            {engine_id: link.record.base_fingerprint for engine_id, link in self._links.items()},
+            {engine_id: link.record for engine_id, link in self._links.items()},
         )
         self._changed.notify()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from google.protobuf import duration_pb2
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.error_status import from_status
+from loraplex_common.numerics import spoken
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
 from loraplex_gateway.types import (
@@ -95,9 +96,11 @@ def check_welcome(welcome: engine_pb2.SessionResponse.Welcome, wanted: EngineRec
     Raises:
         WrongEngineError: If it is not.
     """
-    found = (welcome.engine_id, welcome.base_fingerprint)
-    if found != (wanted.engine_id, wanted.base_fingerprint):
-        raise WrongEngineError(f"engine {found[0] or '?'} of base {found[1][:12] or '?'} answers at {wanted.target}")
+    found = (welcome.engine_id, welcome.base_fingerprint, welcome.numerics)
+    if found != (wanted.engine_id, wanted.base_fingerprint, wanted.numerics):
+        raise WrongEngineError(
+            f"engine {found[0] or '?'} of base {found[1][:12] or '?'} and numerics {spoken(found[2])} answers at {wanted.target}"
+        )
 
 
 def to_duration(seconds: float) -> duration_pb2.Duration:

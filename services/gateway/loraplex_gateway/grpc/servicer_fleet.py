@@ -42,7 +42,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(self._state, records)))
 
     async def _state(self, record: EngineRecord) -> fleet_pb2.EngineState:
-        state = fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target)
+        known = fleet_pb2.EngineState(
+            engine_id=record.engine_id, target=record.target, passed_over=self._pool.passed_over(record)
+        )
+        state = fleet_pb2.EngineState()
+        state.CopyFrom(known)
         try:
             async with self._dial(record.target) as channel:
                 stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
@@ -50,14 +54,12 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 state.load.CopyFrom(await _load(stub))
                 state.adapters.extend(await _adapters(stub))
         except grpc.aio.AioRpcError as error:
-            return _silent(record, error_from_rpc(error))
+            known.error.CopyFrom(to_status(error_from_rpc(error)))
+            return known
         except LoraplexError as error:
-            return _silent(record, error)
+            known.error.CopyFrom(to_status(error))
+            return known
         return state
-
-
-def _silent(record: EngineRecord, error: LoraplexError) -> fleet_pb2.EngineState:
-    return fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target, error=to_status(error))
 
 
 async def _load(stub: engine_pb2_grpc.EngineServiceAsyncStub) -> engine_pb2.LoadReport:

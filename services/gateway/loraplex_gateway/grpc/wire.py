@@ -241,6 +241,7 @@ def started(event: types.Started) -> gateway_pb2.Started:
         adapter_revisions=event.adapter_revisions,
         resume_token=event.resume_token,
         seed=event.seed,
+        numerics=event.numerics,
         prompt_logprobs=positions(event.prompt_logprobs),
     )
 

@@ -11,8 +11,11 @@ from loraplex_common.interceptors import internal_error
 
 from loraplex_gateway.openai.direct import DirectWriter, direct_writer
 from loraplex_gateway.requests.stall import StallGuard
+from loraplex_gateway.types import Started
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 JSON: Final = b"application/json"
 SSE: Final = b"text/event-stream; charset=utf-8"
+NUMERICS_HEADER: Final = b"x-loraplex-numerics"
 
 
 class GenerationResponse:
@@ -112,7 +116,8 @@ class GenerationResponse:
             async for choice, event in events:
                 seen[choice].append(event)
         body = self._answer.whole(seen)
-        await self._start(send, JSON, (b"content-length", str(len(body)).encode()))
+        numerics = _numerics(each for choice in seen for each in choice)
+        await self._start(send, JSON, (b"content-length", str(len(body)).encode()), *numerics)
         await self._write(send, body, more=False)
 
     async def _stream(self, scope: Scope, send: Send) -> None:
@@ -124,7 +129,7 @@ class GenerationResponse:
         async with aclosing(self._choices.run(sink_of)) as events:
             async for choice, event in events:
                 if not self._has_headers:
-                    await self._start(send, SSE, (b"cache-control", b"no-cache"))
+                    await self._start(send, SSE, (b"cache-control", b"no-cache"), *_numerics((event,)))
                 if frame := self._answer.frame(choice, event):
                     await self._write(send, frame)
         await self._write(send, self._answer.end(), more=False)
@@ -179,6 +184,12 @@ class _Frames:
         chunk = tap.pull()
         if chunk is not None and (frame := self._answer.frame(self._choice, chunk)):
             self._direct.write(frame)
+
+
+def _numerics(events: Iterable[Event]) -> list[tuple[bytes, bytes]]:
+    """Return the header that says what loading did to the base model's numbers on the engines that answer; none if unknown."""
+    found = {event.numerics: None for event in events if isinstance(event, Started) and event.numerics}
+    return [(NUMERICS_HEADER, ", ".join(found).encode())] if found else []
 
 
 async def _disconnected(receive: Receive) -> None:

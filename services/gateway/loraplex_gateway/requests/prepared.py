@@ -25,11 +25,13 @@ class Continuation:
         token_ids: The output that the client has.
         max_new_tokens: Most tokens of the whole output, as settled when the stream began.
         time_limit_at: When the output is cut (monotonic seconds); None for never.
+        numerics: Numerics of the engine that the stream began on; None if an earlier version gave the token out.
     """
 
     token_ids: tuple[int, ...]
     max_new_tokens: int
     time_limit_at: float | None
+    numerics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import (
@@ -17,12 +16,13 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.log import get_logger
+from loraplex_common.numerics import spoken
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_gateway.engines.ticket import EngineLostError, EngineUpdate, LocalCancelError
-from loraplex_gateway.engines.wire import Submission
 from loraplex_gateway.requests.attempts import OUTAGE_PAUSE_S, Attempts
 from loraplex_gateway.requests.prepared import unsaid_finish
+from loraplex_gateway.requests.submitting import submission_of
 from loraplex_gateway.types import FinishReason
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.engines.link import EngineLink
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.engines.ticket import Ticket
+    from loraplex_gateway.engines.wire import Submission
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.requests.claims import Claim
     from loraplex_gateway.requests.run import RequestRun
@@ -131,6 +132,7 @@ class EngineRelay:
         if self._hints is not None:
             self._hints.hint_missing(self._prepared.adapter_digests, link.resident, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
+        self._run.numerics = link.record.numerics
         if self._tap is not None:
             self._tap.output, ticket.take = self._tokens, self._tap.take
 
@@ -158,6 +160,11 @@ class EngineRelay:
         self._was_interrupted = self._was_interrupted or self._has_started
         self._attempts.count(failure, engine_id, has_progressed=has_progressed)
 
+    @property
+    def _begun(self) -> str | None:
+        """Numerics of the engine that the output began on; None if there is none or it is not known."""
+        return self._run.numerics if self._has_started else None
+
     async def _choose(self, cause: Exception | None) -> EngineLink | None:
         """Return an engine, waiting for one while some is expected; None once the request's time limit has passed."""
         prepared = self._prepared
@@ -174,12 +181,13 @@ class EngineRelay:
                 num_tokens=len(prepared.prompt_ids) + len(self._tokens),
                 excluded=self._attempts.excluded,
                 is_constrained=prepared.is_constrained,
+                begun=self._begun,
             )
             if link is not None:
                 return link
-            until = self._pool.expected_until(fingerprint)
+            until = self._pool.expected_until(fingerprint, self._begun)
             if cause is None:
-                first = first_until if self._pool.is_expected(fingerprint) else -math.inf
+                first = first_until if self._pool.is_expected(fingerprint, self._begun) else -math.inf
                 until = max(until, first) if self._has_started else first
             now = self._clock()
             if self._is_cut_at(now):
@@ -234,34 +242,13 @@ class EngineRelay:
         )
 
     def _submission(self, max_model_len: int) -> Submission:
-        """Return what an engine is sent at this moment: the request, its output so far, and the time that is left."""
-        prepared, request = self._prepared, self._prepared.request
-        has_started, now = self._has_started, self._clock()
-
-        def left_s(instant: float | None) -> float | None:
-            return None if instant is None else max(instant - now, 0.001)
-
-        return Submission(
-            request_id=request.request_id,
-            prompt_ids=prepared.prompt_ids,
-            resumed_ids=tuple(self._tokens),
-            sampling=prepared.sampling,
-            stopping=replace(prepared.stopping, max_new_tokens=prepared.most_new_tokens(max_model_len)),
-            adapter_digests=prepared.adapter_digests,
-            adapter_weights=prepared.adapter_weights,
-            adapter_start=prepared.adapter_start,
-            time_left_s=left_s(prepared.deadline),
-            queue_timeout_s=None if has_started else left_s(prepared.queue_deadline),
-            time_limit_s=left_s(self._time_limit_at),
-            fairness_key=prepared.fairness_key,
-            priority=prepared.priority,
-            cache_salt=prepared.cache_salt,
-            traceparent=request.traceparent,
-            fail_fast=request.fail_fast and not has_started,
-            logprobs=request.options.logprobs,
-            prompt_logprobs=None if has_started else request.options.prompt_logprobs,
-            structured_output=request.structured_output,
-            bad_token_sequences=prepared.bad_token_sequences,
+        return submission_of(
+            self._prepared,
+            self._tokens,
+            max_model_len=max_model_len,
+            has_started=self._has_started,
+            time_limit_at=self._time_limit_at,
+            now=self._clock(),
         )
 
     def _check_worth_another(self, cause: Exception) -> None:
@@ -285,15 +272,28 @@ class EngineRelay:
             )
         if self._has_started:
             self._metrics.resumes.labels("failed").inc()
-            return StreamInterruptedError(
-                f"the engine was lost after {len(self._tokens)} tokens and no other could take over"
-                f"{f': {cause}' if isinstance(cause, StoreUnavailableError) else ''}",
-                metadata={"output_tokens": str(len(self._tokens))},
-            )
+            return self._interrupted(cause)
         if isinstance(cause, LoraplexError):
             return cause
         return NoEngineError(
             "no engine of this base model is ready; try again",
             retry_after_s=1.0,
             drop_reason="rejected-no-endpoints",
+        )
+
+    def _interrupted(self, cause: Exception | None) -> StreamInterruptedError:
+        """Return what a stream ends with that no engine takes over."""
+        why, metadata = "", {"output_tokens": str(len(self._tokens))}
+        begun = self._begun
+        if isinstance(cause, StoreUnavailableError):
+            why = f": {cause}"
+        elif begun is not None and (others := self._pool.unlike(self._prepared.model.fingerprint, begun)):
+            named = ", ".join(map(spoken, others))
+            why = (
+                f": it began with numerics {spoken(begun)}, the engines that are left have {named}; send the request anew, or "
+                "have its operator start gateways with --allow-mixed-numerics"
+            )
+            metadata |= {"numerics": begun, "other_numerics": ",".join(others)}
+        return StreamInterruptedError(
+            f"the engine was lost after {len(self._tokens)} tokens and no other could take over{why}", metadata=metadata
         )

@@ -81,6 +81,7 @@ class Resumption:
             admitted_at=now + limit_began_s,
             issued_at=now,
             more_adapters=tuple(named[1:]),
+            numerics=run.numerics,
         )
         return seal(point, self._keys.sealing)
 
@@ -124,7 +125,10 @@ class Resumption:
         if request.time_limit_s is not None:
             time_limit_at = self._clock() + point.admitted_at + request.time_limit_s - self._wall_clock()
         return Continuation(
-            token_ids=resume.token_ids, max_new_tokens=point.max_new_tokens, time_limit_at=time_limit_at
+            token_ids=resume.token_ids,
+            max_new_tokens=point.max_new_tokens,
+            time_limit_at=time_limit_at,
+            numerics=point.numerics,
         )
 
     def check(self, prepared: PreparedRequest, resume: Resume, point: ResumePoint) -> None:

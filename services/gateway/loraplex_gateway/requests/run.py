@@ -41,6 +41,7 @@ class RequestRun:
         times: When what happened to it.
         time_limit_at: When the output is cut (monotonic seconds); None for never. Known once the request is admitted.
         is_finished: True once `Finished` has been made.
+        numerics: Numerics of the engine that it was sent to last, or that it began on before it was resumed; None if not known.
         resume_token: Empty until the stream starts, or if it cannot be resumed.
     """
 
@@ -50,6 +51,7 @@ class RequestRun:
         self.prepared = prepared
         self.times = times
         self.time_limit_at = prepared.continuation.time_limit_at if prepared.continuation is not None else None
+        self.numerics = prepared.continuation.numerics if prepared.continuation is not None else None
         self.resume_token = ""
         self.is_finished = False
         self._token = token
@@ -184,6 +186,7 @@ class RequestRun:
             engine_id=engine_id,
             adapter_revision=next(iter(digests), ""),
             adapter_revisions=digests if self.prepared.request.adapters else (),
+            numerics=self.numerics or "",
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,
             resume_token=self.resume_token,

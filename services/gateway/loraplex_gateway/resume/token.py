@@ -38,6 +38,7 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         admitted_at: When time_limit began, unix seconds.
         issued_at: When the token was made, unix seconds.
         more_adapters: Name and revision of each adapter that is added to `adapter`.
+        numerics: Numerics of the engine that runs it; None in tokens of earlier versions.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     admitted_at: float
     issued_at: float
     more_adapters: tuple[tuple[str, str], ...] = ()
+    numerics: str | None = None
 
 
 _decoder: Final = msgspec.msgpack.Decoder(ResumePoint)

@@ -56,7 +56,12 @@ class ServedModel:
 
 
 def load_served_model(
-    directory: Path, workers: FairWorkers, *, name: str | None = None, aliases: tuple[str, ...] = ()
+    directory: Path,
+    workers: FairWorkers,
+    *,
+    name: str | None = None,
+    aliases: tuple[str, ...] = (),
+    text_only: bool = False,
 ) -> ServedModel:
     """Read a model directory.
 
@@ -64,7 +69,7 @@ def load_served_model(
         BaseModelError: If it is no base model we can serve.
         ChatTemplateError: If its chat template is unreadable.
     """
-    info = load_base_model(directory, name=name, aliases=aliases)
+    info = load_base_model(directory, name=name, aliases=aliases, text_only=text_only)
     return ServedModel(
         info=info,
         tokenizer=PromptTokenizer.from_directory(directory, workers),
@@ -74,12 +79,17 @@ def load_served_model(
 
 
 def load_served_models(
-    directories: Sequence[Path], workers: FairWorkers, *, name: str | None, aliases: tuple[str, ...]
+    directories: Sequence[Path],
+    workers: FairWorkers,
+    *,
+    name: str | None,
+    aliases: tuple[str, ...],
+    text_only: bool = False,
 ) -> list[ServedModel]:
     """Read model directories, like `load_served_model`; the name and the aliases are the first one's."""
     first, *others = directories
-    models = [load_served_model(first, workers, name=name, aliases=aliases)]
-    return models + [load_served_model(directory, workers) for directory in others]
+    models = [load_served_model(first, workers, name=name, aliases=aliases, text_only=text_only)]
+    return models + [load_served_model(directory, workers, text_only=text_only) for directory in others]
 
 
 class ModelCatalog:

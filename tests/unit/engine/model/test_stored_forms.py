@@ -338,6 +338,7 @@ def test_an_engine_says_once_what_it_unpacks_and_counts_the_unpacked_bytes(
     config = EngineConfig(model=quantised, device="cpu", dtype="float32", pool_bytes=2**24, arena_bytes=2**24)
     info, files = build.read_base_model(config)
     limits = build.engine_limits(config, info, CPU)
+    assert limits.numerics == "fp32+unpacked:fp8"
 
     build.runner_factory(config, info, CPU, files=files)(limits).close()
 

@@ -25,6 +25,7 @@ def names(
     salt: str = "",
     start: int | None = None,
     block_tokens: int = 2,
+    numerics: str = "",
     more: tuple[AdapterTerm, ...] = (),
 ) -> list[bytes]:
     keys = BlockKeys(
@@ -32,6 +33,7 @@ def names(
         adapter_scale=scale,
         cache_salt=salt,
         block_tokens=block_tokens,
+        numerics=numerics,
         adapter_start=start,
         more_adapters=more,
     )
@@ -92,3 +94,11 @@ def test_naming_a_sequence_as_it_grows_is_naming_it_at_once(token_ids: list[int]
         growing.extend(np.array(token_ids[:cut], dtype=np.int32))
 
     assert growing.extend(np.array(token_ids, dtype=np.int32)) == names(token_ids)
+
+
+@given(token_ids=st.lists(st.integers(0, 3), min_size=2, max_size=8), digest=digests, salt=salts)
+def test_blocks_of_other_numerics_have_other_names(token_ids: list[int], digest: str | None, salt: str) -> None:
+    plain = names(token_ids, digest, salt=salt, numerics="bf16")
+    assert plain == names(token_ids, digest, salt=salt, numerics="bf16")
+    for other in ("", "bf16+kv:fp8", "fp32"):
+        assert not set(plain) & set(names(token_ids, digest, salt=salt, numerics=other))

@@ -38,6 +38,7 @@ async def test_the_backend_is_the_runners_own_word(monkeypatch: pytest.MonkeyPat
 
     assert info.backend == backend
     assert info.max_added_tokens == harness.engine.limits.max_added_tokens > 0
+    assert info.numerics == "fp32"
 
 
 def test_each_runner_names_its_backend() -> None:

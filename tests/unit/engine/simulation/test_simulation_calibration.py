@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,6 +171,8 @@ def test_sizes_are_those_of_the_published_models() -> None:
 
 def test_a_config_json_gives_the_same_sizes_as_the_name() -> None:
     config = {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 131072,
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
@@ -185,6 +188,49 @@ def test_a_config_json_gives_the_same_sizes_as_the_name() -> None:
         base_model_from_config("x", {k: v for k, v in config.items() if k != "vocab_size"})
     with pytest.raises(ShapeError, match="gpt"):
         base_model("gpt")
+
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+
+
+def test_a_fused_module_is_one_module_of_an_adapter() -> None:
+    phi = ModelShape(base_model_from_config("phi", SIZES | {"architectures": ["Phi3ForCausalLM"]}))
+    llama = ModelShape(base_model_from_config("llama", SIZES | {"architectures": ["LlamaForCausalLM"]}))
+
+    fused, apart = phi.adapter(16, ALL_TARGETS), llama.adapter(16, ALL_TARGETS)
+
+    assert phi.layer_weights == llama.layer_weights
+    assert (fused.num_projections, fused.num_ops) == (4, 4)
+    assert (apart.num_projections, apart.num_ops) == (7, 4)
+    # qkv_proj, o_proj, gate_up_proj and down_proj: A is as wide as the input, B as the output, in bf16
+    assert fused.weight_bytes == 3 * 16 * (512 + 768 + 512 + 512 + 512 + 2048 + 1024 + 512) * 2
+    assert phi.adapter(16).num_projections == 2
+
+
+@pytest.mark.parametrize("architecture", ["Glm4ForCausalLM", "SeedOssForCausalLM"])
+def test_an_omitted_head_size_is_what_the_architecture_takes_it_for(architecture: str) -> None:
+    shape = ModelShape(base_model_from_config("x", SIZES | {"architectures": [architecture]}))
+
+    assert shape.info.head_dim == 128
+    assert shape.kv_bytes_per_token == 2 * 3 * 2 * 128 * 2
+
+
+def test_a_multimodal_model_is_sized_by_its_text_part_if_that_is_asked_for() -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+
+    with pytest.raises(ShapeError, match=r"x: config.json: Gemma3ForConditionalGeneration takes images"):
+        base_model_from_config("x", config)
+    info = base_model_from_config("x", config, text_only=True)
+
+    assert (info.num_layers, info.head_dim, info.vocab_size) == (3, 256, 262208)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_its_size() -> None:

@@ -21,7 +21,7 @@ MODELS = [SimpleNamespace(name="llama", fingerprint="f1"), SimpleNamespace(name=
 
 def link(fingerprint: str, *, resident: set[str] | None = None, **report: Any) -> Any:
     return SimpleNamespace(
-        record=SimpleNamespace(base_fingerprint=fingerprint, block_tokens=16, num_pages=100),
+        record=SimpleNamespace(base_fingerprint=fingerprint, block_tokens=16, num_pages=100, numerics="bf16"),
         state=LinkState.OPEN,
         report=engine_pb2.LoadReport(pages_total=100, **report),
         resident=resident or set(),
@@ -31,7 +31,7 @@ def link(fingerprint: str, *, resident: set[str] | None = None, **report: Any) -
 
 def collect(links: list[Any], names: AdapterNames | None = None, **waiting: int) -> CollectorRegistry:
     catalog = cast("ModelCatalog", SimpleNamespace(models=MODELS))
-    pool = cast("EnginePool", SimpleNamespace(links=links))
+    pool = cast("EnginePool", SimpleNamespace(links=links, passed_over=lambda _: ""))
     registry = CollectorRegistry()
     registry.register(FleetCollector(catalog, pool, names or AdapterNames(), waiting))
     return registry

@@ -62,7 +62,7 @@ async def target() -> AsyncIterator[str]:
 
 def fleet(*targets: str) -> FleetServicer:
     links = [SimpleNamespace(record=replace(RECORD, target=target)) for target in targets]
-    return FleetServicer(cast("EnginePool", SimpleNamespace(links=links)))
+    return FleetServicer(cast("EnginePool", SimpleNamespace(links=links, passed_over=lambda _: "")))
 
 
 async def listed(servicer: FleetServicer) -> dict[str, fleet_pb2.EngineState]:

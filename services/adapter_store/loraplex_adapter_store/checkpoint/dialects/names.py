@@ -133,6 +133,12 @@ def unwrapped(name: str) -> tuple[str, tuple[str, ...]]:
     return (".".join(part for part in parts if part not in WRAPPERS), found) if found else (name, ())
 
 
+def multimodal_prefix(names: Collection[str]) -> str:
+    """Return what the text model's modules begin with in the multimodal model whose tensors have these names."""
+    inside = "model.language_model."
+    return inside if any(inside in unwrapped(name)[0] for name in names) else "language_model.model."
+
+
 def shared_name(name: str) -> tuple[str, str]:
     """Return PEFT's name of a tensor that all modules share, and the adapter's name in it, empty if there is none."""
     found = _SHARED.fullmatch(name)

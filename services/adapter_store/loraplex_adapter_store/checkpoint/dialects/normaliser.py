@@ -16,7 +16,15 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 
 from loraplex_adapter_store.checkpoint.dialects.configs import read_config
 from loraplex_adapter_store.checkpoint.dialects.layouts import Layouts
-from loraplex_adapter_store.checkpoint.dialects.names import ALPHA, PEFT_PREFIX, A, read_name, shared_name, unwrapped
+from loraplex_adapter_store.checkpoint.dialects.names import (
+    ALPHA,
+    PEFT_PREFIX,
+    A,
+    multimodal_prefix,
+    read_name,
+    shared_name,
+    unwrapped,
+)
 from loraplex_adapter_store.checkpoint.dialects.table import RULES
 from loraplex_adapter_store.checkpoint.dialects.targets import (
     with_last_layers,
@@ -42,11 +50,14 @@ class Normalised:
         config: adapter_config.json.
         tensors: PEFT's name -> tensor; a tensor's own name is that of the file.
         notes: What was read by which rule, for the author of the import; empty for PEFT's own form.
+        prefix: What the names of the text model's modules begin with in the multimodal model that the adapter was trained
+            on, in the place of ``model.``; patterns of the configuration mean these names.
     """
 
     config: bytes
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    prefix: str = "model."
 
 
 def normalise(config: bytes, tensors: Mapping[str, Tensor], base: BaseModelInfo) -> Normalised:
@@ -88,7 +99,7 @@ def normalise(config: bytes, tensors: Mapping[str, Tensor], base: BaseModelInfo)
         rules.append("target_parameters")
     notes = [_note(rule) for rule in rules] + [_note(rule, count) for rule, count in used.items()]
     data = config if fields == form.fields and not form.rules else json.dumps(fields).encode()
-    return Normalised(data, placed, tuple(notes))
+    return Normalised(data, placed, tuple(notes), multimodal_prefix(tensors) if used["multimodal"] else "model.")
 
 
 def _note(rule: str, num_tensors: int | None = None) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraplex_common.decoder_config import (
+    GEMMA_DECODER,
     GLM4_DECODER,
     GRANITE_DECODER,
     LLAMA_DECODER,
+    MINISTRAL3_DECODER,
     OLMO2_DECODER,
+    OLMO3_DECODER,
     PHI3_DECODER,
     SMOLLM3_DECODER,
 )
@@ -32,6 +35,9 @@ FORWARDS: Final[dict[str, MakeForward]] = {
     SMOLLM3_DECODER: DenseForward,
     GLM4_DECODER: DenseForward,
     PHI3_DECODER: DenseForward,
+    GEMMA_DECODER: DenseForward,
+    OLMO3_DECODER: DenseForward,
+    MINISTRAL3_DECODER: DenseForward,
 }
 """By `ModelConfig.decoder`."""
 

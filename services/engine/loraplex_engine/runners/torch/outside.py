@@ -114,12 +114,13 @@ class OutsideStep:
         return torch.from_numpy(mine).to(device), scales
 
     def logits_of_row(
-        self, base: Callable[[Tensor], tuple[Tensor, Tensor]], position: int
+        self, base: Callable[[Tensor], tuple[Tensor, Tensor]], finish: Callable[[Tensor], Tensor], position: int
     ) -> Callable[[Tensor], Tensor] | None:
         """Return what computes logits of hidden states under the adapters of one token; None if it has none with logits.
 
         Args:
-            base: Hidden states ``[n, hidden]`` -> lm_head's input and the base's logits.
+            base: Hidden states ``[n, hidden]`` -> lm_head's input and output.
+            finish: lm_head's output with the adapters' -> the model's logits.
             position: The token's place in the step.
         """
         if not any(segment.tokens.start <= position < segment.tokens.stop for segment in self._segments):
@@ -127,7 +128,7 @@ class OutsideStep:
 
         def compute(hidden: Tensor) -> Tensor:
             x, logits = base(hidden)
-            return self.logits(logits, x, np.full(len(hidden), position, dtype=np.int64))
+            return finish(self.logits(logits, x, np.full(len(hidden), position, dtype=np.int64)))
 
         return compute
 

@@ -79,7 +79,8 @@ class TorchRunner:
         weights.close()
         self.weight_norms = weight_norms(self.geometry, self._model.linears)
         pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
-        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype, model.attention_scale)
+        scale, softcap = model.attention_scale, model.traits.score_softcap
+        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype, scale=scale, softcap=softcap)
         self._windows = set(model.windows)
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=limits.max_added_tokens)
         self._sampler = Sampler(vocab_size=self._rows.num_tokens, device=self._device)
@@ -149,6 +150,7 @@ class TorchRunner:
         x, logits = self._model.head(hidden.index_select(0, torch.from_numpy(last).to(self._device)))
         if outside is not None:
             logits = outside.logits(logits, x, last)
+        logits = self._model.finish_logits(logits)
         return Undrawn(logits=logits, prompt_logprobs=prompt_logprobs, faults=faults)
 
     def _outside_step(self, step: TorchStepHandle, lora: LoraStep | None) -> OutsideStep | None:
@@ -165,7 +167,8 @@ class TorchRunner:
         """Return what tells how a row's logits are computed; None if the model's lm_head computes all of them."""
         if outside is None:
             return None
-        return lambda row: outside.logits_of_row(self._model.head, int(token_ends[row]) - 1) or self._model.logits
+        head, finish = self._model.head, self._model.finish_logits
+        return lambda row: outside.logits_of_row(head, finish, int(token_ends[row]) - 1) or self._model.logits
 
     @torch.inference_mode()
     def _draw(self, step: TorchStepHandle, undrawn: Undrawn) -> StepOutput:

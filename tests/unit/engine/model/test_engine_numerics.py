@@ -1,0 +1,37 @@
+"""What an engine says of its numbers follows from its flags and the checkpoint, before a weight is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import pytest
+import torch
+from loraplex_engine import build
+from loraplex_engine.config import EngineConfig
+from support.base_models import write_base_model
+from support.families import family_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+
+def numerics(directory: Path, *, dtype: Dtype = "auto", max_model_len: int | None = None) -> str:
+    config = EngineConfig(
+        model=directory, dtype=dtype, max_model_len=max_model_len, device="cpu", pool_bytes=2**24, arena_bytes=2**24
+    )
+    info, _ = build.read_base_model(config)
+    return build.engine_limits(config, info, torch.device("cpu")).numerics
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("auto", "fp32"), ("float32", "fp32"), ("bfloat16", "bf16")])
+def test_the_type_computed_in_is_part_of_them(tmp_path: Path, dtype: Dtype, said: str) -> None:
+    assert numerics(write_base_model(tmp_path), dtype=dtype) == said
+
+
+@pytest.mark.parametrize(("max_model_len", "said"), [(256, "fp32"), (257, "fp32+rope:long")])
+def test_the_factors_that_longrope_picks_by_the_longest_sequence_are_part_of_them(
+    max_model_len: int, said: str
+) -> None:
+    assert numerics(family_dir("phi3 short"), max_model_len=max_model_len) == said
