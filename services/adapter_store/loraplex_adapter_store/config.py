@@ -16,6 +16,16 @@ from loraplex_adapter_store.imports.registry import Registry
 from loraplex_adapter_store.object_storage import Bucket
 
 MIB: Final = 1024 * 1024
+_POSITIVE: Final = (
+    "image_cache_bytes",
+    "image_work_bytes",
+    "hot_bytes",
+    "keep_pushed_revisions",
+    "disk_cache_bytes",
+    "max_adapter_bytes",
+    "max_concurrent_imports",
+    "max_pending_imports",
+)
 
 
 def shown_each(items: tuple[object, ...]) -> list[str]:
@@ -62,6 +72,12 @@ class StoreConfig(ServiceSettings):
     )
     hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
+    image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
+    disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
+    disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
+    prepare_images: int = setting(
+        32, help="new adapters that may wait until their images are made for the attached engines; 0 makes none ahead"
+    )
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     keep_pushed_revisions: int = setting(
         4, help="pushed revisions without a label that each name keeps, the newest; engines drop the others"
@@ -101,14 +117,12 @@ class StoreConfig(ServiceSettings):
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        sizes = ("image_cache_bytes", "hot_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
-        for name in (*sizes, "keep_pushed_revisions"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.redis_replicas is not None and self.redis_replicas < 0:
-            raise ValueError("--redis-replicas must not be negative")
-        if self.max_connection_age_s < 0:
-            raise ValueError("--max-connection-age-s must not be negative")
+        for name in ("max_connection_age_s", "prepare_images", "redis_replicas"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")

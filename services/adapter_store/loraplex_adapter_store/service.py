@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,33 +16,31 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
-from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
+from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.contents import Contents
 from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.disk.disk_index import DiskIndex
+from loraplex_adapter_store.disk.disk_tier import DiskTier
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
-from loraplex_adapter_store.images import ImageCache
+from loraplex_adapter_store.images import ImageCache, ImageSources
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
-from loraplex_adapter_store.imports.directory import ImportRoots
-from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
-from loraplex_adapter_store.imports.oci import OciImports
-from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.pusher import Pusher
 from loraplex_adapter_store.push.readiness import EngineReadiness
 from loraplex_adapter_store.push.released import ReleasedRevisions
@@ -53,7 +52,7 @@ from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.repository.on_disk import OnDisk
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
+from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters, tiers_of
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NUM_THREADS: Final = 4
+MAX_IMAGE_THREADS: Final = 16
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
@@ -111,17 +111,18 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     )
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
-        images = _images(core)
+        images = _images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases, attached)
-        threads = DownloadThreads()
-        stack.push_async_callback(threads.close)
+        preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
+        importer = _importer(core, bases, aliases, attached, preparer)
+        sources = Sources(config, core.credentials)
+        stack.push_async_callback(sources.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, threads, stack)
+        intake = _intake(core, importer, operations, sources)
         servicer = AdapterStoreServicer(
             lifecycle=Lifecycle(
                 core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
@@ -138,6 +139,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints)
+        supervisor.spawn(preparer.run(), name="image preparer")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -165,7 +167,7 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
             client,
             gc_grace_s=config.gc_grace_s,
             check_name=bases.check_adapter_name,
-            limit_of=_limit_of(config),
+            limit_of=adapter_bytes(config.quotas_file),
             on_disk=OnDisk(config.num_replicas),
         ),
         credentials=credentials,
@@ -177,9 +179,18 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     )
 
 
-def _images(core: _Core) -> ImageCache:
-    budget_bytes = core.config.image_cache_bytes
-    return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
+def _images(core: _Core, stack: AsyncExitStack) -> ImageCache:
+    config = core.config
+    threads = max(NUM_THREADS, min(MAX_IMAGE_THREADS, os.cpu_count() or 1))
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="image")
+    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
+    disk = None
+    if config.disk_cache_dir is not None:
+        disk = DiskTier(DiskIndex(config.disk_cache_dir, config.disk_cache_bytes), executor, core.metrics)
+        stack.push_async_callback(disk.close)
+    budget = ByteBudget(config.image_work_bytes)
+    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
+    return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
 
 
 def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
@@ -188,14 +199,9 @@ def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes
-
-
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(
+    core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines, preparer: ImagePreparer
+) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -203,31 +209,14 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         max_pending=config.max_pending_imports,
     )
     checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
-    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
+    return Importer(
+        checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
+    )
 
 
-def _intake(
-    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
-) -> Intake:
-    config = core.config
-    registries = OciImports(config.import_registry, core.credentials, threads)
-    stack.callback(registries.close)
-    sources = Sources(
-        ImportRoots(config.import_root),
-        Hub(config.hf_endpoint, threads),
-        S3Imports(config.import_bucket, core.credentials, threads),
-        registries,
-        core.credentials,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
-    return Intake(
-        importer,
-        operations,
-        core.catalog,
-        importer.budget,
-        sources,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
+def _intake(core: _Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+    max_bytes = core.config.max_adapter_bytes
+    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
 
 def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
