@@ -22,7 +22,6 @@ _POSITIVE: Final = (
     "image_work_bytes",
     "disk_cache_bytes",
     "max_adapter_bytes",
-    "keep_pushed_revisions",
     "max_concurrent_imports",
     "max_pending_imports",
     "keep_pushed_revisions",
@@ -121,10 +120,8 @@ class StoreConfig(ServiceSettings):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.redis_replicas is not None and self.redis_replicas < 0:
-            raise ValueError("--redis-replicas must not be negative")
-        for name in ("max_connection_age_s", "prepare_images"):
-            if getattr(self, name) < 0:
+        for name in ("max_connection_age_s", "prepare_images", "redis_replicas"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for root in self.import_root:
             if not root.is_dir():

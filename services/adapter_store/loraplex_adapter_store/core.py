@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
-from loraplex_common.quotas_file import QuotasFile
 
 from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
@@ -24,7 +23,7 @@ from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.on_disk import OnDisk
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
+from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
 from loraplex_adapter_store.tiers import tiers_of
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
             client,
             gc_grace_s=config.gc_grace_s,
             check_name=bases.check_adapter_name,
-            limit_of=_limit_of(config),
+            limit_of=adapter_bytes(config.quotas_file),
             on_disk=OnDisk(config.num_replicas),
         ),
         credentials=credentials,
@@ -95,10 +94,3 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
     budget = ByteBudget(config.image_work_bytes)
     sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
-
-
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes

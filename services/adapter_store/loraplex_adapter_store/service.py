@@ -26,15 +26,10 @@ from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
-from loraplex_adapter_store.imports.directory import ImportRoots
-from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
-from loraplex_adapter_store.imports.oci import OciImports
-from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
@@ -96,9 +91,11 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
+        sources = Sources(config, core.credentials)
+        stack.push_async_callback(sources.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, stack)
+        intake = _intake(core, importer, operations, sources)
         servicer = AdapterStoreServicer(
             lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
@@ -153,28 +150,9 @@ def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Li
     return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
-def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
-    config = core.config
-    threads = DownloadThreads()
-    stack.push_async_callback(threads.close)
-    registries = OciImports(config.import_registry, core.credentials, threads)
-    stack.callback(registries.close)
-    sources = Sources(
-        ImportRoots(config.import_root),
-        Hub(config.hf_endpoint, threads),
-        S3Imports(config.import_bucket, core.credentials, threads),
-        registries,
-        core.credentials,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
-    return Intake(
-        importer,
-        operations,
-        core.catalog,
-        importer.budget,
-        sources,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
+def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+    max_bytes = core.config.max_adapter_bytes
+    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
 
 def _pusher(core: Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
