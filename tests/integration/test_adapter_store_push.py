@@ -134,6 +134,7 @@ async def test_labels_move_once_every_engine_that_holds_the_old_revision_holds_t
         peer.grant(offer.digest)
         pushed = await pushing
 
+        assert offer.expected, "the engine is not to make room for it"
         assert offer.digest == pushed.revision.digest in peer.images
         assert (pushed.ready_engines, pushed.late_engines) == (("engine-test",), ())
         assert await latest(client) == await latest(client, "a:prod") == pushed.revision.digest

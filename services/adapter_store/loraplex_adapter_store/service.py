@@ -46,9 +46,7 @@ from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
-from loraplex_adapter_store.push.pusher import Pusher
-from loraplex_adapter_store.push.readiness import EngineReadiness
-from loraplex_adapter_store.push.released import ReleasedRevisions
+from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
@@ -129,7 +127,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
                 core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
             ),
             intake=intake,
-            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
+            pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -232,17 +230,6 @@ def _intake(
         importer.budget,
         sources,
         max_adapter_bytes=config.max_adapter_bytes,
-    )
-
-
-def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
-    return Pusher(
-        intake,
-        importer,
-        core.catalog,
-        readiness,
-        forget=ReleasedRevisions(core.client, hints).forget,
-        num_kept=core.config.keep_pushed_revisions,
     )
 
 
