@@ -261,6 +261,11 @@ __device__ __forceinline__ float exp2_approx(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
     return out;
 }
+__device__ __forceinline__ float reciprocal_approx(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
 // Transposes an 8x8 matrix of 16-bit elements held as mma fragments.
 __device__ __forceinline__ u32 transpose_8x8(u32 fragment) {
     u32 out;

@@ -17,12 +17,14 @@ from loraplex_adapter_store.object_storage import Bucket
 MIB: Final = 1024 * 1024
 _POSITIVE: Final = (
     "image_cache_bytes",
+    "hot_bytes",
     "image_work_bytes",
     "disk_cache_bytes",
     "max_adapter_bytes",
     "keep_pushed_revisions",
     "max_concurrent_imports",
     "max_pending_imports",
+    "keep_pushed_revisions",
 )
 
 
@@ -57,6 +59,14 @@ class StoreConfig(ServiceSettings):
         show=shown_each,
         metavar="HOST",
     )
+    cold_tier: Bucket | None = setting(
+        None,
+        help="s3://BUCKET/PREFIX[?endpoint=URL&region=NAME&credential=NAME] that keeps all adapters; Valkey keeps copies",
+        parse=Bucket.parse,
+        show=str,
+        metavar="URL",
+    )
+    hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
     disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,26 +10,20 @@ from typing import TYPE_CHECKING, Final
 
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
-from loraplex_common.auth import Authenticator
-from loraplex_common.exposition import Audience, Exposition, new_registry
+from loraplex_common.exposition import Audience, Exposition
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
-from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
-from loraplex_adapter_store.byte_budget import ByteBudget
-from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.contents import Contents
-from loraplex_adapter_store.credentials import Credentials
-from loraplex_adapter_store.disk.disk_index import DiskIndex
-from loraplex_adapter_store.disk.disk_tier import DiskTier
+from loraplex_adapter_store.core import Core, make_core, make_images, settle_blobs
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
-from loraplex_adapter_store.images import ImageCache, ImageSources
+from loraplex_adapter_store.images import ImageCache
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
 from loraplex_adapter_store.imports.directory import ImportRoots
@@ -44,25 +36,21 @@ from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
-from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
+from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
-from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.blobs import Blobs
-from loraplex_adapter_store.repository.catalog import Catalog
-from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-NUM_THREADS: Final = 4
-MAX_IMAGE_THREADS: Final = 16
+    from loraplex_adapter_store.config import StoreConfig
+    from loraplex_adapter_store.repository.engines import EngineHoldings
+
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
@@ -89,20 +77,6 @@ class RunningStore:
         self.importer.budget.check_integrity()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Core:
-    """The parts that all other parts depend on."""
-
-    config: StoreConfig
-    client: keys.Client
-    catalog: Catalog
-    blobs: Blobs
-    holdings: EngineHoldings
-    metrics: StoreMetrics
-    executor: ThreadPoolExecutor
-    authenticator: Authenticator
-
-
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
@@ -110,8 +84,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
     )
     async with AsyncExitStack() as stack:
-        core = _core(config, bases, stack)
-        images = _images(core, stack)
+        core = make_core(config, bases, stack)
+        images = make_images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
@@ -136,6 +110,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
+        await settle_blobs(core, supervisor)
         _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
@@ -150,54 +125,13 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
 
 
-def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
-    client = config.connect_valkey(config.redis_url)
-    stack.push_async_callback(client.aclose)
-    executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    # It runs in a thread, as what it waits for may wait for this event loop.
-    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-    return _Core(
-        config=config,
-        client=client,
-        catalog=Catalog(
-            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
-        ),
-        blobs=Blobs(client),
-        holdings=EngineHoldings(client),
-        metrics=StoreMetrics(new_registry("adapter_store")),
-        executor=executor,
-        authenticator=Authenticator.from_file(config.api_keys_file),
-    )
-
-
-def _images(core: _Core, stack: AsyncExitStack) -> ImageCache:
-    config = core.config
-    threads = max(NUM_THREADS, min(MAX_IMAGE_THREADS, os.cpu_count() or 1))
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="image")
-    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-    disk = None
-    if config.disk_cache_dir is not None:
-        disk = DiskTier(DiskIndex(config.disk_cache_dir, config.disk_cache_bytes), executor, core.metrics)
-        stack.push_async_callback(disk.close)
-    budget = ByteBudget(config.image_work_bytes)
-    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
-    return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
-
-
-def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
+def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes
-
-
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -209,18 +143,17 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
 
 
 def _intake(
-    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
+    core: Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
 ) -> Intake:
     config = core.config
-    credentials = Credentials.from_file(config.credentials_file)
-    registries = OciImports(config.import_registry, credentials, threads)
+    registries = OciImports(config.import_registry, core.credentials, threads)
     stack.callback(registries.close)
     sources = Sources(
         ImportRoots(config.import_root),
         Hub(config.hf_endpoint, threads),
-        S3Imports(config.import_bucket, credentials, threads),
+        S3Imports(config.import_bucket, core.credentials, threads),
         registries,
-        credentials,
+        core.credentials,
         max_adapter_bytes=config.max_adapter_bytes,
     )
     return Intake(
@@ -233,7 +166,7 @@ def _intake(
     )
 
 
-def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
+def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
     config = core.config
     listen = config.listen_config(
         config.host,
@@ -250,7 +183,7 @@ def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning
     return server
 
 
-def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hints) -> None:
+def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -264,7 +197,7 @@ def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hint
     supervisor.spawn(collector.run(), name="garbage collector")
 
 
-async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
+async def _serve_metrics(core: Core, stack: AsyncExitStack) -> int:
     config = core.config
     audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)

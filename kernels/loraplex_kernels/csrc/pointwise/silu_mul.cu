@@ -20,15 +20,6 @@ __device__ __forceinline__ void add_delta(const float* delta, float (&v)[kVec]) 
     for (int j = 0; j < kVec; ++j) v[j] = rounded(v[j] + delta[j]);
 }
 
-__device__ __forceinline__ float gated(float gate, float up) {
-#ifdef GELU_TANH
-    const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
-    return rounded(0.5f * gate * (1.f + tanhf(inner))) * up;
-#else
-    return silu_mul_value(gate, up);
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(256, 8) silu_mul(const Params p) {
     allow_dependents();
     dependency_wait();

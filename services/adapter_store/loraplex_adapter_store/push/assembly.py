@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from loraplex_adapter_store.push.pusher import Pusher
 from loraplex_adapter_store.push.readiness import EngineReadiness
@@ -10,33 +10,10 @@ from loraplex_adapter_store.push.released import ReleasedRevisions
 
 if TYPE_CHECKING:
     from loraplex_adapter_store.attach.attached import AttachedEngines
-    from loraplex_adapter_store.config import StoreConfig
+    from loraplex_adapter_store.core import Core
     from loraplex_adapter_store.hints import Hints
     from loraplex_adapter_store.imports.importer import Importer
     from loraplex_adapter_store.imports.intake import Intake
-    from loraplex_adapter_store.repository import keys
-    from loraplex_adapter_store.repository.catalog import Catalog
-    from loraplex_adapter_store.repository.engines import EngineHoldings
-
-
-class Core(Protocol):
-    """The parts of a store that others depend on."""
-
-    @property
-    def config(self) -> StoreConfig:
-        """Its configuration."""
-
-    @property
-    def client(self) -> keys.Client:
-        """Valkey."""
-
-    @property
-    def catalog(self) -> Catalog:
-        """The names."""
-
-    @property
-    def holdings(self) -> EngineHoldings:
-        """What engines of all replicas hold."""
 
 
 def make_pusher(core: Core, intake: Intake, importer: Importer, attached: AttachedEngines, hints: Hints) -> Pusher:

@@ -58,6 +58,15 @@ class BlobTier(Protocol):
         """
         ...
 
+    async def keep(self, digest: str, place: ChunkPlace, chunk: bytes) -> None:
+        """Take a chunk that a farther tier has given, if this tier keeps copies of what is read.
+
+        Raises:
+            StoreUnavailableError: If the tier cannot be reached.
+            SaturatedError: If the tier is full.
+        """
+        ...
+
     async def holds(self, digest: str, num_chunks: int) -> bool:
         """Return whether all chunks of a blob are there.
 
@@ -98,6 +107,9 @@ class ValkeyTier:
         with keys.translated():
             chunk: bytes | None = await self._client.get(keys.chunk(digest, place.number))
         return chunk
+
+    async def keep(self, digest: str, place: ChunkPlace, chunk: bytes) -> None:
+        """See `BlobTier`: a copy without a bound is none of this tier's."""
 
     async def holds(self, digest: str, num_chunks: int) -> bool:
         """See `BlobTier`."""

@@ -15,7 +15,7 @@ from loraplex_kernels.pointwise.softcap import Softcap
 
 from loraplex_engine.model.dense import DenseModel
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, rotary_rows
-from loraplex_engine.runners.cuda.lora_paths import Followers
+from loraplex_engine.runners.cuda.followers import Followers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.cuda.decoder import LargestStep
-    from loraplex_engine.runners.cuda.lora_paths import FinishesQkv, LayerPath
+    from loraplex_engine.runners.cuda.followers import FinishesQkv
+    from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
 
 GATES: Final[dict[Activation, type[SiluMul]]] = {"silu": SiluMul, "gelu_tanh": GeluMul}
 
@@ -77,12 +79,15 @@ class DenseDecoder(CudaDecoder[DenseModel]):
         limits: LargestStep,
         *,
         num_slots: int,
+        inputs: Fp8Inputs | None = None,
     ) -> None:
-        super().__init__(model, library, pool, geometry, limits, num_slots=num_slots)
+        super().__init__(model, library, pool, geometry, limits, num_slots=num_slots, inputs=inputs)
         config, traits = model.config, model.config.traits
         branch_norms = (traits.after_attention, traits.after_mlp)
-        inputs = (traits.before_attention, traits.before_mlp)
-        self._adds_products = branch_norms == (None, None) and None not in inputs and traits.residual_multiplier == 1.0
+        input_norms = (traits.before_attention, traits.before_mlp)
+        self._adds_products = (
+            branch_norms == (None, None) and None not in input_norms and traits.residual_multiplier == 1.0
+        )
         needed = () if self._adds_products else [(a is not None, b) for a in branch_norms for b in (True, False)]
         self._joins = {
             (has_after, has_before): BranchNorm(
@@ -105,7 +110,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
         kinds = [config.rope_of(layer) for layer in range(config.num_layers)]
         kernels = {kind: self._make_rope(library, layout, kind) for kind in dict.fromkeys(kinds)}
         rope: FinishesQkv = kernels[kinds[0]] if len(kernels) == 1 else RopeOfLayer([kernels[kind] for kind in kinds])
-        return Followers(rope, GATES[config.traits.activation](library, config.intermediate_size))
+        return Followers(rope, self._make_gate(library, GATES[config.traits.activation]), self._inputs)
 
     def _make_rope(self, library: KernelLibrary, layout: KvLayout, kind: int | None) -> RopeKv:
         """Return the kernel of layers with one of the model's RoPEs, or with None."""
@@ -129,7 +134,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x = work.hidden[:tokens], work.x[:tokens]
+        hidden, x, scratch = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
         qkv, attended = work.qkv[:tokens], work.attended[:tokens]
         gate_up, act = work.gate_up[:tokens], work.act[:tokens]
         self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
@@ -140,22 +145,28 @@ class DenseDecoder(CudaDecoder[DenseModel]):
             path.project(index, "qkv", layer.qkv, x, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
-            rest = self._branch(path, index, "o", layer.o, attended, step)
+            rest = self._branch(path, index, "o", layer.o, attended, hidden, scratch, step)
             self._join(rest, layer.after_attention, hidden, layer.before_mlp, x)
             path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
-            rest = self._branch(path, index, "down", layer.down, act, step)
+            rest = self._branch(path, index, "down", layer.down, act, hidden, scratch, step)
             joining = layer.after_mlp
         return rest
 
     def _branch(
-        self, path: LayerPath, layer: int, op: str, linear: Linear, x: Tensor, step: StepInputs
+        self,
+        path: LayerPath,
+        layer: int,
+        op: str,
+        linear: Linear,
+        x: Tensor,
+        hidden: Tensor,
+        scratch: Tensor,
+        step: StepInputs,
     ) -> Tensor | None:
         """Compute o's or down's product; returns what `_join` is still to add to the residual stream."""
-        tokens = x.shape[0]
-        scratch = self.work.scratch(tokens)
         if self._adds_products:
-            return path.add_to_residual(layer, op, linear, x, self.work.hidden[:tokens], scratch, step)
+            return path.add_to_residual(layer, op, linear, x, hidden, scratch, step)
         path.project_branch(layer, op, linear, x, scratch, step)
         return scratch
 
@@ -178,6 +189,8 @@ class DenseDecoder(CudaDecoder[DenseModel]):
             x: ``[T or S, hidden]``; the next branch's input; None if none follows.
             rows: int32 ``[S]``; the rows that are computed, if not all.
         """
+        if self._inputs is not None and x is not None:
+            self._inputs.forget(x)
         if before is not None and x is not None and (self._adds_products or rest is None):
             self._norm.launch(rest, before.weight, x, residual=hidden, rows=rows)
         elif rest is not None:

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class Fork:
-    """Runs work beside the current stream's; on a CPU simply in order."""
+    """Runs work beside the current stream's; on a CPU, or where it is to, simply in order."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device, *, in_order: bool = False) -> None:
+        has_side = device.type == "cuda" and not in_order
+        self._side = torch.cuda.Stream(device) if has_side else None  # type: ignore[no-untyped-call]
 
     def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
         """Do both, the first on the side stream; whatever follows on the current stream comes after both."""

@@ -6,10 +6,9 @@ calls the same methods in the same order whichever path a step takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from loraplex_kernels.pointwise.silu_mul import SiluMul
+from loraplex_engine.runners.cuda.followers import norm_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,25 +16,11 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora.decode import LoraDecode
     from torch import Tensor
 
-    from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.cuda.followers import Followers, HasQkNorm
     from loraplex_engine.runners.cuda.fork import Fork
     from loraplex_engine.runners.cuda.lora_grids import Grids
     from loraplex_engine.runners.cuda.step_input import StepInputs
-
-
-class HasQkNorm(Protocol):
-    """A layer's weights, as far as the follower of qkv needs them."""
-
-    @property
-    def q_norm(self) -> RmsNorm | None:
-        """The norm of each query head, if the layer has one."""
-        ...
-
-    @property
-    def k_norm(self) -> RmsNorm | None:
-        """The norm of each key head, if the layer has one."""
-        ...
 
 
 class LayerPath(Protocol):
@@ -56,7 +41,7 @@ class LayerPath(Protocol):
             linear: The projection.
             x: ``[tokens, in_features]``.
             residual: ``[tokens, hidden]``.
-            scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
+            scratch: ``[tokens, hidden]``, and what is returned, if anything is.
             step: The step's inputs.
         """
         ...
@@ -74,37 +59,11 @@ class LayerPath(Protocol):
         ...
 
 
-class FinishesQkv(Protocol):
-    """What finishes qkv in every layer: `RopeKv`, or several of them."""
-
-    def launch(
-        self,
-        layer: int,
-        qkv: Tensor,
-        positions: Tensor,
-        kv_slots: Tensor,
-        *,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        delta: Tensor | None = None,
-    ) -> None:
-        """See `RopeKv.launch`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Followers:
-    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
-
-    rope: FinishesQkv
-    silu_mul: SiluMul
-
-
 class BasePath:
     """No row has an adapter."""
 
     def __init__(self, followers: Followers) -> None:
-        self._rope, self._silu_mul = followers.rope, followers.silu_mul
+        self._rope, self._silu_mul, self._inputs = followers.rope, followers.silu_mul, followers.inputs
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -115,7 +74,10 @@ class BasePath:
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        del layer, op, scratch, step
+        del layer, op, step
+        if self._inputs is not None:
+            linear.into(x, scratch)
+            return scratch
         linear.onto(x, residual)
         return None
 
@@ -180,7 +142,8 @@ class BesideLoraPath(_DecodeLoraPath):
     """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
     The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
-    the next norm adds their products.
+    the next norm adds their products. So no product has to accumulate, and FP8 products of many rows go this way, too, with a fork
+    that runs all in order.
 
     Args:
         delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
@@ -285,13 +248,6 @@ class AddedLoraPath(BasePath):
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        linear.onto(x, residual)
+        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._lora.apply(layer, op, x, residual, step.scales)
-        return None
-
-
-def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of qk-norm, if the layer has it."""
-    if weights.q_norm is None or weights.k_norm is None:
-        return None, None
-    return weights.q_norm.weight, weights.k_norm.weight
+        return rest

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
+    from loraplex_engine.runners.cuda.followers import Followers
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.token_lora import GroupedLora, SplitLora
     from loraplex_engine.step import StepPlan
 
