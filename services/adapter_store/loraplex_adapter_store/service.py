@@ -80,9 +80,7 @@ class RunningStore:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(
-        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
-    )
+    bases = _bases(config)
     async with AsyncExitStack() as stack:
         core = make_core(config, bases, stack)
         images = make_images(core, stack)
@@ -97,9 +95,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         stack.push_async_callback(operations.close)
         intake = _intake(core, importer, operations, threads, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(
-                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
-            ),
+            lifecycle=_lifecycle(core, attached, aliases),
             intake=intake,
             pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
@@ -123,6 +119,17 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             importer=importer,
             attached=attached,
         )
+
+
+def _bases(config: StoreConfig) -> KnownBases:
+    return KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
+
+
+def _lifecycle(core: Core, attached: AttachedEngines, aliases: AliasTable) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
 def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
