@@ -348,6 +348,16 @@ async def test_a_value_that_is_no_number_is_refused_by_its_tensor(adapters: Asyn
         await adapters.push("a", values, config)
 
 
+async def test_a_repeated_rollback_is_done_once(client: StoreClient, adapters: AsyncAdapters) -> None:
+    first, second = [(await adapters.push("a", *tensors_of(n))).revision.digest for n in (1, 2)]
+    request = pb.RollBackAliasRequest(name="a", request_id=new_id())
+
+    answers = [await client.stub.RollBackAlias(request) for _ in range(3)]
+
+    assert {(each.left_revision, each.revision) for each in answers} == {(second, first)}
+    assert await latest(client) == first
+
+
 async def test_a_label_is_rolled_back_to_what_it_left_last(client: StoreClient, adapters: AsyncAdapters) -> None:
     first, second = [(await adapters.push("a", *tensors_of(n))).revision.digest for n in (1, 2)]
     await set_alias(client, "a", "prod", first)
