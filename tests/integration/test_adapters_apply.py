@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 from support.adapters import Recipe, adapter_files, write_adapter
@@ -14,14 +14,14 @@ from support.pushes import adapters_at
 from support.store_rig import running_rig, store_config, tiny_base_dir
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
     from loraplex_client import AsyncAdapters
 
 pytestmark = pytest.mark.integration
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-Apply = "Callable[..., Coroutine[Any, Any, list[str]]]"
+Apply: TypeAlias = "Callable[..., Coroutine[Any, Any, list[str]]]"
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Applier:
         return found[0] if found and found[0].state is not AdapterState.DELETED else None
 
     def _fields(self, wanted: WantedAdapter, known: Adapter | None) -> int:
-        """Set who may use it before there is anything to use."""
+        """Set the tenants before the adapter has anything that a request could use."""
         description, tenants = wanted.description, wanted.tenants
         if known is None:
             text = f"{wanted.name}: create" + (f", for {', '.join(tenants)}" if tenants else "")

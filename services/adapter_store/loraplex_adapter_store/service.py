@@ -34,9 +34,7 @@ from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.preparing import ImagePreparer
-from loraplex_adapter_store.push.pusher import Pusher
-from loraplex_adapter_store.push.readiness import EngineReadiness
-from loraplex_adapter_store.push.released import ReleasedRevisions
+from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
@@ -79,9 +77,7 @@ class RunningStore:
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(
-        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
-    )
+    bases = _bases(config)
     async with AsyncExitStack() as stack:
         core = make_core(config, bases, stack)
         images = make_images(core, stack)
@@ -97,9 +93,9 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         stack.push_async_callback(operations.close)
         intake = _intake(core, importer, operations, sources)
         servicer = AdapterStoreServicer(
-            lifecycle=_lifecycle(core, aliases, attached),
+            lifecycle=_lifecycle(core, attached, aliases),
             intake=intake,
-            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
+            pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -124,6 +120,17 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
 
 
+def _bases(config: StoreConfig) -> KnownBases:
+    return KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
+    )
+
+
+def _lifecycle(core: Core, attached: AttachedEngines, aliases: AliasTable) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
+
+
 def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
@@ -145,25 +152,9 @@ def _importer(
     )
 
 
-def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
-    leases = partial(_all_leases, attached, core.holdings)
-    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
-
-
 def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
     max_bytes = core.config.max_adapter_bytes
     return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
-
-
-def _pusher(core: Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
-    return Pusher(
-        intake,
-        importer,
-        core.catalog,
-        readiness,
-        forget=ReleasedRevisions(core.client, hints).forget,
-        num_kept=core.config.keep_pushed_revisions,
-    )
 
 
 def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
