@@ -87,11 +87,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
-        sources = Sources(config, core.credentials)
-        stack.push_async_callback(sources.close)
-        operations = LongRunning(core.client)
-        stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, sources)
+        operations = _operations(core, stack)
+        intake = _intake(core, importer, operations, stack)
         servicer = AdapterStoreServicer(
             lifecycle=_lifecycle(core, attached, aliases),
             intake=intake,
@@ -131,6 +128,12 @@ def _lifecycle(core: Core, attached: AttachedEngines, aliases: AliasTable) -> Li
     return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
+def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:
+    operations = LongRunning(core.client)
+    stack.push_async_callback(operations.close)
+    return operations
+
+
 def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
@@ -152,7 +155,9 @@ def _importer(
     )
 
 
-def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
+    sources = Sources(core.config, core.credentials)
+    stack.push_async_callback(sources.close)
     max_bytes = core.config.max_adapter_bytes
     return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
