@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
-from loraplex_adapter_store.disk import cache_file
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.valkey import connect
 from support.adapters import Recipe
@@ -34,12 +34,17 @@ class Stored(NamedTuple):
     config: Any
 
     def file(self, kind: str) -> Path:
+        path: Path
         (path,) = self.config.disk_cache_dir.glob(f"{self.digest}*.{kind}")
         return path
 
 
 def kinds(directory: Path) -> list[str]:
     return sorted(path.suffix for path in directory.iterdir() if path.name != "lock")
+
+
+def has_images(directory: Path, count: int) -> bool:
+    return kinds(directory).count(".image") == count
 
 
 def bytes_of(directory: Path) -> int:
@@ -157,7 +162,7 @@ async def test_a_full_disk_costs_no_image_and_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache_file.os, "fsync", full)
+    monkeypatch.setattr("loraplex_adapter_store.disk.cache_file.os.fsync", full)
     async with running_rig(store_config(redis_url, disk_cache_dir=tmp_path)) as (_, client):
         digest = (await client.upload_recipe("a")).revision.revision
         await fetch(client, base, digest)
@@ -172,7 +177,7 @@ async def test_the_least_recently_used_files_make_room_also_after_a_restart(
         digests = [(await client.upload_recipe("a", Recipe(seed=seed))).revision.revision for seed in range(3)]
         for number, digest in enumerate(digests):
             await fetch(client, base, digest)
-            await eventually(lambda number=number: kinds(tmp_path).count(".image") == number + 1)
+            await eventually(partial(has_images, tmp_path, number + 1))
     total = bytes_of(tmp_path)
     (tmp_path / "dead.image.0123.part").write_bytes(b"of a writer that was killed")
 
@@ -182,6 +187,29 @@ async def test_the_least_recently_used_files_make_room_also_after_a_restart(
     assert digests[0] not in left
     assert digests[2] in left
     assert ".part" not in kinds(tmp_path)
+
+
+async def test_an_imported_adapters_image_is_made_for_the_attached_engines_before_it_is_wanted(
+    redis_url: str, base: BaseModelInfo, tmp_path: Path
+) -> None:
+    config = store_config(redis_url, disk_cache_dir=tmp_path)
+    async with running_rig(config) as (_, client), attached_peer(client.channel, base) as peer:
+        await client.upload_recipe("a")
+
+        await eventually(lambda: kinds(tmp_path) == [".canonical", ".image"])
+        assert "offer" not in peer.kinds()
+
+
+async def test_no_image_is_made_ahead_if_the_flag_says_so(redis_url: str, base: BaseModelInfo, tmp_path: Path) -> None:
+    config = store_config(redis_url, disk_cache_dir=tmp_path, prepare_images=0)
+    async with running_rig(config) as (_, client), attached_peer(client.channel, base) as peer:
+        await client.upload_recipe("a")
+        second = (await client.upload_recipe("b", Recipe(seed=1))).revision.revision
+        peer.want(second)
+        await peer.image(second)
+        await eventually(lambda: kinds(tmp_path) == [".canonical", ".image"])
+
+    assert revisions(tmp_path) == {second}
 
 
 async def test_a_directory_that_another_store_uses_is_refused_by_name(stored: Stored) -> None:

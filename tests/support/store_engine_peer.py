@@ -190,9 +190,9 @@ class EnginePeer:
         digest, page_bytes = filled.digest, self._geometry.page_bytes
         slots = self._granted[digest]
         arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
-        hashes = (asyncio.to_thread(piece_digests, arena[slot].data) for slot in slots)
-        root = tree_root(await asyncio.gather(*hashes))
         image = arena[list(slots)]
+        del arena  # while there is a view, the mapping cannot be closed
+        root = tree_root(await asyncio.gather(*(asyncio.to_thread(piece_digests, page.data) for page in image)))
         is_right = root == filled.image_tree_sha256
         if not self.takes_tree_digests:
             is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256

@@ -6,14 +6,10 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import Authenticator
-from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.exposition import new_registry
-from loraplex_common.housekeeping import until_done
-from loraplex_common.quotas_file import QuotasFile
 
 from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
@@ -23,18 +19,15 @@ from loraplex_adapter_store.disk.disk_tier import DiskTier
 from loraplex_adapter_store.images import ImageCache, ImageSources
 from loraplex_adapter_store.metrics import StoreMetrics
 from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.blob_tier import BlobTier, ValkeyTier
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
-from loraplex_adapter_store.repository.hot_tier import ColdTierError, HotTier, settle_place
-from loraplex_adapter_store.repository.object_tier import ObjectTier
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
+from loraplex_adapter_store.repository.on_disk import OnDisk
+from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
+from loraplex_adapter_store.tiers import tiers_of
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
-
-    from loraplex_common.tasks import Supervisor
 
     from loraplex_adapter_store.bases import KnownBases
 
@@ -73,35 +66,19 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
         config=config,
         client=client,
         catalog=Catalog(
-            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
+            client,
+            gc_grace_s=config.gc_grace_s,
+            check_name=bases.check_adapter_name,
+            limit_of=adapter_bytes(config.quotas_file),
+            on_disk=OnDisk(config.num_replicas),
         ),
         credentials=credentials,
-        blobs=Blobs(client, _tiers(config, client, credentials)),
+        blobs=Blobs(client, tiers_of(config, client, credentials)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
         authenticator=Authenticator.from_file(config.api_keys_file),
     )
-
-
-def _tiers(config: StoreConfig, client: keys.Client, credentials: Credentials) -> tuple[BlobTier, ...]:
-    """Return where canonical blobs lie, the nearest first."""
-    if config.cold_tier is None:
-        return (ValkeyTier(client),)
-    try:
-        cold = ObjectTier(config.cold_tier, credentials)
-    except (InvalidParameterError, ValueError) as error:
-        raise ColdTierError(f"--cold-tier: {error}") from error
-    return HotTier(client, budget_bytes=config.hot_bytes), cold
-
-
-async def settle_blobs(core: Core, supervisor: Supervisor) -> None:
-    """Find out whether Valkey's adapters lie where this store looks; later, if Valkey is away."""
-    settle = partial(settle_place, core.client, str(core.config.cold_tier or ""))
-    try:
-        await settle()
-    except LoraplexError:
-        supervisor.spawn_once(until_done(settle, name="look for the cold tier"), name="cold tier")
 
 
 def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
@@ -117,10 +94,3 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
     budget = ByteBudget(config.image_work_bytes)
     sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
-
-
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes

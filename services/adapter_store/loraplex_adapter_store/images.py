@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from functools import partial
@@ -12,7 +13,7 @@ from loraplex_common.adapter_image import ImageError, layout
 from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, AdapterNotFoundError
 
 from loraplex_adapter_store.derivation import Derivation
-from loraplex_adapter_store.page_image import Image, ImagePlan
+from loraplex_adapter_store.page_image import Fit, Image, ImagePlan
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.derivation import PageSink
     from loraplex_adapter_store.disk.disk_tier import DiskTier
     from loraplex_adapter_store.metrics import StoreMetrics
-    from loraplex_adapter_store.page_image import Fit, ImageKey
+    from loraplex_adapter_store.page_image import ImageKey
     from loraplex_adapter_store.repository.blobs import Blobs, Manifest
     from loraplex_adapter_store.repository.catalog import Catalog
 
@@ -162,6 +163,19 @@ class ImageCache:
         self._metrics.fetch_seconds.labels(tier).observe(time.monotonic() - began)
         return image
 
+    async def prepare(self, key: ImageKey, base_fingerprint: str) -> None:
+        """Derive an image that no engine wants yet, if there is room for it that no other image has.
+
+        Raises:
+            LoraplexError: In the cases of `get`.
+        """
+        fit = Fit(base_fingerprint, max_pages=sys.maxsize)
+        if key in self._kept or key in self._building or await self._on_disk(key) is not None:
+            return
+        num_bytes = (await self.plan(key, fit)).num_pages * key.geometry.page_bytes
+        if self._sources.disk is not None or self._kept_bytes + num_bytes <= self._budget_bytes:
+            await self._build_once(key, fit, None, may_displace=False)
+
     def drop(self, digest: str) -> None:
         """Forget all images of a revision, on disk too."""
         for key in [key for key in self._kept if key.digest == digest]:
@@ -194,10 +208,10 @@ class ImageCache:
     async def _on_disk(self, key: ImageKey) -> Image | None:
         return await self._sources.disk.image(key) if self._sources.disk is not None else None
 
-    async def _build_once(self, key: ImageKey, fit: Fit, sink: PageSink | None) -> Image:
+    async def _build_once(self, key: ImageKey, fit: Fit, sink: PageSink | None, *, may_displace: bool = True) -> Image:
         task = self._building.get(key)
         if task is None:
-            task = asyncio.create_task(self._build(key, fit, sink), name=f"image {key.digest[:12]}")
+            task = asyncio.create_task(self._build(key, fit, sink, may_displace), name=f"image {key.digest[:12]}")
             self._building[key] = task
             task.add_done_callback(partial(self._built, key))
         return await asyncio.shield(task)  # other callers may wait for it even if this one goes away
@@ -207,7 +221,7 @@ class ImageCache:
         if not task.cancelled():
             task.exception()  # its callers have it, if any is left
 
-    async def _build(self, key: ImageKey, fit: Fit, sink: PageSink | None) -> Image:
+    async def _build(self, key: ImageKey, fit: Fit, sink: PageSink | None, may_displace: bool) -> Image:
         manifest = await self._sources.manifest(key.digest)
         plan = await self._sources.planned(key, manifest)
         fit.check(key, plan)
@@ -216,7 +230,8 @@ class ImageCache:
         except AdapterCorruptError:
             self._metrics.verify_failures.inc()
             raise
-        self._keep(key, image)
+        if may_displace or self._kept_bytes + image.pages.nbytes <= self._budget_bytes:
+            self._keep(key, image)
         return image
 
     def _keep(self, key: ImageKey, image: Image) -> None:

@@ -20,30 +20,27 @@ from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.contents import Contents
-from loraplex_adapter_store.core import Core, make_core, make_images, settle_blobs
+from loraplex_adapter_store.core import Core, make_core, make_images
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
-from loraplex_adapter_store.imports.directory import ImportRoots
-from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
-from loraplex_adapter_store.imports.oci import OciImports
-from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
+from loraplex_adapter_store.tiers import find_adapters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -88,14 +85,15 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases, attached)
-        threads = DownloadThreads()
-        stack.push_async_callback(threads.close)
+        preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
+        importer = _importer(core, bases, aliases, attached, preparer)
+        sources = Sources(config, core.credentials)
+        stack.push_async_callback(sources.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, threads, stack)
+        intake = _intake(core, importer, operations, sources)
         servicer = AdapterStoreServicer(
-            lifecycle=_lifecycle(core, attached, aliases),
+            lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
             pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
@@ -106,8 +104,9 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        await settle_blobs(core, supervisor)
+        await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints)
+        supervisor.spawn(preparer.run(), name="image preparer")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -127,18 +126,15 @@ def _bases(config: StoreConfig) -> KnownBases:
     )
 
 
-def _lifecycle(core: Core, attached: AttachedEngines, aliases: AliasTable) -> Lifecycle:
-    leases = partial(_all_leases, attached, core.holdings)
-    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
-
-
 def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(
+    core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines, preparer: ImagePreparer
+) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -146,31 +142,19 @@ def _importer(core: Core, bases: KnownBases, aliases: AliasTable, attached: Atta
         max_pending=config.max_pending_imports,
     )
     checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
-    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
+    return Importer(
+        checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
+    )
 
 
-def _intake(
-    core: Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
-) -> Intake:
-    config = core.config
-    registries = OciImports(config.import_registry, core.credentials, threads)
-    stack.callback(registries.close)
-    sources = Sources(
-        ImportRoots(config.import_root),
-        Hub(config.hf_endpoint, threads),
-        S3Imports(config.import_bucket, core.credentials, threads),
-        registries,
-        core.credentials,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
-    return Intake(
-        importer,
-        operations,
-        core.catalog,
-        importer.budget,
-        sources,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
+def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
+
+
+def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+    max_bytes = core.config.max_adapter_bytes
+    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
 
 def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:

@@ -69,6 +69,7 @@ class Importer:
 
     Args:
         told: An import ends once it has waited for this.
+        on_stored: Called with the digest of each revision that was stored, and its base's fingerprint.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Importer:
         metrics: StoreMetrics,
         *,
         told: Told,
+        on_stored: Callable[[str, str], None] = lambda digest, base_fingerprint: None,
     ) -> None:
         self._checker = checker
         self._catalog = catalog
@@ -87,6 +89,7 @@ class Importer:
         self._budget = budget
         self._metrics = metrics
         self._told = told
+        self._on_stored = on_stored
         self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
@@ -209,6 +212,7 @@ class Importer:
             except BaseException:
                 await self.abandon(form.revision)
                 raise
+            self._on_stored(form.revision, form.base_fingerprint)
             await self._told(outcome.record)
             return outcome
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
