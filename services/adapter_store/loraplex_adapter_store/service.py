@@ -84,7 +84,6 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
-        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
         sources = Sources(config, core.credentials)
@@ -102,11 +101,10 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             contents=_contents(core, aliases, attached, stack),
         )
         server = _server(core, servicer, operations)
-        metrics_port = await _serve_metrics(core, stack)
+        metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
-        _spawn(supervisor, core, aliases, hints)
-        supervisor.spawn(preparer.run(), name="image preparer")
+        _spawn(supervisor, core, aliases, hints, preparer)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -174,7 +172,7 @@ def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning)
     return server
 
 
-def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints) -> None:
+def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints, preparer: ImagePreparer) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -186,10 +184,12 @@ def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints
     supervisor.spawn(aliases.run(), name="name table")
     supervisor.spawn(core.authenticator.follow(), name="credentials")
     supervisor.spawn(collector.run(), name="garbage collector")
+    supervisor.spawn(preparer.run(), name="image preparer")
 
 
-async def _serve_metrics(core: Core, stack: AsyncExitStack) -> int:
+async def _serve_metrics(core: Core, replicas: ReplicaFactorCollector, stack: AsyncExitStack) -> int:
     config = core.config
+    core.metrics.registry.register(replicas)
     audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)
     metrics_server = MetricsServer(exposition, config.host, config.metrics_port)
