@@ -30,14 +30,12 @@ from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
-from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
@@ -84,13 +82,12 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
-        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
         operations = _operations(core, stack)
         intake = _intake(core, importer, operations, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=_lifecycle(core, attached, aliases),
+            lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
             pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
@@ -99,11 +96,10 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             contents=_contents(core, aliases, attached, stack),
         )
         server = _server(core, servicer, operations)
-        metrics_port = await _serve_metrics(core, stack)
+        metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
-        _spawn(supervisor, core, aliases, hints)
-        supervisor.spawn(preparer.run(), name="image preparer")
+        _spawn(supervisor, core, aliases, hints, preparer)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -121,11 +117,6 @@ def _bases(config: StoreConfig) -> KnownBases:
     return KnownBases.load(
         config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
     )
-
-
-def _lifecycle(core: Core, attached: AttachedEngines, aliases: AliasTable) -> Lifecycle:
-    leases = partial(_all_leases, attached, core.holdings)
-    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
 def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:
@@ -179,7 +170,7 @@ def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning)
     return server
 
 
-def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints) -> None:
+def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints, preparer: ImagePreparer) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -191,10 +182,12 @@ def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints
     supervisor.spawn(aliases.run(), name="name table")
     supervisor.spawn(core.authenticator.follow(), name="credentials")
     supervisor.spawn(collector.run(), name="garbage collector")
+    supervisor.spawn(preparer.run(), name="image preparer")
 
 
-async def _serve_metrics(core: Core, stack: AsyncExitStack) -> int:
+async def _serve_metrics(core: Core, replicas: ReplicaFactorCollector, stack: AsyncExitStack) -> int:
     config = core.config
+    core.metrics.registry.register(replicas)
     audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)
     metrics_server = MetricsServer(exposition, config.host, config.metrics_port)
