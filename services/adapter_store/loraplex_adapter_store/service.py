@@ -30,14 +30,12 @@ from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
-from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
@@ -86,11 +84,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
-        sources = Sources(config, core.credentials)
-        stack.push_async_callback(sources.close)
-        operations = LongRunning(core.client)
-        stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, sources)
+        operations = _operations(core, stack)
+        intake = _intake(core, importer, operations, stack)
         servicer = AdapterStoreServicer(
             lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
@@ -124,6 +119,12 @@ def _bases(config: StoreConfig) -> KnownBases:
     )
 
 
+def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:
+    operations = LongRunning(core.client)
+    stack.push_async_callback(operations.close)
+    return operations
+
+
 def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
@@ -145,12 +146,9 @@ def _importer(
     )
 
 
-def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
-    leases = partial(_all_leases, attached, core.holdings)
-    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
-
-
-def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
+    sources = Sources(core.config, core.credentials)
+    stack.push_async_callback(sources.close)
     max_bytes = core.config.max_adapter_bytes
     return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
