@@ -30,12 +30,14 @@ from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
 from loraplex_adapter_store.imports.sources import Sources
+from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
 from loraplex_adapter_store.preparing import ImagePreparer
 from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.repository.moves import AliasMoves
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
@@ -117,6 +119,11 @@ def _bases(config: StoreConfig) -> KnownBases:
     return KnownBases.load(
         config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
     )
+
+
+def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
 def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:
