@@ -70,7 +70,7 @@ def read_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather K and V of the first ``length`` tokens of a sequence; each ``[length, kv_heads, head_dim]``, as stored.
 
-    Of e4m3 they come times their scales, rounded to ``dtype`` as the kernels round them.
+    Values in e4m3 are multiplied with their scales and rounded to ``dtype`` as the kernels do it.
 
     Args:
         pool: uint8 ``[pages, page_bytes]``.

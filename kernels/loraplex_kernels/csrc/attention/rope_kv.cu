@@ -54,7 +54,8 @@ __device__ __forceinline__ void store_head(const Params& p, int token, int head,
         const KvTarget target{p.pool, p.page_bytes, p.layer_offset, p.block_tokens};
 #ifdef KV_SCALES
         const u32 lanes = ((1u << kHalf / kRun) - 1) << threadIdx.x % kWarp / kHeadLanes * kHeadLanes;
-        write_fp8(target, slot, head - p.num_heads, p.num_kv_heads, first_dim(dim), run_distance(dim), lanes, dim == 0, low, high);
+        write_fp8(target, slot, head - p.num_heads, p.num_kv_heads, first_dim(dim), run_distance(dim), lanes, dim == 0, low,
+                  high);
         return;
 #else
         to = kv_row(target, slot, head - p.num_heads) + first_dim(dim);
