@@ -15,6 +15,7 @@ from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
+from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
@@ -110,7 +111,11 @@ class Importer:
             ConflictError: If ``latest`` is not where it is expected; nothing is fetched if it is not before.
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        return await self._measured(self._import_from(source, fetch, target, progress))
+        # What follows the mark in an identity is the credential's name.
+        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+            outcome = await self._measured(self._import_from(source, fetch, target, progress))
+            facts |= _found(outcome, target)
+            return outcome
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
         """Import uploaded files; the caller holds room for them.
@@ -118,8 +123,11 @@ class Importer:
         Raises:
             LoraplexError: In the cases of `import_from`.
         """
-        async with self._budget.place():
-            return await self._measured(self._import_files(files, target, Progress(target.name)))
+        with audited("import", target.name, source=files.source) as facts:
+            async with self._budget.place():
+                outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
+            facts |= _found(outcome, target)
+            return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
         """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
@@ -146,6 +154,12 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
+        with audited("push", target.name, source=written.revision.source) as facts:
+            outcome = await self._commit_written(written, target)
+            facts |= _found(outcome, target)
+            return outcome
+
+    async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
         digest = written.revision.revision
         await self._catalog.reserve(digest)
         try:
@@ -249,6 +263,11 @@ class Importer:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
+
+
+def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
+    """Return what an import's line says of its end."""
+    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:
