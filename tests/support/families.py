@@ -212,8 +212,12 @@ def _draw(path: str, weight: torch.nn.Parameter) -> None:
         weight.normal_(std=(3.0 if "lm_head" in path else 1.0) / weight.shape[-1] ** 0.5)
 
 
-def write_family_adapter(directory: Path, name: str, targets: list[str], *, rank: int, seed: int) -> Path:
+def write_family_adapter(
+    directory: Path, name: str, targets: list[str], *, rank: int, seed: int, **settings: Any
+) -> Path:
     """Write a random adapter of some modules of a family's model, the first of them with twice the rank.
+
+    Further settings are those of `LoraConfig`.
 
     Returns:
         ``directory``.
@@ -226,10 +230,13 @@ def write_family_adapter(directory: Path, name: str, targets: list[str], *, rank
         target_modules=targets,
         rank_pattern={targets[0]: 2 * rank},
         task_type="CAUSAL_LM",
+        **settings,
     )
     adapted: Any = get_peft_model(model, config)
     with torch.no_grad():
         for path, weight in adapted.named_parameters():
+            if "trainable_tokens_delta" in path:
+                weight.normal_()
             if "lora_" in path:
                 weight.normal_(std=0.3 / max(weight.shape[-1], 8) ** 0.5)
                 if "lora_embedding_A" in path:

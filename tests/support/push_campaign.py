@@ -144,7 +144,7 @@ async def _run(stack: Stack, base: Path, tally: PushTally, num_pushes: int, num_
         for number in range(1, num_pushes):
             seen = len(loop.streams)
             await loop.push(number)
-            while len(loop.streams) < seen + max(1, num_streams // 8):  # each revision is used before the next comes
+            while not any(stream.least >= number for stream in loop.streams[seen:]):  # each revision is used
                 await asyncio.sleep(0.005)
                 _raise_failed(readers)
             if number == num_pushes // 2:

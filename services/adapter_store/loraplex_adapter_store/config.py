@@ -18,13 +18,13 @@ from loraplex_adapter_store.object_storage import Bucket
 MIB: Final = 1024 * 1024
 _POSITIVE: Final = (
     "image_cache_bytes",
-    "image_work_bytes",
     "hot_bytes",
-    "keep_pushed_revisions",
+    "image_work_bytes",
     "disk_cache_bytes",
     "max_adapter_bytes",
     "max_concurrent_imports",
     "max_pending_imports",
+    "keep_pushed_revisions",
 )
 
 

@@ -198,7 +198,10 @@ class Lifecycle:
             taken_back, shares = _left_last(await self._visible(name, caller), label, moves)
         else:
             Answer("rollback", name, content=caller.content).repeated(answer)
-            taken_back, shares = next(move for move in moves if move.cause == "rollback").reversed, {}
+            done = next((move for move in moves if move.cause == "rollback"), None)
+            if done is None:
+                raise AdapterNotFoundError(f"{name}:{label} has moved too often since this request was answered")
+            taken_back, shares = done.reversed, {}
 
         def apply(old: AdapterRecord) -> AdapterRecord:
             _existing(old).expect(label, expected)

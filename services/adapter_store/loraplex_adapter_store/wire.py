@@ -244,6 +244,7 @@ def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
             response.offer.image_sha256 = message.image_sha256
             response.offer.wanted = message.is_wanted
             response.offer.spec = message.spec
+            response.offer.expected = message.is_expected
         case Chunk():
             response.chunk.digest = message.digest
             response.chunk.rank = message.rank

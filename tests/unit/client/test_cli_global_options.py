@@ -35,6 +35,7 @@ COMMANDS = [
             "prefetch",
             "evict",
             "make-random",
+            "apply",
             "push",
             "labels",
             "history",

@@ -9,6 +9,8 @@ from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
+from loraplex_client.adapter_manifest import HUB_SOURCE
+from loraplex_client.cli.apply import apply
 from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
 from loraplex_client.cli.global_options import remote
 from loraplex_client.cli.live import history, labels, push, rollback
@@ -19,7 +21,6 @@ from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Rev
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
 
-HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
 URI_SCHEMES: Final = ("s3://", "oci://")
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
 AnyName = Annotated[
@@ -85,7 +86,7 @@ def import_(
     _print_import(name, result)
 
 
-for _command in (push, labels, history, rollback):
+for _command in (apply, push, labels, history, rollback):
     app.command()(remote(_command))
 app.command("make-random")(remote(make_random))
 

@@ -2255,6 +2255,7 @@ class AttachEngineResponse(_message.Message):
         IMAGE_SHA256_FIELD_NUMBER: _builtins.int
         WANTED_FIELD_NUMBER: _builtins.int
         SPEC_FIELD_NUMBER: _builtins.int
+        EXPECTED_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
         rank: _builtins.int
@@ -2267,6 +2268,8 @@ class AttachEngineResponse(_message.Message):
         """False if nobody asked for it: the engine may decline."""
         spec: _builtins.bytes
         """What the engine builds its device tables from: JSON of adapter_image.AdapterSpec."""
+        expected: _builtins.bool
+        """Whether a label is about to move to it: the engine makes room by evicting images that no request waits with."""
         def __init__(
             self,
             *,
@@ -2276,10 +2279,11 @@ class AttachEngineResponse(_message.Message):
             image_sha256: _builtins.str = ...,
             wanted: _builtins.bool = ...,
             spec: _builtins.bytes = ...,
+            expected: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "expected", b"expected", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -119,6 +119,7 @@ class Offer:
     Attributes:
         image_sha256: sha256 over the image's pages in order, for engines that take no tree digests; else empty.
         spec: JSON of `AdapterSpec`.
+        is_expected: Whether a label is about to move to it.
     """
 
     digest: str
@@ -127,6 +128,7 @@ class Offer:
     image_sha256: str
     is_wanted: bool
     spec: bytes
+    is_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)

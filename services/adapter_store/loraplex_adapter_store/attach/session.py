@@ -139,6 +139,12 @@ class EngineSession:
         if transfer is not None and wanted_in_s is not None:
             transfer.foreseen_within(wanted_in_s)
 
+    def expect(self, digest: str) -> None:
+        """Offer an image that a label is about to move to; the engine makes room for it."""
+        self.prefetch(digest, 0.0)
+        if (transfer := self._transfers.get(digest)) is not None:
+            transfer.is_expected = True
+
     def fill_idle_room(self) -> None:
         """Offer recently used images of this geometry that the engine lacks, up to the number of its free slots."""
         free = min((arena.num_free for arena in self.hello.arenas), default=0)

@@ -69,18 +69,19 @@ class CanonicalForm:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""
-        buffer = bytearray()
+        parts: list[memoryview] = []
+        room = chunk_bytes
         for piece in self.pieces:
             position = 0
             while position < len(piece):
-                taken = piece[position : position + chunk_bytes - len(buffer)]
-                buffer += taken
-                position += len(taken)
-                if len(buffer) == chunk_bytes:
-                    yield bytes(buffer)
-                    buffer.clear()
-        if buffer:
-            yield bytes(buffer)
+                parts.append(piece[position : position + room])
+                position += len(parts[-1])
+                room -= len(parts[-1])
+                if not room:
+                    yield b"".join(parts)
+                    parts, room = [], chunk_bytes
+        if parts:
+            yield b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -136,13 +136,16 @@ class Importer:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
         """
         async with self._budget.place():
-            form = await self._checker.check(files, target.base_model)
-            await self._catalog.reserve(form.revision)
-            try:
-                return await self._write(form, files.source, target)
-            except BaseException:
-                await self.abandon(form.revision)
-                raise
+            with self._counted():
+                began = time.monotonic()
+                form = await self._checker.check(files, target.base_model)
+                await self._catalog.reserve(form.revision)
+                try:
+                    written = await self._write(form, files.source, target)
+                except BaseException:
+                    await self.abandon(form.revision)
+                    raise
+                return replace(written, seconds=time.monotonic() - began)
 
     async def commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         """Make written weights known under their name, once gateways have been told.
@@ -162,7 +165,7 @@ class Importer:
         try:
             if not await self._blobs.is_complete(digest):
                 raise RevisionGoneError(digest)
-            outcome = await self._measured(self._commit(written, target))
+            outcome = await self._measured(self._commit(written, target), spent_s=written.seconds)
         except RevisionGoneError:
             raise StoreUnavailableError(
                 f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
@@ -170,13 +173,19 @@ class Importer:
         await self._told(outcome.record)
         return outcome
 
-    async def _measured(self, work: Awaitable[ImportOutcome]) -> ImportOutcome:
-        began = time.monotonic()
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an import that fails in the block."""
         try:
-            outcome = await work
+            yield
         except LoraplexError as error:
             self._metrics.imports.labels(error.reason.lower()).inc()
             raise
+
+    async def _measured(self, work: Awaitable[ImportOutcome], *, spent_s: float = 0.0) -> ImportOutcome:
+        began = time.monotonic() - spent_s
+        with self._counted():
+            outcome = await work
         self._metrics.imports.labels("ok").inc()
         self._metrics.import_seconds.observe(time.monotonic() - began)
         return outcome

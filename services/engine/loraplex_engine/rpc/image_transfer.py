@@ -37,6 +37,7 @@ class ImageOffer:
     Attributes:
         image_sha256: sha256 over the image's pages in order, 64 hex digits; empty if the tree digest comes with `filled`.
         is_wanted: False if no request asked for the adapter.
+        is_expected: Whether a label is about to move to it, so that requests will ask for it.
         spec: JSON of `AdapterSpec`.
     """
 
@@ -46,6 +47,7 @@ class ImageOffer:
     image_sha256: str
     is_wanted: bool
     spec: bytes
+    is_expected: bool = False
 
 
 class Stage(enum.Enum):
@@ -228,7 +230,9 @@ class ImageTransfers:
         return spec
 
     async def _granted(self, offer: ImageOffer) -> tuple[int, ...] | None:
-        future = self._engine.grant_slots(offer.digest, offer.num_pages, is_wanted=offer.is_wanted)
+        future = self._engine.grant_slots(
+            offer.digest, offer.num_pages, is_wanted=offer.is_wanted, is_expected=offer.is_expected
+        )
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

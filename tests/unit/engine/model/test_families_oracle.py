@@ -28,10 +28,10 @@ OUTSIDE = ["lm_head", "embed_tokens"]
 
 
 def adapters_of(folder: Path, name: str) -> dict[str, Path]:
-    """Three adapters of mixed ranks: all projections, some of them, and all with embedding and lm_head."""
+    """Three adapters of mixed ranks: all projections, some, and all with the embedding, and lm_head if that is another matrix."""
     info = load_base_model(family_dir(name))
     projections = [each.name for each in info.layers[0]]
-    outside = [] if info.tied_embeddings else OUTSIDE
+    outside = OUTSIDE[1:] if info.tied_embeddings else OUTSIDE
     recipes = {"all": (projections, 5), "some": (projections[::2], 16), "outside": ([*outside, *projections], 3)}
     return {
         each: write_family_adapter(folder / each, name, targets, rank=rank, seed=rank)
@@ -45,6 +45,14 @@ def test_a_family_with_adapters_of_every_projection_equals_transformers_and_peft
     oracle = Oracle(family_dir(name), adapters)
     check_runner(name, oracle, adapters)
     check_engine(name, oracle, adapters)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3 untied"])
+def test_rows_that_replace_those_of_a_scaled_embedding_equal_peft(tmp_path: Path, name: str) -> None:
+    rows = [PROMPT[1], 9, 33]
+    adapter = write_family_adapter(tmp_path, name, ["q_proj"], rank=2, seed=4, trainable_token_indices=rows)
+
+    check_runner(name, Oracle(family_dir(name), {"rows": adapter}), {"rows": adapter})
 
 
 def check_runner(name: str, oracle: Oracle, adapters: dict[str, Path]) -> None:

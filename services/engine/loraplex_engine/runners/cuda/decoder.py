@@ -84,18 +84,19 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self.followers = self._make_followers(library, layouts[config.windows[0]])
         self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
         self._norm = self._make_norm(library)
-        attention = {
-            window: PagedAttention(
-                library,
-                layout,
-                max_rows=limits.max_rows,
-                max_context=limits.max_context,
-                scale=config.attention_scale,
-                softcap=config.traits.score_softcap,
-            )
-            for window, layout in layouts.items()
-        }
+        attention = {window: self._make_attention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
+
+    def _make_attention(self, library: KernelLibrary, layout: KvLayout, limits: LargestStep) -> PagedAttention:
+        config = self._model.config
+        return PagedAttention(
+            library,
+            layout,
+            max_rows=limits.max_rows,
+            max_context=limits.max_context,
+            scale=config.attention_scale,
+            softcap=config.traits.score_softcap,
+        )
 
     def _make_followers(self, library: KernelLibrary, layout: KvLayout) -> Followers:
         """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""

@@ -83,23 +83,17 @@ class CudaRunner:
         make_decoder = forward_of(model)
         self._library = make_library(config, device)
         sizes = bucket_sizes(limits.max_num_seqs)
-        self._largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
-        forms, inputs = linear_forms(config.weight_form, self._library, model, max_tokens=self._largest.max_tokens)
+        self._largest = largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
+        forms, inputs = linear_forms(config.weight_form, self._library, model, max_tokens=largest.max_tokens)
         self._model = read_model(model, weights, forms, max_model_len=limits.max_model_len, device=device)
         weights.close()
         self.weight_norms = weight_norms(self.geometry, self._model.linears)
         self._pool = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=device)
         self._decoder = make_decoder(
-            self._model,
-            self._library,
-            self._pool,
-            limits.pool,
-            self._largest,
-            num_slots=limits.max_num_seqs,
-            inputs=inputs,
+            self._model, self._library, self._pool, limits.pool, largest, num_slots=limits.max_num_seqs, inputs=inputs
         )
         self._tables = make_tables(config, self.geometry, device)
-        num_added = self._largest.max_added_tokens
+        num_added = largest.max_added_tokens
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=num_added)
         self._base_path, self._num_variants = BasePath(self._decoder.followers), 1
         self._outside: OutsideModules | None = None

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from kernels.host_kernels import COMPILER, HostLibrary
+from loraplex_common.adapter_image import pack
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_engine.limits import EngineLimits
@@ -20,13 +21,19 @@ from loraplex_engine.runners.torch.runner import TorchRunner
 from support.families import family_dir, write_family_adapter
 from support.host_decoder import BUCKET, CPU, NUM_PAGES, NUM_SLOTS, HostRunner
 from support.oracle import adapter_image
+from support.part_adapters import FAMILIES, random_adapter
 from support.plans import Draw, Harness
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+    from loraplex_common.adapter_image import AdapterSpec
     from loraplex_engine.step import StepPlan, StepResult
+    from numpy.typing import NDArray
     from support.host_decoder import Done
+
+    Image = tuple[AdapterSpec, NDArray[np.uint8]]
 
 VOCAB = 384
 OUTSIDE = ["lm_head", "embed_tokens"]
@@ -59,10 +66,10 @@ def write_adapters(folder: Path, name: str) -> list[Path]:
     ]
 
 
-def run_steps(runner: HostRunner | TorchRunner, own: HostRunner, name: str, adapters: list[Path]) -> list[StepResult]:
+def run_steps(runner: HostRunner | TorchRunner, own: HostRunner, images: list[Image]) -> list[StepResult]:
     """Run a prompt, prompts beside a decode row, and decode rows alone."""
-    info, harness = load_base_model(family_dir(name)), Harness(runner, own.pool_geometry, NUM_PAGES)
-    every, some = (harness.load(*adapter_image(runner.geometry, info, each, family_dir(name))) for each in adapters)
+    harness = Harness(runner, own.pool_geometry, NUM_PAGES)
+    every, some = (harness.load(*image) for image in images)
     draw = Draw(num_logprobs=VOCAB)
     rows = [
         harness.add(range(5, 18), adapter=every, draw=draw, forced=FORCED),
@@ -77,20 +84,38 @@ def run_steps(runner: HostRunner | TorchRunner, own: HostRunner, name: str, adap
 def test_a_familys_steps_have_the_torch_backends_logits(tmp_path: Path, name: str) -> None:
     in_line = name.startswith(("gemma2", "granite"))
     own = Steps(family_dir(name), HostLibrary(torch.float32, tmp_path), max_rows_beside=0 if in_line else BUCKET)
+    info = load_base_model(family_dir(name))
+    images = [adapter_image(own.geometry, info, each, family_dir(name)) for each in write_adapters(tmp_path, name)]
+
+    check_steps(name, own, images)
+
+    assert any(own.variants), "decode steps with LoRA had no graph"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
+def test_factors_of_inputs_leave_the_residual_stream_alone_where_no_norm_is_before(tmp_path: Path) -> None:
+    """(IA)3 scales the input of qkv and gate_up where it lies, and OLMo's is the residual stream."""
+    name = "olmo3 on the host shim"
+    own = Steps(family_dir(name), HostLibrary(torch.float32, tmp_path), max_rows_beside=BUCKET)
+    adapters = [random_adapter(own.geometry, FAMILIES[kind], seed) for seed, kind in enumerate(("(IA)3", "lora_bias"))]
+
+    check_steps(name, own, [(each.spec, pack(own.geometry, each.spec, each.tensors)) for each in adapters])
+
+
+def check_steps(name: str, own: Steps, images: list[Image]) -> None:
+    """Compare all logits of the steps with the torch backend's."""
     limits = EngineLimits(pool=own.pool_geometry, num_pages=NUM_PAGES, max_num_seqs=NUM_SLOTS, max_model_len=128)
     reader = WeightReader(family_dir(name), dtype=torch.float32, device=CPU)
     oracle = TorchRunner(RunnerConfig(info=load_base_model(family_dir(name)), limits=limits), reader)
-    adapters = write_adapters(tmp_path, name)
 
-    run_steps(own, own, name, adapters)
-    expected = run_steps(oracle, own, name, adapters)
+    run_steps(own, own, images)
+    expected = run_steps(oracle, own, images)
 
     for step, (found, truth) in enumerate(zip(own.steps, expected, strict=True)):
         listed = torch.full((len(truth.slots), VOCAB), float("nan"))
         for row, entry in truth.logprobs.items():
             listed[row, entry.token_ids[1:]] = torch.from_numpy(entry.logprobs[1:])
         assert (found.log_softmax(-1) - listed).abs().max() < 1e-4, step
-    assert any(own.variants), "decode steps with LoRA had no graph"
     oracle.close()
 
 
