@@ -30,7 +30,7 @@ from loraplex_bench.steps.attention_cases import (
 )
 from loraplex_bench.steps.kernel_timer import require_close, time_us
 from loraplex_bench.steps.lora_case import LoraCase
-from loraplex_engine.runners.cuda import lora_paths
+from loraplex_engine.runners.cuda import lora_grids
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
@@ -60,7 +60,7 @@ def decode_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[
     adapters = baseline_adapters(tokens, row["popularity"])
     built = lora.prepare(adapters)
     op = case.op_index
-    most = lora_paths.Grids.of(1 << 10, 132)
+    most = lora_grids.Grids.of(1 << 10, 132)
     grids = min(int(built.counts[2 * op]), most.shrink), min(int(built.counts[2 * op + 1]), most.expand)
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
     y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)

@@ -158,6 +158,19 @@ class KernelLibrary:
         self._cache = cache or CubinCache()
         torch.zeros(1, device=device)  # makes torch's primary context current
 
+    @property
+    def num_multiprocessors(self) -> int:
+        """Multiprocessors of the device."""
+        return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    @property
+    def max_shared_bytes(self) -> int:
+        """Most shared memory that a CTA may have on the device."""
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        result, most = driver.cuDeviceGetAttribute(attribute, self._device_index)
+        _check(result, "shared memory of a block")
+        return int(most)
+
     def load(
         self, name: str, params: P, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0
     ) -> Kernel[P]:

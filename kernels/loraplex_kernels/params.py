@@ -55,6 +55,7 @@ class RopeParams(ctypes.Structure):
         ("num_kv_heads", c_int),
         ("block_tokens", c_int),
         ("norm_eps", c_float),
+        ("query_scale", c_void_p),
     ]
 
 
@@ -105,7 +106,7 @@ class EmbeddingParams(ctypes.Structure):
         ("last_sampled", c_void_p),
         ("out", c_void_p),
         ("vocab", c_int),
-        ("reserved", c_int),
+        ("multiplier", c_float),
     ]
 
 

@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from loraplex_kernels.attention.paged_kv import KvLayout
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``weight * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
+    """Return ``(weight + offset) * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
 
     The sum is rounded to x's dtype first, since the next layer's residual holds it in that type.
     """
     value = x if residual is None else x + residual
     wide = value.float()
-    return weight.float() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() + offset) * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``gelu(gate) * up``, GELU in its approximation by tanh; fp32 ``[rows, width]``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -34,11 +42,22 @@ def rotary_table(positions: int, head_dim: int, theta: float = 10000.0) -> torch
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rope(x: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotate heads ``[tokens, heads, head_dim]`` in the rotate-half manner; fp32."""
+def rope(x: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """Rotate heads ``[tokens, heads, head_dim]``; fp32.
+
+    Args:
+        x: The heads.
+        rotary: ``[positions, rotary_dim]``, as `rotary_table` makes it; dims of a head from rotary_dim on stay as they are.
+        positions: int ``[tokens]``.
+        interleaved: Whether dims 2i and 2i + 1 are a pair, not i and i + rotary_dim / 2.
+    """
     cosine, sine = rotary[positions.long()][:, None].chunk(2, dim=-1)
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    wide, dim = x.float(), rotary.shape[1]
+    out = wide.clone()
+    pairs = (slice(0, dim, 2), slice(1, dim, 2)) if interleaved else (slice(0, dim // 2), slice(dim // 2, dim))
+    low, high = wide[..., pairs[0]], wide[..., pairs[1]]
+    out[..., pairs[0]], out[..., pairs[1]] = low * cosine - high * sine, high * cosine + low * sine
+    return out
 
 
 def lora_delta(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -51,6 +70,8 @@ def read_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather K and V of the first ``length`` tokens of a sequence; each ``[length, kv_heads, head_dim]``, as stored.
 
+    Values in e4m3 are multiplied with their scales and rounded to ``dtype`` as the kernels do it.
+
     Args:
         pool: uint8 ``[pages, page_bytes]``.
         layout: Place of K and V in pages.
@@ -59,6 +80,9 @@ def read_kv(
         pages: int ``[>= blocks]``; the sequence's page ids.
         length: Tokens wanted.
     """
+    if layout.scales_offset is not None:
+        key, value = _read_fp8(pool, layout, layer, pages, length)
+        return key.to(dtype), value.to(dtype)
     blocks = -(-length // layout.block_tokens)
     start = layout.layer_offset(layer, dtype.itemsize)
     count = 2 * layout.num_kv_heads * layout.block_tokens * layout.head_dim * dtype.itemsize
@@ -70,7 +94,45 @@ def read_kv(
     return key[:length], value[:length]
 
 
-def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, layout: KvLayout) -> torch.Tensor:
+def _read_fp8(
+    pool: torch.Tensor, layout: KvLayout, layer: int, pages: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, size, dim = layout.num_kv_heads, layout.block_tokens, layout.head_dim
+    chosen = pool[pages[: -(-length // size)].long()]
+    start, count = layout.layer_offset(layer, 1), 2 * heads * size * dim
+    values = chosen[:, start : start + count].contiguous().view(torch.float8_e4m3fn)
+    start = (layout.scales_offset or 0) + layer * heads * size * 4
+    scales = chosen[:, start : start + heads * size * 4].contiguous().view(torch.bfloat16)
+    wide = (
+        values.view(-1, 2, heads, size, dim).float()
+        * scales.view(-1, heads, size, 2).permute(0, 3, 1, 2)[..., None].float()
+    )
+    key, value = wide.permute(1, 0, 3, 2, 4).reshape(2, -1, heads, dim)
+    return key[:length], value[:length]
+
+
+def quantise_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K or V as e4m3, and bf16 scales ``[...]`` of its last dimension.
+
+    Args:
+        x: ``[..., head_dim]``.
+    """
+    most = x.float().abs().amax(-1)
+    scales = (most * (1 / 448)).clamp(2.0**-100, 127.5).bfloat16()
+    scales = torch.where(most.isfinite(), scales, math.nan)
+    return (x.float() * (1 / scales.float())[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
+def attention(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: int,
+    layout: KvLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Causal attention of consecutive tokens of one sequence; fp32 ``[tokens, heads, head_dim]``.
 
     Args:
@@ -78,13 +140,16 @@ def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: in
         key: ``[start + tokens, kv_heads, head_dim]``.
         value: The same shape as ``key``.
         start: Position of the first token.
-        layout: Heads, window and scale.
+        layout: Heads and window.
+        scale: Factor on ``q k``; None for 1 / sqrt(head_dim).
+        softcap: Bound of the scores; None for none.
     """
     group = layout.num_heads // layout.num_kv_heads
     wide_key, wide_value = (t.float().repeat_interleave(group, dim=1) for t in (key, value))
-    scores = torch.einsum("thd,shd->hts", q.float(), wide_key) * (
-        layout.softmax_scale or 1 / math.sqrt(layout.head_dim)
-    )
+    scores = torch.einsum("thd,shd->hts", q.float(), wide_key)
+    scores *= 1 / math.sqrt(layout.head_dim) if scale is None else scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     query_at = torch.arange(start, start + len(q), device=q.device)[:, None]
     key_at = torch.arange(len(key), device=q.device)[None]
     hidden = key_at > query_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any, ClassVar
 
 from loraplex_kernels.params import LoraTables
@@ -41,4 +41,33 @@ class HeadRowsParams(ctypes.Structure):
         ("stride", c_int64),
         ("columns", c_int),
         ("width", c_int),
+    ]
+
+
+class BranchNormParams(ctypes.Structure):
+    """csrc/pointwise/branch_norm.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("after", c_void_p),
+        ("before", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_void_p),
+        ("eps", c_float),
+        ("multiplier", c_float),
+    ]
+
+
+class SoftcapParams(ctypes.Structure):
+    """csrc/pointwise/softcap.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("out", c_void_p),
+        ("stride", c_int64),
+        ("width", c_int),
+        ("vocab", c_int),
+        ("cap", c_float),
+        ("reserved", c_int),
     ]

@@ -13,7 +13,7 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store.imports import pace
 from loraplex_adapter_store.imports.directory import ImportRoots
 from loraplex_adapter_store.imports.download import MIN_STEP_BYTES
-from loraplex_adapter_store.imports.hub import MAX_DOWNLOADS
+from loraplex_adapter_store.imports.threads import MAX_DOWNLOADS
 from loraplex_common.errors import AdapterCorruptUploadError, DeadlineError, StoreUnavailableError
 from support.adapters import Recipe, adapter_files
 from support.hub_double import HubDouble, running_hub

@@ -12,9 +12,8 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.aliases import AliasUpdate
-from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.catalog import Position
 from loraplex_common import text_parts_wire
 from loraplex_common.adapter_image import AdapterSpec, ImageError
 from loraplex_common.base_model import load_base_model

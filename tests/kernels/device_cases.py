@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from kernels.dense_cases import BRANCHES, FORMS, DenseCases
+from kernels.fp8_cases import activated, expected, normed, quantised, wide
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from kernels.outside_device_cases import OutsideRig
 from kernels.part_device_cases import PartRig
@@ -105,6 +107,18 @@ class Cases:
         )
         self.check("embedding", out[:2], table[[3, 5]])
 
+    def fp8(self) -> None:
+        """Activations in e4m3: as they are, of a norm, of SiLU times up; with one scale for a row, and with several."""
+        library, device, width = self._library, self._device, 208
+        x, weight, gate_up = (self.randn(*s).to(device) for s in ((3, width), (width,), (3, 2 * width)))
+        for has_groups in (False, True):
+            rows = quantised(library, x, has_groups=has_groups)
+            self.check("quantise_fp8", wide(rows, 3), expected(x, has_groups=has_groups))
+            rows, out = normed(library, x, weight, self.randn(3, width).to(device), has_groups=has_groups)
+            self.check("rms_norm_fp8", wide(rows, 3), expected(out, has_groups=has_groups))
+            rows, out = activated(library, gate_up, None, has_groups=has_groups)
+            self.check("silu_mul_fp8", wide(rows, 3), expected(out, has_groups=has_groups))
+
     def rope_kv(self) -> None:
         """RoPE and KV write with q and k norms."""
         device, layout = self._device, self._layout()
@@ -117,6 +131,15 @@ class Cases:
         )
         q = reference.rms_norm(qkv.view(3, 8, 64)[:, :4], norms[0], 1e-6)
         self.check("rope_kv", found.cpu().view(3, 8, 64)[:, :4], reference.rope(q, rotary, positions))
+
+    def dense(self) -> None:
+        """RoPE in every form, branches into the residual stream, GELU and the cap of logits."""
+        cases = DenseCases(self._library)
+        compared = [(name, cases.rope(case)) for name, case in FORMS.items()]
+        compared += [(name, cases.branch(case)) for name, case in BRANCHES.items()]
+        for name, each in [*compared, ("gelu", cases.gelu_mul()), ("softcap", cases.softcap(640))]:
+            for what, found, wanted in each:
+                self.check(f"{name}: {what}", found, wanted)
 
     def _resident(self) -> tuple[AdapterPool, Tensor, AdapterTables]:
         resident = AdapterPool(self._geometry, 80, self._rng)
@@ -288,7 +311,9 @@ class Cases:
         """Run all cases that the element type has."""
         steps: list[Callable[[], None]] = [
             self.pointwise,
+            self.fp8,
             self.rope_kv,
+            self.dense,
             self.lora_decode,
             self.lora_chains,
             self.attention,

@@ -111,13 +111,22 @@ class HostLibrary(KernelLibrary):
     Args:
         dtype: Element type.
         scratch: Directory for calls, one per test.
+        max_shared_bytes: Shared memory of a CTA, as of the device that the kernels are compiled for.
     """
 
-    def __init__(self, dtype: torch.dtype, scratch: Path) -> None:
+    def __init__(self, dtype: torch.dtype, scratch: Path, *, max_shared_bytes: int = 160 * 1024) -> None:
         self.device, self.dtype, self.arch, self.dependent = torch.device("cpu"), dtype, "host", False
-        self.scratch = scratch
+        self.scratch, self._max_shared_bytes = scratch, max_shared_bytes
         self._device_index = -1
         self._tensors: list[torch.Tensor] = []
+
+    @property
+    def num_multiprocessors(self) -> int:
+        return 2
+
+    @property
+    def max_shared_bytes(self) -> int:
+        return self._max_shared_bytes
 
     def load(self, name: str, params: Any, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0) -> Any:
         build = functools.partial(build_executable, name, (*defines, *dtype_defines(self.dtype)))

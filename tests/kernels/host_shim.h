@@ -41,6 +41,7 @@ struct Copy {
     void* to;
     const void* from;
     bool live, early;
+    size_t bytes = 16;
 };
 #ifdef __x86_64__
 // swapcontext keeps the mask of signals by a system call, which costs more than most of what runs between two barriers.
@@ -202,9 +203,9 @@ T& shared_memory() {
 }
 inline void perform(const Copy& copy) {
     if (copy.live) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
     } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
 }
 inline unsigned coin = 1;  // asynchronous copies happen at once or as late as they may, in a fixed random order
@@ -243,6 +244,11 @@ inline T atomicAdd(T* to, T value) {  // fibers change only at barriers
     *to += value;
     return old;
 }
+inline void __threadfence() {}
+template <class T>
+inline T __ldcg(const T* from) {
+    return *from;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(1ull * a * b >> 32); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -280,6 +286,14 @@ inline bool __any_sync(unsigned, bool value) {
         if (lane[0]) return true;
     return false;
 }
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
+    const shim::Lanes all = shim::exchange({value});
+    unsigned most = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (lanes >> lane & 1) most = most < all[lane][0] ? static_cast<unsigned>(all[lane][0]) : most;
+    return most;
+}
+inline float reciprocal_approx(float v) { return 1.f / v; }
 inline float exp2_approx(float v) { return std::exp2(v); }
 using SharedAddress = unsigned char*;
 inline SharedAddress address_of(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
@@ -287,12 +301,14 @@ template <class Shared>
 unsigned char* generic_address(Shared&, SharedAddress at) {
     return at;
 }
-inline void copy_async16(void* to, const void* from, bool live) {
-    if (reinterpret_cast<size_t>(to) % 16 || (live && reinterpret_cast<size_t>(from) % 16)) std::exit(7);
-    const shim::Copy copy{to, from, live, shim::flip()};
+inline void copy_async(void* to, const void* from, bool live, size_t bytes) {
+    if (reinterpret_cast<size_t>(to) % bytes || (live && reinterpret_cast<size_t>(from) % bytes)) std::exit(7);
+    const shim::Copy copy{to, from, live, shim::flip(), bytes};
     if (copy.early) shim::perform(copy);
     shim::fibers[shim::current].copies.back().push_back(copy);
 }
+inline void copy_async16(void* to, const void* from, bool live) { copy_async(to, from, live, 16); }
+inline void copy_async4(void* to, const void* from, bool live) { copy_async(to, from, live, 4); }
 inline void copy_async16_if(SharedAddress to, const void* from, unsigned bytes, bool live) {
     if (live) copy_async16(to, from, bytes != 0);
 }
@@ -321,6 +337,14 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
         for (unsigned half = 0; half < 2; ++half)
             std::memcpy(reinterpret_cast<char*>(&r[i]) + half * 2,
                         reinterpret_cast<const char*>(lanes[i * 8 + lane % 4 * 2 + half][0]) + lane / 4 * 2, 2);
+}
+inline unsigned transpose_8x8(unsigned fragment) {
+    const unsigned lane = shim::current % 32;
+    const shim::Lanes lanes = shim::exchange({fragment});
+    const auto element = [&](unsigned row, unsigned column) {
+        return static_cast<unsigned>(lanes[row * 4 + column / 2][0]) >> column % 2 * 16 & 0xffffu;
+    };
+    return element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
 }
 inline void load_matrices(unsigned (&r)[4], SharedAddress row) { ldmatrix_x4(r, row); }
 inline float bf16_of(unsigned long long pair, unsigned i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }

@@ -49,6 +49,9 @@ ATTENTION_SHAPES = [
     (8, 8, 64, 16),
     (12, 1, 64, 16),
     (16, 2, 128, 16),
+    (6, 2, 80, 16),
+    (32, 32, 96, 8),
+    (8, 4, 256, 16),
 ]
 
 
@@ -84,7 +87,7 @@ def test_attention_decode(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), ATTENTION_SHAPES[:4])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), [*ATTENTION_SHAPES[:4], *ATTENTION_SHAPES[-3:]])
 @pytest.mark.parametrize("window", [0, 40])
 def test_attention_scalar(
     heads: int, kv_heads: int, head_dim: int, block: int, window: int, dtype: torch.dtype
@@ -133,6 +136,34 @@ def test_attention_prefill(heads: int, kv_heads: int, head_dim: int, block: int,
             expected = reference.attention(q, key, value, start, layout)
             got = out[begin : begin + count].view_as(expected)
             assert relative_error(got, expected) < ATTENTION_TOLERANCE[dtype], (row, lib.arch)
+            begin += count
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 256), (8, 2, 128)])
+def test_attention_bounds_its_scores_as_gemma_2_does(heads: int, kv_heads: int, head_dim: int) -> None:
+    """A scale that carries most scores far over the cap: without the bound the weights would be those of other tokens."""
+    dtype, chunks, rule = torch.bfloat16, [(0, 130), (200, 65)], {"scale": 0.5, "softcap": 5.0}
+    layout = make_layout(heads, kv_heads, head_dim, 16, dtype)
+    for lib in libraries(dtype):
+        pool, tables = paged_sequences([start + count for start, count in chunks], layout, dtype)
+        starts, counts = (np.array(column, dtype=np.int32) for column in zip(*chunks, strict=True))
+        tiles = make_tiles(np.arange(2, dtype=np.int32), starts, counts, 0, heads // kv_heads)
+        qkv, out = randn(195, layout.qkv_width, dtype=dtype), poisoned(195, heads * head_dim, dtype=dtype)
+        AttentionPrefill(lib, layout, **rule).launch(1, pool, qkv, tables, ints(tiles), out)
+        last = qkv[[129, 194]].contiguous()
+        decoded = poisoned(2, heads * head_dim, dtype=dtype)
+        kernel = AttentionDecode(lib, layout, max_rows=32, max_context=2048, **rule)
+        kernel.launch(1, pool, last, tables, ints([130, 265]), decoded)
+
+        begin = 0
+        for row, (start, count) in enumerate(chunks):
+            key, value = reference.read_kv(pool, layout, dtype, 1, tables[row], start + count)
+            q = qkv[begin : begin + count, : heads * head_dim].reshape(count, heads, head_dim)
+            expected = reference.attention(q, key, value, start, layout, **rule)
+            got = out[begin : begin + count].view_as(expected)
+            assert relative_error(got, expected) < ATTENTION_TOLERANCE[dtype], (row, lib.arch)
+            got = decoded[row].view_as(expected[-1])
+            assert relative_error(got, expected[-1]) < ATTENTION_TOLERANCE[dtype], (row, lib.arch)
             begin += count
 
 

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_kernels import compiler
+from loraplex_kernels.attention.paged_kv import softcap_defines
+from loraplex_kernels.attention.prefill import shared_bytes
+from loraplex_kernels.attention.rope_kv import RopeStyle
 from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key, compile_kernel, headers, sources
 from loraplex_kernels.lora import prefill_cut, prefill_shape
 from loraplex_kernels.lora.chains import CHAINS_MACRO
 from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
+from loraplex_kernels.pointwise.fp8 import GROUPS_MACRO
 from loraplex_kernels.sampling import sample as sampling
 
 if TYPE_CHECKING:
@@ -27,18 +31,54 @@ PREFILL = [
 ]
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
+FP8 = "KV_SCALES=1048576"
+SOFTCAP = softcap_defines(50.0)
+
+
+def prefill_defines(head_dim: int, available: int = 160 * 1024, *more: str) -> tuple[str, ...]:
+    shared = shared_bytes(head_dim, available, is_fp8=FP8 in more)
+    return f"HEAD_DIM={head_dim}", f"SHARED_BYTES={shared}", *more
+
+
 BUILDS = [
     ("rms_norm", ("HIDDEN=576", "THREADS=96"), 32),
     ("rms_norm", ("HIDDEN=4096", "THREADS=512"), 32),
     ("rms_norm", ("HIDDEN=8192", "THREADS=512"), 64),
     ("rms_norm", ("HIDDEN=576", "THREADS=160", FP32), 32),
+    ("rms_norm", ("HIDDEN=2560", "THREADS=320", "NORM_OFFSET"), 32),
+    ("branch_norm", ("HIDDEN=2560", "THREADS=320", "AFTER", "BEFORE", "NORM_OFFSET"), 48),
+    ("branch_norm", ("HIDDEN=4096", "THREADS=512", "AFTER", "BEFORE"), 32),
+    ("branch_norm", ("HIDDEN=8192", "THREADS=512", "BEFORE"), 64),
+    ("branch_norm", ("HIDDEN=576", "THREADS=160", "AFTER", FP32), 32),
+    ("softcap", (), None),
+    ("softcap", (FP32,), None),
+    ("silu_mul", ("WIDTH=10240", "GELU_TANH"), None),
     ("silu_mul", ("WIDTH=11008",), None),
     ("silu_mul", ("WIDTH=1536", FP32), None),
+    ("rms_norm_fp8", ("HIDDEN=576", "THREADS=96"), 32),
+    ("rms_norm_fp8", ("HIDDEN=4096", "THREADS=512"), 32),
+    ("rms_norm_fp8", ("HIDDEN=4096", "THREADS=512", GROUPS_MACRO), 32),
+    ("rms_norm_fp8", ("HIDDEN=8192", "THREADS=512"), 64),
+    ("rms_norm_fp8", ("HIDDEN=576", "THREADS=160", FP32), 32),
+    ("silu_mul_fp8", ("WIDTH=14336", "THREADS=896"), None),
+    ("silu_mul_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
+    ("silu_mul_fp8", ("WIDTH=1536", "THREADS=192", FP32), None),
+    ("quantise_fp8", ("WIDTH=4096", "THREADS=256"), None),
+    ("quantise_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
+    ("quantise_fp8", ("WIDTH=576", "THREADS=96", FP32), None),
     ("embedding", ("HIDDEN=4096",), None),
     ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
+    ("embedding", ("HIDDEN=2560", "SCALED"), None),
     ("rope_kv", ("HEAD_DIM=64",), None),
     ("rope_kv", ("HEAD_DIM=128",), None),
     ("rope_kv", ("HEAD_DIM=64", FP32), None),
+    ("rope_kv", ("HEAD_DIM=80", "QUERY_SCALE"), None),
+    ("rope_kv", ("HEAD_DIM=96", "ROTARY_DIM=0"), None),
+    ("rope_kv", ("HEAD_DIM=128", "ROTARY_DIM=96"), None),
+    ("rope_kv", ("HEAD_DIM=128", "ROTARY_DIM=64", "INTERLEAVED"), None),
+    ("rope_kv", ("HEAD_DIM=128", "WHOLE_NORM"), None),
+    ("rope_kv", ("HEAD_DIM=128", "WHOLE_NORM", FP32), None),
+    ("rope_kv", ("HEAD_DIM=256", "NORM_OFFSET"), None),
     ("lora_shrink", (), None),
     ("lora_shrink", (FP32,), None),
     ("lora_expand", (), None),
@@ -62,11 +102,23 @@ BUILDS = [
     ("lora_flora_sum", (FP32,), None),
     *(("lora_sparse", DEFAULT_VARIANT.defines(columns, 2), None) for columns in (4096, 11008, 28672)),
     *(("lora_sparse", (*DEFAULT_VARIANT.defines(columns, 4), FP32), None) for columns in (4096, 28672)),
-    ("attention_decode", ("HEAD_DIM=64",), None),
-    ("attention_decode", ("HEAD_DIM=128",), None),
-    ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=49152"), None),
-    ("attention_prefill", ("HEAD_DIM=128", "SHARED_BYTES=98304"), None),
+    *(("attention_decode", (f"HEAD_DIM={head_dim}",), None) for head_dim in (64, 80, 96, 128)),
+    ("attention_decode", ("HEAD_DIM=256",), 255),
+    ("attention_decode", ("HEAD_DIM=256", *SOFTCAP), 255),
+    *(("attention_prefill", prefill_defines(head_dim), None) for head_dim in (64, 80, 96, 128, 256)),
+    ("attention_prefill", prefill_defines(256, 99 * 1024), None),
+    *(("attention_prefill", prefill_defines(head_dim, 160 * 1024, *SOFTCAP), None) for head_dim in (128, 256)),
+    *(("attention_decode", (f"HEAD_DIM={head_dim}", FP8), None) for head_dim in (64, 80, 128)),
+    ("attention_decode", ("HEAD_DIM=256", FP8), 255),
+    *(("attention_prefill", prefill_defines(head_dim, 160 * 1024, FP8), None) for head_dim in (64, 80, 128, 256)),
+    ("attention_prefill", prefill_defines(256, 99 * 1024, FP8, *SOFTCAP), None),
+    ("attention_scalar", ("HEAD_DIM=64", FP32, FP8), None),
+    *(("rope_kv", (*RopeStyle().defines(head_dim), FP8), None) for head_dim in (64, 80, 128)),
+    ("rope_kv", (*RopeStyle(norms_whole=True).defines(128), FP8), None),
+    ("rope_kv", (*RopeStyle().defines(64), FP32, FP8), None),
     ("attention_scalar", ("HEAD_DIM=64", FP32), None),
+    ("attention_scalar", ("HEAD_DIM=80", FP32), None),
+    ("attention_scalar", ("HEAD_DIM=256", FP32, *SOFTCAP), None),
     ("attention_scalar", ("HEAD_DIM=128",), None),
     ("sample", SAMPLE, None),
     ("sample", (*SAMPLE, FP32), None),

@@ -8,12 +8,12 @@ import re
 
 import pytest
 from kernels.test_compile import BUILDS
-from loraplex_kernels import flora_params, params, row_params
+from loraplex_kernels import flora_params, fp8_params, params, row_params
 from loraplex_kernels.compiler import SOURCES, Build, CubinCache, sources
 
 MIRRORS = {
     re.sub(r"^csrc/(.*)\.$", r"\1", inspect.getdoc(cls) or ""): cls
-    for module in (params, flora_params, row_params)
+    for module in (params, flora_params, fp8_params, row_params)
     for _, cls in inspect.getmembers(module, inspect.isclass)
     if issubclass(cls, ctypes.Structure) and cls.__module__ == module.__name__
 }

@@ -19,9 +19,14 @@ from loraplex_kernels.lora.tables import AdapterTables
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 1, 0), (3, 1, 33)])
-def test_attention_prefill_reads_pages(host_library: MakeHostLibrary, heads: int, kv_heads: int, window: int) -> None:
-    dtype, head_dim, block, chunks = torch.bfloat16, 64, 4, [(0, 1), (70, 66)]
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "head_dim", "softcap"),
+    [(2, 1, 0, 64, None), (3, 1, 33, 64, None), (2, 1, 33, 96, None), (2, 2, 0, 256, 1.5)],
+)
+def test_attention_prefill_reads_pages(
+    host_library: MakeHostLibrary, heads: int, kv_heads: int, window: int, head_dim: int, softcap: float | None
+) -> None:
+    dtype, block, chunks = torch.bfloat16, 4, [(0, 1), (70, 66)]
     library, page_bytes = host_library(dtype), 2 * kv_heads * block * head_dim * 2
     layout = KvLayout(
         page_bytes=page_bytes,
@@ -38,14 +43,15 @@ def test_attention_prefill_reads_pages(host_library: MakeHostLibrary, heads: int
     tokens = 1 + int(counts.sum())
     q, out = torch.randn(tokens, layout.qkv_width).to(dtype), torch.full((tokens, heads * head_dim), 7.0).to(dtype)
 
-    AttentionPrefill(library, layout).launch(0, pool, q, tables, torch.from_numpy(tiles), out)
+    rule: dict[str, float] = {} if softcap is None else {"scale": 0.3, "softcap": softcap}
+    AttentionPrefill(library, layout, **rule).launch(0, pool, q, tables, torch.from_numpy(tiles), out)
 
     assert (out[0] == 7).all(), "a row of no chunk was touched"
     begin = 1
     for row, (start, count) in enumerate(chunks):
         key, value = reference.read_kv(pool, layout, dtype, 0, tables[row], start + count)
         query = q[begin : begin + count, : heads * head_dim].reshape(count, heads, head_dim)
-        expected = reference.attention(query, key, value, start, layout)
+        expected = reference.attention(query, key, value, start, layout, **rule)
         assert relative_error(out[begin : begin + count].view_as(expected), expected) < 6e-3
         begin += count
 

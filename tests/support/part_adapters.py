@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
     from loraplex_common.part_kind import Arrays, Part
     from loraplex_engine.model.linear import Linear
-    from loraplex_engine.runners.cuda.lora_paths import Followers
+    from loraplex_engine.runners.cuda.followers import Followers
     from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_engine.step import StepPlan
     from numpy.typing import NDArray

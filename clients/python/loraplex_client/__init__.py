@@ -10,6 +10,8 @@ from loraplex_common.version import package_version
 from loraplex_client._aio.adapters import AsyncAdapters
 from loraplex_client._aio.client import AsyncClient
 from loraplex_client._aio.stream import AsyncGenerateStream
+from loraplex_client._push import push
+from loraplex_client._push_messages import RawTensor
 from loraplex_client._requests import ChatMessage, GenerateOptions, PromptOptions
 from loraplex_client._sync.adapters import Adapters
 from loraplex_client._sync.client import Client
@@ -37,8 +39,11 @@ from loraplex_client.resources import (
     ImportProgress,
     ImportResult,
     ImportStage,
+    LabelMove,
     Model,
+    PushResult,
     Revision,
+    RollBack,
 )
 
 __version__ = package_version()
@@ -65,20 +70,25 @@ __all__ = [
     "ImportProgress",
     "ImportResult",
     "ImportStage",
+    "LabelMove",
     "LoraplexError",
     "Model",
     "PositionLogprobs",
     "PromptOptions",
+    "PushResult",
     "Queued",
+    "RawTensor",
     "ReportImage",
     "ReportModule",
     "ReportNotes",
     "ReportPart",
     "Revision",
+    "RollBack",
     "Started",
     "Tier",
     "Timings",
     "TokenLogprob",
     "Usage",
     "__version__",
+    "push",
 ]

@@ -19,12 +19,13 @@ from loraplex_client.resources import (
     ImportProgress,
     ImportResult,
     ImportStage,
+    LabelMove,
     ProgressCallback,
     Revision,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from google.longrunning.operations_proto_pb2 import Operation
@@ -82,6 +83,7 @@ def adapter(message: adapter_pb2.Adapter, resolved: adapter_pb2.AdapterRevision 
         description=message.description,
         allowed_tenants=tuple(message.allowed_tenants),
         aliases={alias.label: alias.revision for alias in message.aliases},
+        shares={alias.label: _shares(alias.shares) for alias in message.aliases if alias.shares},
         etag=message.etag,
         create_time=_datetime(message.create_time),
         update_time=_datetime(message.update_time),
@@ -99,6 +101,51 @@ def import_result(
         revision=revision(message.revision),
         already_existed=message.already_existed,
         warnings=tuple(message.warnings),
+    )
+
+
+def _shares(message: Iterable[adapter_pb2.AliasShare]) -> dict[str, int]:
+    return {share.revision: share.weight for share in message}
+
+
+def alias(name: str, label: str, revision: str | Mapping[str, int]) -> adapter_pb2.Alias:
+    """Return where a label is to point: a revision, or revision -> weight.
+
+    Raises:
+        InvalidParameterError: If there are no shares: that would remove the label.
+    """
+    if isinstance(revision, str):
+        return adapter_pb2.Alias(name=name, label=label, revision=revision)
+    if not revision:
+        raise InvalidParameterError("no shares; an empty revision removes a label", field="revision")
+    shares = [adapter_pb2.AliasShare(revision=digest, weight=weight) for digest, weight in revision.items()]
+    return adapter_pb2.Alias(name=name, label=label, shares=shares)
+
+
+def update_request(
+    name: str, description: str | None, allowed_tenants: Sequence[str] | None, etag: str
+) -> adapter_store_pb2.UpdateAdapterRequest:
+    """Return a change of the fields that are not None."""
+    request = adapter_store_pb2.UpdateAdapterRequest(request_id=new_request_id())
+    request.adapter.name, request.adapter.etag = name, etag
+    if description is not None:
+        request.adapter.description = description
+        request.update_mask.paths.append("description")
+    if allowed_tenants is not None:
+        request.adapter.allowed_tenants.extend(allowed_tenants)
+        request.update_mask.paths.append("allowed_tenants")
+    return request
+
+
+def label_move(message: adapter_store_pb2.AliasMove) -> LabelMove:
+    """Return a move of a label."""
+    return LabelMove(
+        label=message.label,
+        left_revision=message.left_revision,
+        revision=message.revision,
+        cause=message.cause,
+        time=_datetime(message.time),
+        shares=_shares(message.shares),
     )
 
 

@@ -78,7 +78,8 @@ class Adapter:
     """A name that points at revisions.
 
     Attributes:
-        aliases: Label -> revision digest; ``latest`` moves with every import.
+        aliases: Label -> revision digest, for a split label its largest share's; ``latest`` moves with every import.
+        shares: Label -> revision digest -> weight, of the labels that are split.
         etag: Version of this resource, for optimistic concurrency.
         latest: The revision that ``latest`` points at.
         resolved: The revision that the name asked for resolves to; only from ``get``.
@@ -93,6 +94,7 @@ class Adapter:
     create_time: datetime | None
     update_time: datetime | None
     latest: Revision | None
+    shares: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     resolved: Revision | None = None
 
 
@@ -118,6 +120,49 @@ class ImportResult:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushResult(ImportResult):
+    """What a push brought.
+
+    Attributes:
+        ready_engines: Engines that held the new revision when the labels moved.
+        late_engines: Engines that held the revision which the labels left, and not the new one, when the time was over.
+        ready_timeout_s: How long the labels would have waited for them.
+    """
+
+    ready_engines: tuple[str, ...] = ()
+    late_engines: tuple[str, ...] = ()
+    ready_timeout_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelMove:
+    """One move of a label.
+
+    Attributes:
+        left_revision: Where it pointed before; empty if there was no such label.
+        revision: Where it pointed then; empty if it was removed.
+        cause: What moved it: ``import``, ``push``, ``alias``, ``rollback`` or ``delete``.
+        shares: Revision -> weight, if it was split.
+    """
+
+    label: str
+    left_revision: str
+    revision: str
+    cause: str
+    time: datetime | None
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBack:
+    """A label that was rolled back: where it pointed, and where it points now."""
+
+    adapter: Adapter
+    left_revision: str
+    revision: str
 
 
 ProgressCallback = Callable[[ImportProgress], None]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loraplex_kernels.attention.paged_kv import softcap_defines
 from loraplex_kernels.params import AttentionScalarParams
 
 if TYPE_CHECKING:
@@ -16,13 +17,21 @@ WARPS = 4
 
 
 class AttentionScalar:
-    """``out = softmax(scale * q K^T) V`` for any mix of decode rows and prefill chunks, one warp per (token, head)."""
+    """``out = softmax(scale * q K^T) V`` for any mix of decode rows and prefill chunks, one warp per (token, head).
 
-    def __init__(self, library: KernelLibrary, layout: KvLayout) -> None:
-        self._library, self._layout = library, layout
-        self._kernel = library.load(
-            "attention_scalar", AttentionScalarParams(), WARPS * 32, defines=(f"HEAD_DIM={layout.head_dim}",)
-        )
+    Args:
+        library: Compiles and loads the kernel.
+        layout: Place of K and V in pages; heads of 64, 80, 96, 128 or 256.
+        scale: Factor on ``q k``; None for 1 / sqrt(head_dim).
+        softcap: Scores are ``softcap * tanh(scale * q k / softcap)``; None for plain ones.
+    """
+
+    def __init__(
+        self, library: KernelLibrary, layout: KvLayout, *, scale: float | None = None, softcap: float | None = None
+    ) -> None:
+        self._library, self._layout, self._scale = library, layout, scale
+        defines = (f"HEAD_DIM={layout.head_dim}", *layout.kv_defines, *softcap_defines(softcap))
+        self._kernel = library.load("attention_scalar", AttentionScalarParams(), WARPS * 32, defines=defines)
 
     def launch(
         self,
@@ -49,7 +58,7 @@ class AttentionScalar:
             ValueError: If a shape, dtype or device differs.
         """
         check, dtype, params, tokens = self._library.check, self._library.dtype, self._kernel.params, out.shape[0]
-        self._layout.fill(params.kv, self._library, layer, pool, block_tables)
+        self._layout.fill(params.kv, self._library, layer, pool, block_tables, self._scale)
         params.q = check("q", q, dtype, -1, -1)
         params.q_stride = q.shape[1]
         params.out = check("out", out, dtype, -1, self._layout.num_heads * self._layout.head_dim)

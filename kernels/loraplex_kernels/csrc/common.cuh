@@ -241,6 +241,11 @@ __device__ __forceinline__ float exp2_approx(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
     return out;
 }
+__device__ __forceinline__ float reciprocal_approx(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
 // Transposes an 8x8 matrix of 16-bit elements held as mma fragments.
 __device__ __forceinline__ u32 transpose_8x8(u32 fragment) {
     u32 out;
@@ -281,6 +286,10 @@ __device__ __forceinline__ Quad load_shared16(SharedAddress from) {
     Quad q;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "r"(from));
     return q;
+}
+// The same of 4 bytes.
+__device__ __forceinline__ void copy_async4(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 4 : 0));
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kPending>

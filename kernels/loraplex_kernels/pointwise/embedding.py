@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 class Embedding:
-    """``out[t] = table[ids[t]]``."""
+    """``out[t] = multiplier * table[ids[t]]``; rows that were written before are multiplied too."""
 
-    def __init__(self, library: KernelLibrary, hidden_size: int) -> None:
+    def __init__(self, library: KernelLibrary, hidden_size: int, multiplier: float = 1.0) -> None:
         self._library, self._hidden = library, hidden_size
-        self._kernel = library.load("embedding", EmbeddingParams(), 128, defines=(f"HIDDEN={hidden_size}",))
+        defines = (f"HIDDEN={hidden_size}", *(("SCALED",) if multiplier != 1.0 else ()))
+        self._kernel = library.load("embedding", EmbeddingParams(multiplier=multiplier), 128, defines=defines)
 
     def launch(
         self, table: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, last_sampled: torch.Tensor, out: torch.Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -10,6 +10,8 @@ from loraplex_kernels.params import RmsNormParams
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
+
+UNIT_OFFSET: Final = ("NORM_OFFSET",)
 
 
 def rms_norm_build(hidden_size: int, dtype: torch.dtype) -> tuple[tuple[str, ...], int]:
@@ -20,10 +22,11 @@ def rms_norm_build(hidden_size: int, dtype: torch.dtype) -> tuple[tuple[str, ...
 
 
 class RmsNorm:
-    """``out = weight * x / sqrt(mean(x^2) + eps)`` over rows of ``hidden_size``."""
+    """``out = weight * x / sqrt(mean(x^2) + eps)`` over rows of ``hidden_size``; with a unit offset 1 + weight multiplies."""
 
-    def __init__(self, library: KernelLibrary, hidden_size: int, eps: float) -> None:
+    def __init__(self, library: KernelLibrary, hidden_size: int, eps: float, *, unit_offset: bool = False) -> None:
         defines, block = rms_norm_build(hidden_size, library.dtype)
+        defines = (*defines, *UNIT_OFFSET * unit_offset)
         self._library, self._hidden = library, hidden_size
         self._kernel = library.load("rms_norm", RmsNormParams(eps=eps), block, defines=defines)
 

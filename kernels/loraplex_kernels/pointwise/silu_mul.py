@@ -1,8 +1,8 @@
-"""SiLU of the gate times up."""
+"""An MLP's gate, through SiLU or GELU, times up."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 class SiluMul:
     """``out = silu(gate) * up`` over rows ``[gate | up]``."""
 
+    macros: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, library: KernelLibrary, width: int) -> None:
         self._library, self._width = library, width
-        self._kernel = library.load("silu_mul", SiluMulParams(), 256, defines=(f"WIDTH={width}",))
+        self._kernel = library.load("silu_mul", SiluMulParams(), 256, defines=(f"WIDTH={width}", *self.macros))
         self._blocks = -(-width * library.dtype.itemsize // (256 * 16))
 
     def launch(self, gate_up: torch.Tensor, out: torch.Tensor, *, delta: torch.Tensor | None = None) -> None:
@@ -39,3 +41,9 @@ class SiluMul:
             None if delta is None else self._library.check("delta", delta, torch.float32, out.shape[0], width)
         )
         self._kernel.launch(self._blocks, out.shape[0])
+
+
+class GeluMul(SiluMul):
+    """``out = gelu(gate) * up`` over rows ``[gate | up]``, with GELU in its approximation by tanh."""
+
+    macros = ("GELU_TANH",)

@@ -19,6 +19,7 @@ from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import CredentialsFileError
+from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         directories, hub_name = local_bases(config.model)
         name = config.served_model_name or hub_name
         asyncio.run(run(replace(config, model=directories, served_model_name=name)))
-    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, OSError) as error:
+    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, ColdTierError, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -18,9 +18,8 @@ from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 from loraplex_common.wake_up import WakeUp
 
-from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.catalog import Position
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Mutation: TypeAlias = (
     "pb.CreateAdapterRequest | pb.UpdateAdapterRequest | pb.DeleteAdapterRequest | pb.SetAliasRequest | "
-    "pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header"
+    "pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header | pb.PushAdapterRequest.Header | pb.RollBackAliasRequest"
 )
 
 

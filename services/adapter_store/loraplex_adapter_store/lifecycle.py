@@ -16,11 +16,16 @@ from loraplex_common.errors import (
     InvalidParameterError,
 )
 
+from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError, Told
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loraplex_common.ids import AdapterRef
+
+    from loraplex_adapter_store.repository.moves import AliasMove, AliasMoves
 
 MAX_DESCRIPTION: Final = 4096
 MAX_TENANTS: Final = 1000
@@ -48,8 +53,9 @@ class Caller:
 class Lifecycle:
     """Operations on names; each is atomic, and acknowledged once gateways have been told."""
 
-    def __init__(self, catalog: Catalog, leases: Leases, told: Told) -> None:
+    def __init__(self, catalog: Catalog, moves: AliasMoves, leases: Leases, told: Told) -> None:
         self._catalog = catalog
+        self._moves = moves
         self._leases = leases
         self._told = told
 
@@ -154,9 +160,16 @@ class Lifecycle:
         return await self._change("delete", name, apply, caller)
 
     async def set_alias(
-        self, name: str, label: str, revision: str, expected: str | None, caller: Caller
+        self, name: str, label: str, shares: Mapping[str, int], expected: str | None, caller: Caller
     ) -> AdapterRecord:
-        """Move a label atomically; an empty revision removes it.
+        """Move a label atomically.
+
+        Args:
+            name: The adapter.
+            label: The label.
+            shares: Revision -> weight; a single one is a plain label, none removes it.
+            expected: Where it must point now; empty means nowhere, None anywhere.
+            caller: The caller.
 
         Raises:
             ConflictError: If the label does not point at ``expected``.
@@ -165,13 +178,52 @@ class Lifecycle:
 
         def apply(old: AdapterRecord) -> AdapterRecord:
             _existing(old).expect(label, expected)
-            return old.with_alias(label, revision, time.time())
+            return old.with_alias(label, shares, time.time())
 
+        return await self._move("alias", name, apply, caller)
+
+    async def roll_back(
+        self, name: str, label: str, expected: str | None, caller: Caller
+    ) -> tuple[AdapterRecord, AliasMove]:
+        """Point a label at what it left last; return the record, and the move that was taken back.
+
+        Twice in a row leaves it where it was.
+
+        Raises:
+            ConflictError: If the label does not point at ``expected``, or moves meanwhile.
+            AdapterNotFoundError: If adapter, label, or the revision that it left do not exist, or it has left none.
+        """
+        moves = await self._moves.of(name, label)
+        if (answer := await self._catalog.answer_to(caller.request_id)) is None:
+            taken_back, shares = _left_last(await self._visible(name, caller), label, moves)
+        else:
+            Answer("rollback", name, content=caller.content).repeated(answer)
+            done = next((move for move in moves if move.cause == "rollback"), None)
+            if done is None:
+                raise AdapterNotFoundError(f"{name}:{label} has moved too often since this request was answered")
+            taken_back, shares = done.reversed, {}
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            _existing(old).expect(label, expected)
+            old.expect(label, taken_back.revision)
+            return old.with_alias(label, shares, time.time())
+
+        return await self._move("rollback", name, apply, caller), taken_back
+
+    async def moves(
+        self, name: str, label: str, *, page_size: int, offset: int, caller: Caller
+    ) -> tuple[list[AliasMove], bool]:
+        """Return a page of the moves of a name's labels, newest first, and whether there are more."""
+        await self._visible(name, caller)
+        found = await self._moves.of(name, label)
+        return found[offset : offset + page_size], offset + page_size < len(found)
+
+    async def _move(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
         try:
-            return await self._change("alias", name, apply, caller)
-        except RevisionGoneError:
+            return await self._change(kind, name, apply, caller)
+        except RevisionGoneError as error:
             raise AdapterNotFoundError(
-                f"revision {revision} does not exist in this store", field="alias.revision"
+                f"revision {error.args[0]} does not exist in this store", field="alias.revision"
             ) from None
 
     async def _visible(self, name: str, caller: Caller) -> AdapterRecord:
@@ -181,6 +233,12 @@ class Lifecycle:
         return record.as_shown_to(tenant, is_admin=is_admin)
 
     async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+        with audited(kind, name) as facts:
+            record = await self._changed(kind, name, apply, caller)
+            facts["labels"] = dict(record.labels)
+            return record
+
+    async def _changed(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
         asked = Answer(kind, name, content=caller.content)
         if (answer := await self._catalog.answer_to(caller.request_id)) is not None:
             asked.repeated(answer)
@@ -191,6 +249,21 @@ class Lifecycle:
         record = await self._catalog.change(name, apply, request_id=caller.request_id, answer=asked)
         await self._told(record)
         return record
+
+
+def _left_last(record: AdapterRecord, label: str, moves: list[AliasMove]) -> tuple[AliasMove, dict[str, int]]:
+    """Return a label's last move, and what the label was before it: revision -> weight."""
+    now = record.shares_of(label)
+    if not now:
+        raise AdapterNotFoundError(f"adapter {record.name} has no label {label!r}")
+    last = next((move for move in moves if move.revision == record.labels[label] and move.left), None)
+    if last is None:
+        raise AdapterNotFoundError(
+            f"{record.name}:{label} has left no revision: point it at one of the revisions that the name has"
+        )
+    before = moves[moves.index(last) + 1 :]
+    was_split = before and before[0].revision == last.left
+    return last, (before[0].shares if was_split else {}) or {last.left: 1}
 
 
 def _existing(record: AdapterRecord) -> AdapterRecord:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError, ConflictError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 from loraplex_common.text_parts import TextPartsInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 MAX_REVISIONS: Final = 100
 """Revisions kept per name; older ones without a label are released, so that frequent pushes do not grow without end."""
@@ -57,7 +60,8 @@ class AdapterRecord:
 
     Attributes:
         allowed_tenants: Tenants that may use it; empty means all tenants.
-        labels: Label -> revision.
+        labels: Label -> revision; of a split label, the one with the largest share.
+        splits: Label -> revision -> weight, of split labels.
         revisions: All revisions of this name, newest first.
         version: Rises with every change; the etag. 0 means that the name was never stored.
     """
@@ -66,6 +70,7 @@ class AdapterRecord:
     description: str = ""
     allowed_tenants: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
     revisions: tuple[str, ...] = ()
     is_deleted: bool = False
     create_time: float = 0.0
@@ -73,8 +78,11 @@ class AdapterRecord:
     version: int = 0
 
     def to_json(self) -> str:
-        """Encode for Valkey."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """Encode for Valkey; splits are left out where there are none, as older replicas read the record too."""
+        fields = dataclasses.asdict(self)
+        if not self.splits:
+            del fields["splits"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, data: str | bytes) -> AdapterRecord:
@@ -87,6 +95,17 @@ class AdapterRecord:
     def etag(self) -> str:
         """Opaque version of the record (AIP-154)."""
         return f"v{self.version}"
+
+    @property
+    def labelled(self) -> frozenset[str]:
+        """Revisions that some label points at."""
+        return frozenset(self.labels.values()).union(*self.splits.values())
+
+    def shares_of(self, label: str) -> dict[str, int]:
+        """Return the revisions that a label points at with their weights; empty if there is no such label."""
+        if label in self.splits:
+            return self.splits[label]
+        return {self.labels[label]: 1} if label in self.labels else {}
 
     def is_visible_to(self, tenant: str, *, is_admin: bool) -> bool:
         """Return whether a tenant may use and see the adapter."""
@@ -137,34 +156,46 @@ class AdapterRecord:
         """Return the record after an import: any ``label`` and, unless staged, ``latest`` point at the revision."""
         moved = {name for name in (label, "" if is_staged else DEFAULT_LABEL) if name}
         labels = {**self.labels, **dict.fromkeys(sorted(moved), revision)}
+        splits = {label: shares for label, shares in self.splits.items() if label not in moved}
         ordered = (revision, *(kept for kept in self.revisions if kept != revision))
-        excess = [kept for kept in ordered if kept not in labels.values()][MAX_REVISIONS:]
-        revisions = tuple(kept for kept in ordered if kept not in excess)
-        return self.touched(now, labels=labels, revisions=revisions, is_deleted=False)
+        new = self.touched(now, labels=labels, splits=splits, revisions=ordered, is_deleted=False)
+        return new.without([kept for kept in ordered if kept not in new.labelled][MAX_REVISIONS:])
 
-    def with_alias(self, label: str, revision: str, now: float) -> AdapterRecord:
-        """Return the record after a label moved; an empty revision removes the label.
+    def without(self, revisions: Collection[str]) -> AdapterRecord:
+        """Return the record without some revisions, in the same version."""
+        return dataclasses.replace(self, revisions=tuple(kept for kept in self.revisions if kept not in revisions))
+
+    def with_alias(self, label: str, shares: Mapping[str, int], now: float) -> AdapterRecord:
+        """Return the record after a label moved.
+
+        Args:
+            label: The label.
+            shares: Revision -> weight; a single one is a plain label, none removes it.
+            now: Unix seconds.
 
         Raises:
             AdapterIncompatibleError: If ``latest`` would be removed.
             AdapterNotFoundError: If a label to remove does not exist.
         """
         labels = dict(self.labels)
-        if revision:
-            labels[label] = revision
-            revisions = self.revisions if revision in self.revisions else (revision, *self.revisions)
-            return self.touched(now, labels=labels, revisions=revisions)
+        splits = {name: kept for name, kept in self.splits.items() if name != label}
+        if shares:
+            labels[label] = max(shares, key=lambda revision: shares[revision])
+            if len(shares) > 1:
+                splits[label] = dict(shares)
+            added = [revision for revision in shares if revision not in self.revisions]
+            return self.touched(now, labels=labels, splits=splits, revisions=(*added, *self.revisions))
         if label == DEFAULT_LABEL:
             raise AdapterIncompatibleError(
                 f"label {DEFAULT_LABEL!r} cannot be removed: delete the adapter or move the label"
             )
         if labels.pop(label, None) is None:
             raise AdapterNotFoundError(f"adapter {self.name} has no label {label!r}")
-        return self.touched(now, labels=labels)
+        return self.touched(now, labels=labels, splits=splits)
 
     def deleted(self, now: float) -> AdapterRecord:
         """Return the tombstone: the name stays known, its revisions are released."""
-        return self.touched(now, labels={}, revisions=(), is_deleted=True)
+        return self.touched(now, labels={}, splits={}, revisions=(), is_deleted=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +250,18 @@ class AdapterView:
     def revision(self, digest: str | None) -> Revision | None:
         """Return one of the revisions by digest."""
         return next((revision for revision in self.revisions if revision.revision == digest), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A state of the catalog.
+
+    Attributes:
+        history_id: The server's run and its line of replication. Sequences of two histories cannot be compared, because
+            a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
+            replica that takes over.
+        sequence: Number of changes so far.
+    """
+
+    history_id: str
+    sequence: int

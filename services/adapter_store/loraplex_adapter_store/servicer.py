@@ -10,26 +10,23 @@ from typing import TYPE_CHECKING, Any
 import crc32c
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common import text_parts_wire
 from loraplex_common.auth import current_principal
-from loraplex_common.errors import InvalidParameterError, LoraplexError
+from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
-from loraplex_adapter_store import paging, report_wire, wire
+from loraplex_adapter_store import alias_wire, paging, report_wire, wire
 from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.stream import read_hello, run_session
 from loraplex_adapter_store.callers import caller_of
-from loraplex_adapter_store.imports.hub import HubSource
-from loraplex_adapter_store.imports.importer import ImportTarget
-from loraplex_adapter_store.imports.uploads import AnnouncedFile, linger
 from loraplex_adapter_store.lifecycle import Caller
 from loraplex_adapter_store.records import AdapterRecord
+from loraplex_adapter_store.servicer_imports import ImportRpcs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
 
-    from google.longrunning import operations_pb2
+    from loraplex.v1.adapter_pb2 import Alias
 
     from loraplex_adapter_store.aliases import AliasTable
     from loraplex_adapter_store.attach.attached import AttachedEngines
@@ -37,11 +34,12 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.hints import Hints
     from loraplex_adapter_store.imports.intake import Intake
     from loraplex_adapter_store.lifecycle import Lifecycle
+    from loraplex_adapter_store.push.pusher import Pusher
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
+class AdapterStoreServicer(ImportRpcs):
     """The RPCs of the store; without credentials every caller is an administrator."""
 
     def __init__(
@@ -49,18 +47,19 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         *,
         lifecycle: Lifecycle,
         intake: Intake,
+        pusher: Pusher,
         aliases: AliasTable,
         attached: AttachedEngines,
         hints: Hints,
         contents: Contents,
     ) -> None:
+        super().__init__(intake, pusher, contents.revisions)
         self._store_id = f"store-{uuid.uuid4().hex[:12]}"
         self._lifecycle = lifecycle
-        self._intake = intake
         self._aliases = aliases
         self._attached = attached
         self._hints = hints
-        self._revisions, self._downloads, self._reports = contents
+        self._downloads, self._reports = contents.downloads, contents.reports
 
     async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
         """Reserve a name."""
@@ -143,49 +142,31 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         caller = caller_of(request)
         name = check_adapter_name(request.alias.name, field="alias.name")
         label = check_label(request.alias.label, field="alias.label")
-        given, expected = request.alias.revision, None
-        revision = await self._revision(given, "alias.revision", name) if given else ""
-        if request.HasField("expected_revision"):
-            expected = await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
-        record = await self._lifecycle.set_alias(name, label, revision, expected, caller)
+        shares = await self._shares(request.alias, name)
+        record = await self._lifecycle.set_alias(name, label, shares, await self._expected(request, name), caller)
         return pb.SetAliasResponse(adapter=await self._adapter(record))
 
-    async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
-        """Start an import from a directory or the hub."""
-        target = await self._target(request)
-        source: str | HubSource
-        match request.WhichOneof("source"):
-            case "uri":
-                source = request.uri
-            case "hf":
-                hub = request.hf
-                source = HubSource(repo=hub.repo, revision=hub.revision, subfolder=hub.subfolder)
-            case _:
-                raise InvalidParameterError("no source is set", field="source")
-        return await self._intake.start(source, target, credential=request.credential_ref)
-
-    async def UploadAdapter(
-        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
-    ) -> pb.UploadAdapterResponse:
-        """Import the files in the stream."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidParameterError("the first message must be a header", field="header")
-        target = await self._target(first.header)
-        files = tuple(
-            AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
+    async def RollBackAlias(self, request: pb.RollBackAliasRequest, context: Context) -> pb.RollBackAliasResponse:
+        """Point a label at what it left last."""
+        caller = caller_of(request)
+        name = check_adapter_name(request.name)
+        label = check_label(request.label or DEFAULT_LABEL)
+        record, move = await self._lifecycle.roll_back(name, label, await self._expected(request, name), caller)
+        return pb.RollBackAliasResponse(
+            adapter=await self._adapter(record), left_revision=move.revision, revision=move.left
         )
-        async with aclosing(_parts_of(request_iterator)) as parts:
-            try:
-                outcome = wire.import_result(await self._intake.upload(files, parts, target))
-            except LoraplexError:
-                await linger(parts)
-                raise
-        return pb.UploadAdapterResponse(
-            adapter=outcome.adapter,
-            revision=outcome.revision,
-            already_existed=outcome.already_existed,
-            warnings=outcome.warnings,
+
+    async def ListAliasMoves(self, request: pb.ListAliasMovesRequest, context: Context) -> pb.ListAliasMovesResponse:
+        """Page through where a name's labels have pointed, newest first."""
+        size, offset = paging.page_size(request.page_size), paging.decode_offset(request.page_token)
+        name = check_adapter_name(request.name)
+        label = check_label(request.label) if request.label else ""
+        moves, has_more = await self._lifecycle.moves(
+            name, label, page_size=size, offset=offset, caller=Caller(current_principal())
+        )
+        return pb.ListAliasMovesResponse(
+            moves=[alias_wire.alias_move(move) for move in moves],
+            next_page_token=paging.encode(str(offset + size)) if has_more else "",
         )
 
     async def PrefetchAdapter(self, request: pb.PrefetchAdapterRequest, context: Context) -> pb.PrefetchAdapterResponse:
@@ -247,33 +228,24 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 else:
                     yield wire.to_engine(message)
 
-    async def _revision(self, text: str, field: str, name: str = "") -> str:
-        return await self._revisions.find(text, current_principal(), field=field, name=name)
+    async def _shares(self, alias: Alias, name: str) -> dict[str, int]:
+        """Return where a label is to point: revision -> weight."""
+        if not alias.shares:
+            given = alias.revision
+            return {await self._revision(given, "alias.revision", name): 1} if given else {}
+        alias_wire.check_shares(alias)
+        shares = {
+            await self._revision(share.revision, "alias.shares.revision", name): share.weight for share in alias.shares
+        }
+        if len(shares) != len(alias.shares):
+            raise InvalidParameterError("a revision comes twice", field="alias.shares")
+        return shares
 
-    async def _target(self, request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header) -> ImportTarget:
-        caller, expected = caller_of(request), None
-        if request.stage and request.label == DEFAULT_LABEL:
-            raise InvalidParameterError(f"a staged import leaves {DEFAULT_LABEL!r} where it is", field="label")
-        name = check_adapter_name(request.name)
-        if request.HasField("expected_revision"):
-            expected = await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
-        return ImportTarget(
-            name=name,
-            label=check_label(request.label) if request.label else "",
-            base_model=request.base_model,
-            request_id=caller.request_id,
-            content=caller.content,
-            is_staged=request.stage,
-            expected=expected,
-        )
+    async def _expected(self, request: pb.SetAliasRequest | pb.RollBackAliasRequest, name: str) -> str | None:
+        if not request.HasField("expected_revision"):
+            return None
+        return await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
 
     async def _adapter(self, record: AdapterRecord) -> Any:
         latest = await self._lifecycle.latest_of([record])
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
-
-
-async def _parts_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
-    async for message in messages:
-        if message.WhichOneof("part") != "data":
-            raise InvalidParameterError("a second header", field="header")
-        yield message.data

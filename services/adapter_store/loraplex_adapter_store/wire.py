@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import crc32c
-from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common import geometry_wire
 from loraplex_common.adapter_image import ImageError
@@ -13,6 +12,8 @@ from loraplex_common.error_status import to_status
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.ids import DEFAULT_LABEL, is_digest
 
+from loraplex_adapter_store import alias_wire
+from loraplex_adapter_store.alias_wire import timestamp
 from loraplex_adapter_store.attach.messages import (
     Ack,
     ArenaInfo,
@@ -37,14 +38,11 @@ if TYPE_CHECKING:
     from loraplex_common.text_parts import TextPartsInfo
 
     from loraplex_adapter_store.aliases import AliasUpdate
-    from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
+    from loraplex_adapter_store.imports.importer import Progress
+    from loraplex_adapter_store.imports.targets import ImportOutcome
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 
 _PLACES = {adapter_pb2.TIER_DEVICE: Place.DEVICE, adapter_pb2.TIER_ARENA: Place.ARENA}
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
 
 
 def revision(source: Revision) -> adapter_pb2.AdapterRevision:
@@ -59,21 +57,13 @@ def revision(source: Revision) -> adapter_pb2.AdapterRevision:
         target_modules=source.target_modules,
         num_layers=source.num_layers,
         source=source.source,
-        create_time=_timestamp(source.create_time),
+        create_time=timestamp(source.create_time),
         text_parts=_text_parts(source.text_parts),
     )
 
 
 def _text_parts(info: TextPartsInfo | None) -> adapter_pb2.TextPartsInfo | None:
     return None if info is None else adapter_pb2.TextPartsInfo(digest=info.digest, kinds=info.kinds)
-
-
-def aliases(record: AdapterRecord) -> list[adapter_pb2.Alias]:
-    """Convert a record's labels, sorted."""
-    return [
-        adapter_pb2.Alias(name=record.name, label=label, revision=digest)
-        for label, digest in sorted(record.labels.items())
-    ]
 
 
 def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapter:
@@ -84,10 +74,10 @@ def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapt
         state=adapter_pb2.Adapter.STATE_DELETED if record.is_deleted else state,
         description=record.description,
         allowed_tenants=record.allowed_tenants,
-        aliases=aliases(record),
+        aliases=alias_wire.aliases(record),
         etag=record.etag,
-        create_time=_timestamp(record.create_time),
-        update_time=_timestamp(record.update_time),
+        create_time=timestamp(record.create_time),
+        update_time=timestamp(record.update_time),
         latest=revision(latest) if latest is not None else None,
     )
 
@@ -96,7 +86,7 @@ def entry(view: AdapterView, *, with_text_parts: bool = True) -> adapter_store_p
     """Convert a view for the watchers; one that uses no text parts is not told of revisions that have some."""
     return adapter_store_pb2.WatchAliasesResponse.Entry(
         name=view.record.name,
-        aliases=aliases(view.record),
+        aliases=alias_wire.aliases(view.record),
         revisions=[revision(item) for item in view.revisions if with_text_parts or item.text_parts is None],
         allowed_tenants=view.record.allowed_tenants,
         deleted=view.record.is_deleted,
@@ -194,6 +184,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         max_rank=source.max_rank,
         weight_norms=_weight_norms(source, shape),
         max_added_tokens=source.max_added_tokens,
+        takes_tree_digests=source.takes_tree_digests,
     )
 
 
@@ -253,6 +244,7 @@ def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
             response.offer.image_sha256 = message.image_sha256
             response.offer.wanted = message.is_wanted
             response.offer.spec = message.spec
+            response.offer.expected = message.is_expected
         case Chunk():
             response.chunk.digest = message.digest
             response.chunk.rank = message.rank
@@ -262,6 +254,7 @@ def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
         case Filled():
             response.filled.digest = message.digest
             response.filled.rank = message.rank
+            response.filled.image_tree_sha256 = message.tree_sha256
         case Refuse():
             response.refuse.digest = message.digest
             response.refuse.status.CopyFrom(to_status(message.error))

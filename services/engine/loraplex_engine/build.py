@@ -79,7 +79,8 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     Raises:
         ConfigError: If a size does not work out; the message names the flag.
     """
-    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
+    kv_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), kv_dtype=kv_dtype)
     num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
@@ -93,8 +94,9 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
+    model = model_config(info.config)
     weights = weight_choice(config, info, device).numerics
-    numerics = numerics_of(model_config(info.config), weights, dtype=pool.dtype, max_model_len=max_model_len)
+    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
@@ -235,12 +237,11 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
 
 
 def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:
-    """Return the bytes of the weights once they are loaded.
+    """Return the bytes of the weights once they are loaded: as their files have them, unpacked, or quantised.
 
-    They are those of the files, unless weights are unpacked or quantised, or the files have other parts of a multimodal
-    model, too.
+    Files that have other parts of a multimodal model, too, say nothing of them.
     """
-    stored, choice = find_weights(config.model), weight_choice(config, info, device)
+    choice, stored = weight_choice(config, info, device), find_weights(config.model)
     if choice.form is WeightForm.WHOLE and choice.quantisation is None and not stored.others:
         return sum(file.stat().st_size for file in stored.shards())
     return choice.num_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
@@ -29,10 +29,18 @@ from loraplex_engine.limits import (
 )
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
+KvCacheDtypeName = Literal["auto", "fp8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
 QuantizationName = Literal["auto", "fp8", "none"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
+_CHOICES: Final[dict[str, Any]] = {
+    "dtype": DtypeName,
+    "quantization": QuantizationName,
+    "kv_cache_dtype": KvCacheDtypeName,
+    "device": DeviceName,
+    "backend": BackendName,
+}
 
 
 class ConfigError(ValueError):
@@ -96,6 +104,10 @@ class EngineConfig(ServiceSettings):
         "auto",
         help="auto keeps an FP8 checkpoint in FP8 where the GPU multiplies it, fp8 quantises any checkpoint on load, none "
         "unpacks (docs/stored-forms.md)",
+    )
+    kv_cache_dtype: KvCacheDtypeName = setting(
+        "auto",
+        help="type of keys and values; auto is the compute type, fp8 is e4m3 with a scale for each token and head",
     )
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
@@ -172,14 +184,13 @@ class EngineConfig(ServiceSettings):
         )
         self._check_callers()
         self._check_policy()
-        _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
-        kinds = get_args(QuantizationName)
-        _require(self.quantization in kinds, f"--quantization {self.quantization!r} is not one of {kinds}")
-        _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
-        _require(
-            self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
-        )
+        self._check_choices()
         _require(self.backend != "cuda" or self.device != "cpu", "--backend cuda needs --device cuda or auto")
+
+    def _check_choices(self) -> None:
+        for name, kinds in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in get_args(kinds), f"--{name.replace('_', '-')} {value!r} is not one of {get_args(kinds)}")
 
     def _check_callers(self) -> None:
         try:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 TARGET_PAGE_BYTES: Final = 2 * 1024 * 1024
 GPU_POOL_SHARE: Final = 0.85
 """Share of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
+SCALE_BYTES: Final = 2
+"""Bytes of the bf16 scale of one token's key, or value, of one head."""
+KV_DTYPES: Final = ("", "fp8")
 BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 
 
@@ -20,16 +23,22 @@ BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 class PoolGeometry:
     """Shape of a KV page, in-page order ``[layer][K|V][kv_head][token][dim]``; adapter pages have the same size.
 
-    Bytes of a page, with R = `row_bytes`, H = ``num_kv_heads``, i = (layer * 2 + (0 for K, 1 for V)) * H + kv_head, and
+    Keys and values are of ``dtype``, or e4m3 with one bf16 scale for each token and head. Bytes of a page, with R = `row_bytes`, H = ``num_kv_heads``, i = (layer * 2 + (0 for K, 1 for V)) * H + kv_head, and
     d = the bytes of one head's key of one token, R / ``block_tokens``:
 
         [i * R, (i + 1) * R)                    one head's keys or values of the block in one layer
         [i * R + t * d, i * R + (t + 1) * d)    the part of token t of the block
 
+    and of e4m3, with V = `values_bytes` = ``num_layers`` * 2 * H * R, B = ``block_tokens``, j = layer * H + kv_head:
+
+        [V + 4 * (j * B + t), V + 4 * (j * B + t) + 4)          scales of token t, bf16: of its key, then of its value
+        [V + `scales_bytes`, `page_bytes`)                      nothing: pages are whole multiples of `TILE_ALIGN`
+
     Attributes:
-        dtype: ``float32`` or ``bfloat16``: type of keys, values and adapter weights.
+        dtype: ``float32`` or ``bfloat16``: type of adapter weights, and of keys and values unless ``kv_dtype`` says another.
         num_kv_heads: Heads held by one tensor-parallel rank.
         block_tokens: Tokens per page.
+        kv_dtype: ``fp8``: keys and values are e4m3 with scales; empty: they are of ``dtype``.
     """
 
     dtype: str
@@ -37,15 +46,23 @@ class PoolGeometry:
     num_kv_heads: int
     head_dim: int
     block_tokens: int
+    kv_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"keys and values of {self.kv_dtype!r} are none of {KV_DTYPES}")
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether keys and values are e4m3 with scales."""
+        return self.kv_dtype == "fp8"
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one head's keys (or values) of one block in one layer: the smallest contiguous piece."""
-        return self.block_tokens * self.head_dim * ITEM_BYTES[self.dtype]
+        return self.block_tokens * self.head_dim * (1 if self.is_fp8 else ITEM_BYTES[self.dtype])
 
     @property
     def rows_per_page(self) -> int:
@@ -53,16 +70,33 @@ class PoolGeometry:
         return self.num_layers * 2 * self.num_kv_heads
 
     @property
+    def values_bytes(self) -> int:
+        """Bytes of the keys and values of a page."""
+        return self.rows_per_page * self.row_bytes
+
+    @property
+    def scales_bytes(self) -> int:
+        """Bytes of the scales of a page."""
+        return SCALE_BYTES * self.rows_per_page * self.block_tokens if self.is_fp8 else 0
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
-        return self.rows_per_page * self.row_bytes
+        if not self.is_fp8:
+            return self.values_bytes
+        return -(-(self.values_bytes + self.scales_bytes) // TILE_ALIGN) * TILE_ALIGN
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys, values and scales of one token."""
+        return (self.values_bytes + self.scales_bytes) // self.block_tokens
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return how many pages a sequence of ``num_tokens`` takes."""
         return -(-num_tokens // self.block_tokens)
 
 
-def choose_pool_geometry(info: BaseModelInfo, *, dtype: str, tp_degree: int = 1) -> PoolGeometry:
+def choose_pool_geometry(info: BaseModelInfo, *, dtype: str, tp_degree: int = 1, kv_dtype: str = "") -> PoolGeometry:
     """Pick ``block_tokens``: the smallest power of two up to 16 whose page reaches 2 MiB, else 16.
 
     Raises:
@@ -77,6 +111,7 @@ def choose_pool_geometry(info: BaseModelInfo, *, dtype: str, tp_degree: int = 1)
             num_kv_heads=info.num_kv_heads // tp_degree,
             head_dim=info.head_dim,
             block_tokens=block_tokens,
+            kv_dtype=kv_dtype,
         )
         for block_tokens in BLOCK_TOKENS
     ]

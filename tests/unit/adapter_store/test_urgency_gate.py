@@ -177,7 +177,7 @@ def make_session() -> tuple[EngineSession, AttachedEngines]:
         sequence=0,
         max_image_pages=4,
     )
-    session = EngineSession(hello, images, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    session = EngineSession(hello, images, SimpleNamespace(), SimpleNamespace(), lambda: None)  # type: ignore[arg-type]
     engines = AttachedEngines.__new__(AttachedEngines)
     engines._sessions = {"e": session}
     return session, engines

@@ -255,6 +255,16 @@ def test_a_hub_repository_is_imported_by_commit(loraplex: Runner, store: StoreDo
     assert (source.repo, source.subfolder, source.revision) == ("org/repo", "sub/dir", "a" * 40)
 
 
+@pytest.mark.parametrize("source", ["s3://adapters/poet", f"oci://ghcr.io/team/poet@sha256:{'a' * 64}"])
+def test_object_storage_and_registries_are_imported_from_by_uri(
+    loraplex: Runner, store: StoreDouble, source: str
+) -> None:
+    result = loraplex("adapters", "import", "json", source, "--credential", "ours")
+
+    assert result.code == 0
+    assert (store.requests[0].uri, store.requests[0].credential_ref) == (source, "ours")
+
+
 def test_what_the_store_could_not_tell_is_a_warning_in_the_command_s_words(
     loraplex: Runner, store: StoreDouble, directory: Path
 ) -> None:

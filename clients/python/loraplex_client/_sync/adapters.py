@@ -3,49 +3,33 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from google.longrunning import operations_pb2_grpc
 from google.longrunning.operations_proto_pb2 import Operation, WaitOperationRequest
-from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_store_pb2
 
+from loraplex_client import _push_messages as push_messages
 from loraplex_client import _store_messages as messages
 from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
+from loraplex_client._sync.labels import Labels
 from loraplex_client._sync.waiting import in_thread, read_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    import grpc
-
-    from loraplex_client._connection import Connection
+    from loraplex_client._push_messages import Config
     from loraplex_client.report import AdapterReport
-    from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, Revision
+    from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, PushResult, Revision
 
 WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
 
 
-class Adapters:
+class Adapters(Labels):
     """The adapters of one store. Names are ``name``, ``name:label`` or ``name@revision`` where one is looked up."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._metadata = connection.metadata
-        self._opened: grpc.Channel | None = None
-
-    @property
-    def _channel(self) -> grpc.Channel:
-        if self._opened is None:
-            self._opened = self._connection.open()
-        return self._opened
-
-    @cached_property
-    def _stub(self) -> adapter_store_pb2_grpc.AdapterStoreServiceStub:
-        return adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     def import_hub(
         self,
@@ -96,6 +80,33 @@ class Adapters:
         request.uri = messages.directory_uri(directory)
         return self._import(request, progress)
 
+    def import_uri(
+        self,
+        name: str,
+        uri: str,
+        *,
+        label: str = "",
+        base_model: str = "",
+        stage: bool = False,
+        credential_ref: str = "",
+        progress: ProgressCallback | None = None,
+    ) -> ImportResult:
+        """Let the store fetch an adapter from object storage or a registry; as `import_hub`.
+
+        Args:
+            name: Name to import under.
+            uri: ``s3://bucket/folder`` or ``oci://registry/repository@sha256:...``; the store's operator allows buckets
+                and registries.
+            label: As of `import_hub`.
+            base_model: As of `import_hub`.
+            stage: As of `import_hub`.
+            credential_ref: As of `import_hub`.
+            progress: As of `import_hub`.
+        """
+        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request.uri = uri
+        return self._import(request, progress)
+
     def upload(
         self,
         name: str,
@@ -112,6 +123,54 @@ class Adapters:
         with translated(self._connection.target):
             response = self._stub.UploadAdapter(stream, metadata=self._metadata)
         return messages.import_result(response)
+
+    def push(
+        self,
+        name: str,
+        state_dict: Mapping[str, Any],
+        config: Config,
+        *,
+        label: str = "",
+        expected: str | None = None,
+        stage: bool = False,
+        ready_timeout_s: float | None = None,
+        base_model: str = "",
+    ) -> PushResult:
+        """Send an adapter that this process has in memory; return when its labels have moved.
+
+        They move at one moment, once each engine that holds the revision which they leave holds the new one. Requests that
+        run finish with the revision that they began with. A push that fails, or whose process dies, leaves nothing behind.
+
+        Args:
+            name: Name to store it under.
+            state_dict: Name -> tensor, of torch (also on a device) or numpy, in fp32, fp16 or bf16; names as in
+                ``adapter_model.safetensors``, e.g. from ``peft.get_peft_model_state_dict``. Gather a distributed one before.
+            config: PEFT's ``LoraConfig`` or what it writes to ``adapter_config.json``.
+            label: Label to move to the new revision besides ``latest``.
+            expected: If given, the label (``latest`` if none is) must point at this revision (empty: must not exist), so
+                that of several pushes after one revision one is stored.
+            stage: Leave ``latest`` where it is; the revision is used by its digest or by ``label``.
+            ready_timeout_s: How long the labels wait for engines, at most 120 s; 10 s by default.
+            base_model: Base to check against; overrides what the config names.
+
+        Raises:
+            ConflictError: If the label points elsewhere.
+            LoraplexError: If the adapter cannot be served.
+        """
+        push = push_messages.push_of(
+            name,
+            state_dict,
+            config,
+            label=label,
+            expected=expected,
+            stage=stage,
+            ready_timeout_s=ready_timeout_s,
+            base_model=base_model,
+        )
+        stream = read_in_thread(push.messages())
+        with translated(self._connection.target):
+            response = self._stub.PushAdapter(stream, metadata=self._metadata)
+        return push_messages.push_result(response)
 
     def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:
         """Yield adapters by name, fetching page after page."""
@@ -157,25 +216,37 @@ class Adapters:
                 return
             request.page_token = page.next_page_token
 
-    def alias(self, name: str, label: str, revision: str, *, expected_revision: str | None = None) -> Adapter:
-        """Point ``name:label`` at a revision, atomically; an empty revision removes the label.
+    def create(self, name: str, *, description: str = "", allowed_tenants: Sequence[str] = ()) -> Adapter:
+        """Reserve a name; nothing can be asked of it before an import.
 
         Args:
-            name: The adapter's name.
-            label: The label, e.g. ``prod``.
-            revision: Digest, or its first 8 digits or more.
-            expected_revision: If given, the label must point here now (empty: must not exist).
+            name: The name.
+            description: For people.
+            allowed_tenants: Tenants that may use the adapter; empty means all.
 
         Raises:
-            ConflictError: If it points elsewhere.
+            AlreadyExistsError: If the name is in use.
         """
-        request = adapter_store_pb2.SetAliasRequest(
-            alias=adapter_pb2.Alias(name=name, label=label, revision=revision),
-            expected_revision=expected_revision,
+        request = adapter_store_pb2.CreateAdapterRequest(
+            adapter=adapter_pb2.Adapter(name=name, description=description, allowed_tenants=allowed_tenants),
             request_id=messages.new_request_id(),
         )
         with translated(self._connection.target):
-            response = self._stub.SetAlias(request, metadata=self._metadata)
+            response = self._stub.CreateAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
+
+    def update(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        allowed_tenants: Sequence[str] | None = None,
+        etag: str = "",
+    ) -> Adapter:
+        """Change what is not None; ``etag``, if given, must be the adapter's."""
+        request = messages.update_request(name, description, allowed_tenants, etag)
+        with translated(self._connection.target):
+            response = self._stub.UpdateAdapter(request, metadata=self._metadata)
         return messages.adapter(response.adapter)
 
     def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
@@ -204,11 +275,6 @@ class Adapters:
         )
         with translated(self._connection.target):
             self._stub.EvictAdapter(request, metadata=self._metadata)
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._opened is not None:
-            self._opened.close()
 
     def _resolve(self, name: str) -> str:
         return messages.resolved_digest(self.get(name), name)

@@ -2,15 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
+from loraplex_client.adapter_manifest import HUB_SOURCE
+from loraplex_client.cli.apply import apply
 from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
 from loraplex_client.cli.global_options import remote
+from loraplex_client.cli.live import history, labels, push, rollback
 from loraplex_client.cli.make_random import make_random
 from loraplex_client.cli.report import print_report
 from loraplex_client.cli.wording import as_flags
@@ -18,7 +21,7 @@ from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Rev
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
 
-HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
+URI_SCHEMES: Final = ("s3://", "oci://")
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
 AnyName = Annotated[
     str,
@@ -27,7 +30,8 @@ AnyName = Annotated[
 Source = Annotated[
     str,
     typer.Argument(
-        help="A PEFT directory, or hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits).",
+        help="A PEFT directory, hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits), s3://BUCKET/FOLDER or "
+        "oci://REGISTRY/REPO@sha256:...",
         metavar="SOURCE",
         show_default=False,
     ),
@@ -55,33 +59,35 @@ def import_(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Let the store read the directory itself, below its import roots.")
     ] = False,
+    credential: Annotated[
+        str, typer.Option(help="Name of a credential that the store knows, for a private hf:, s3: or oci: source.")
+    ] = "",
     store_target: StoreTarget = None,
 ) -> None:
-    """Import an adapter from a directory or from the Hugging Face hub."""
+    """Import an adapter from a directory, the Hugging Face hub, object storage or a registry."""
     with connect(context, store_target=store_target) as client, progress_bars() as update:
 
         def progress(state: ImportProgress) -> None:
             update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
 
+        options: dict[str, Any] = {"label": label, "base_model": base_model, "stage": stage, "progress": progress}
         if source.startswith("hf:"):
-            repo = _hub_source(source)
-            result = client.adapters.import_hub(
-                name,
-                repo["repo"],
-                revision=repo["revision"].lower(),
-                subfolder=repo["subfolder"] or "",
-                label=label,
-                base_model=base_model,
-                stage=stage,
-                progress=progress,
-            )
+            repo, kept = _hub_source(source), {"credential_ref": credential, **options}
+            commit, folder = repo["revision"].lower(), repo["subfolder"] or ""
+            result = client.adapters.import_hub(name, repo["repo"], revision=commit, subfolder=folder, **kept)
+        elif source.startswith(URI_SCHEMES):
+            result = client.adapters.import_uri(name, source, credential_ref=credential, **options)
         else:
             directory = _directory(source)
+            if credential:
+                raise typer.BadParameter("a directory needs none", param_hint="--credential")
             put = client.adapters.import_directory if in_place else client.adapters.upload
-            result = put(name, directory, label=label, base_model=base_model, stage=stage, progress=progress)
+            result = put(name, directory, **options)
     _print_import(name, result)
 
 
+for _command in (apply, push, labels, history, rollback):
+    app.command()(remote(_command))
 app.command("make-random")(remote(make_random))
 
 
@@ -155,13 +161,22 @@ def alias(
     expect: Annotated[
         str | None, typer.Option(help="Fail unless the label points here now (empty: nowhere).", metavar="REVISION")
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of the label's requests, instead of REVISION; repeatable.", metavar="REVISION=WEIGHT"),
+    ] = None,
     store_target: StoreTarget = None,
 ) -> None:
-    """Point NAME:LABEL at a revision, atomically; running requests keep theirs."""
+    """Point NAME:LABEL at a revision, or split it between several, atomically; running requests keep theirs."""
+    shares = dict(_share(text) for text in split or ())
     with connect(context, store_target=store_target) as client:
-        wanted = "" if remove else client.adapters.get(name).aliases.get(revision, revision)
-        labels = client.adapters.alias(name, label, wanted, expected_revision=expect).aliases
-    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + labels[label]}", soft_wrap=True)
+        known = client.adapters.get(name).aliases
+        wanted = {known.get(each, each): weight for each, weight in shares.items()}
+        target = "" if remove else wanted or known.get(revision, revision)
+        adapter = client.adapters.alias(name, label, target, expected_revision=expect)
+    now = adapter.shares.get(label) or {adapter.aliases.get(label, ""): 1}
+    said = ", ".join(digest if len(now) == 1 else f"{digest} {weight}" for digest, weight in sorted(now.items()))
+    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + said}", soft_wrap=True)
 
 
 @app.command()
@@ -194,6 +209,13 @@ def evict(context: typer.Context, name: AnyName, engine: EngineId = "", store_ta
     """Hint that an adapter will not be wanted."""
     with connect(context, store_target=store_target) as client:
         client.adapters.evict(name, engine_id=engine)
+
+
+def _share(text: str) -> tuple[str, int]:
+    revision, _, weight = text.rpartition("=")
+    if not revision or not weight.isdecimal():
+        raise typer.BadParameter(f"{text!r}: write REVISION=WEIGHT, e.g. latest=5", param_hint="--split")
+    return revision, int(weight)
 
 
 def _labels(adapter: Adapter) -> list[str]:

@@ -4,20 +4,17 @@
 // in shared memory serves the whole group. Grid: (kv_heads, tiles), so that all heads of a long tile start before any of
 // a short one; a tile is 128 packed rows of one chunk. Block: 4 warps of 32 rows, so that each fragment of K and V
 // serves two mma. K and V come in tiles of 64 tokens by cp.async, double-buffered, their page ids one tile earlier;
-// 16-byte chunks are XOR-swizzled by row so that ldmatrix meets no bank conflict. q stays in shared memory, the scores
-// in registers. Masks are applied where the diagonal or the window cuts a tile; warps skip tiles that none of their rows
+// 16-byte chunks are XOR-swizzled by row (heads of 80 and 96: rows are one chunk further apart) so that ldmatrix meets no
+// bank conflict. q stays in shared memory, the scores in registers. Masks are applied where the diagonal or the window cuts a tile; warps skip tiles that none of their rows
 // sees.
+// Heads of 256: 8 warps of 16 rows, as a warp's sums of 32 would take all registers, and tiles of 32 tokens, or of 16 where
+// a CTA has less shared memory than 128 KiB (sm_86, sm_89).
 // Shared memory: (128 + 4 x 64) x HEAD_DIM x 2 bytes (96 KiB at 128). Alignment: HEAD_DIM rows on 16 bytes.
-// Registers: 2 CTAs of 128 threads per SM by shared memory, hence at most 255. Architectures: sm_80 and up.
+// Registers: 2 CTAs of 128 threads per SM by shared memory, 1 of 256 for heads of 256, hence at most 255.
+// Architectures: sm_80 and up.
 // Source: Dao, arXiv:2307.08691 (FlashAttention-2), algorithm 1 with its loop order.
-#include "attention/paged_kv.cuh"
+#include "attention/prefill_tile.cuh"
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kM = 2;  // blocks of 16 rows of a warp
-constexpr int kRows = 16 * kM * kWarps;
-constexpr int kTokens = 64;
-constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a K or V row
 constexpr int kSteps = kHeadDim / 16;
 
 // Rows [first_row, first_row + 128) of a chunk.
@@ -40,44 +37,21 @@ struct Params {
 };
 static_assert(sizeof(Params) == 88, "params.py mirrors it");
 
-struct Shared {
-    u16 q[kRows * kHeadDim];
-    u16 key[2][kTokens * kHeadDim];
-    u16 value[2][kTokens * kHeadDim];
-};
-static_assert(sizeof(Shared) == SHARED_BYTES, "attention/prefill.py asks for it");
-
-__device__ __forceinline__ int swizzled(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 8; }
-
-// The page of this lane's two tokens of a tile; a tile's page ids are spread over a warp. Pages hold 2 tokens or more.
-__device__ __forceinline__ int fetch_page(const PagedKv& kv, int sequence, int first, int end) {
-    return page_of(kv, sequence, min(first + static_cast<int>(threadIdx.x % kWarp) * 2, end - 1));
-}
-
-// Starts the copy of tokens [first, first + 64) of K and V; tokens past the end are zeroed.
-__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, u16* key, u16* value) {
-    const int chunk = threadIdx.x % kChunks;
-    const i64 plane = kv_plane(kv);
-#pragma unroll 2  // no more, as the scores leave few registers
-    for (int i = 0; i < kTokens * kChunks / kThreads; ++i) {
-        const int row = threadIdx.x / kChunks + i * (kThreads / kChunks);
-        const bool live = first + row < end;
-        const elem* from = key_address(kv, __shfl_sync(kFullMask, page, row / 2), kv_head, first + row) + chunk * 8;
-        copy_async16(key + swizzled(row, chunk), from, live);
-        copy_async16(value + swizzled(row, chunk), from + plane, live);
-    }
-    copy_async_commit();
-}
-
 // Starts the copy of the tile's rows of q; rows past the chunk are zeroed.
 __device__ __forceinline__ void load_q(const Params& p, const Tile& tile, int kv_head, int group, u16* q) {
-    const int chunk = threadIdx.x % kChunks;
-#pragma unroll 4
-    for (int row = threadIdx.x / kChunks; row < kRows; row += kThreads / kChunks) {
+    const auto copy = [&](int row, int chunk) {
         const int token = (tile.first_row + row) / group, head = kv_head * group + (tile.first_row + row) % group;
         const bool live = token < tile.count;
         const elem* from = p.q + (tile.token_begin + (live ? token : 0)) * p.q_stride + head * kHeadDim + chunk * 8;
         copy_async16(q + swizzled(row, chunk), from, live);
+    };
+    if constexpr (kHasOwnChunk) {
+        const int chunk = threadIdx.x % kChunks;
+#pragma unroll 4
+        for (int row = threadIdx.x / kChunks; row < kRows; row += kRowStep) copy(row, chunk);
+    } else {
+#pragma unroll 4
+        for (int at = threadIdx.x; at < kRows * kChunks; at += kThreads) copy(at / kChunks, at % kChunks);
     }
 }
 
@@ -86,7 +60,7 @@ struct Rows {
     float out[kM][kHeadDim / 8][4];
     float peak[kM][2], sum[kM][2];
 
-    // scores = q K^T of 64 tokens.
+    // scores = q K^T of a tile's tokens.
     __device__ __forceinline__ void score(float (&s)[kM][kTokens / 8][4], const u16* q, const u16* key, int warp,
                                           int lane) const {
 #pragma unroll
@@ -106,6 +80,14 @@ struct Rows {
                 }
             }
         }
+    }
+    __device__ __forceinline__ void cap(float (&s)[kM][kTokens / 8][4], float scale) const {
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) s[m][n][i] = exponent(s[m][n][i], scale);
     }
     __device__ __forceinline__ void mask(float (&s)[kM][kTokens / 8][4], int first, int window, const Tile& tile, int first_row,
                                          int group, int lane) const {
@@ -176,7 +158,7 @@ struct Rows {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(const Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kIsWide ? 1 : 2) attention_prefill(const Params p) {
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     dependency_wait();
@@ -189,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(cons
     const int begin = window > 0 ? max(0, tile.start + first_token - window + 1) / kTokens * kTokens : 0;
     int page = fetch_page(p.kv, tile.sequence, begin, end);
     load_q(p, tile, kv_head, group, shared.q);
-    load_tile(p.kv, kv_head, page, begin, end, shared.key[0], shared.value[0]);
+    load_tile(p.kv, kv_head, page, begin, end, 0, shared);
     if (begin + kTokens < end) page = fetch_page(p.kv, tile.sequence, begin + kTokens, end);
 
     Rows rows{};
@@ -204,21 +186,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(cons
     const int warp_first = tile.start + first_row / group;
     const int warp_last =
         first_row / group < tile.count ? tile.start + min((first_row + kM * 16 - 1) / group, tile.count - 1) : -1;
-    const float scale = p.kv.scale * 1.4426950408889634f;
+    const float scale = exponent_scale(p.kv);
 
     for (int first = begin, stage = 0; first < end; first += kTokens, stage ^= 1) {
         copy_async_wait<0>();
         __syncthreads();  // this tile has landed, and no warp reads the other buffers
         if (first + kTokens < end) {
-            load_tile(p.kv, kv_head, page, first + kTokens, end, shared.key[stage ^ 1], shared.value[stage ^ 1]);
+            load_tile(p.kv, kv_head, page, first + kTokens, end, stage ^ 1, shared);
             if (first + 2 * kTokens < end) page = fetch_page(p.kv, tile.sequence, first + 2 * kTokens, end);
         }
+        finish_tile(stage, shared);
         if (first > warp_last) continue;
         float s[kM][kTokens / 8][4] = {};
-        rows.score(s, shared.q, shared.key[stage], warp, lane);
+        rows.score(s, shared.q, key_tile(shared, stage), warp, lane);
+        if constexpr (kHasSoftcap) rows.cap(s, scale);
         if (first + kTokens - 1 > warp_first || window > 0) rows.mask(s, first, window, tile, first_row, group, lane);
-        rows.weigh(s, scale);
-        rows.add(s, shared.value[stage], lane);
+        rows.weigh(s, kHasSoftcap ? 1.f : scale);
+        rows.add(s, value_tile(shared, stage), lane);
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m)

@@ -7,7 +7,7 @@
 #include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
-constexpr int kLaneDims = kHeadDim / kWarp;
+constexpr int kLaneDims = (kHeadDim + kWarp - 1) / kWarp;
 
 struct Params {
     PagedKv kv;
@@ -19,6 +19,24 @@ struct Params {
 };
 static_assert(sizeof(Params) == 96, "params.py mirrors it");
 
+#ifdef KV_SCALES
+__device__ __forceinline__ float score(const u8* key, const float* q) {
+    float sum = 0.f;
+    for (int dim = 0; dim < kHeadDim; dim += 4) {
+        const u32 raw = *reinterpret_cast<const u32*>(key + dim);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += fp8_float(static_cast<u8>(raw >> 8 * j)) * q[dim + j];
+    }
+    return sum;
+}
+__device__ __forceinline__ float value_of(const u8* v) { return fp8_float(*v); }
+// The scale of K (0) or V (1) of a token, as a float.
+__device__ __forceinline__ float kv_scale(const PagedKv& p, int page, int kv_head, int token, int which) {
+    return low_float(*scale_address(p, page, kv_head, token) >> 16 * which);
+}
+#else
+__device__ __forceinline__ float value_of(const elem* v) { return to_float(*v); }
+__device__ __forceinline__ float kv_scale(const PagedKv&, int, int, int, int) { return 1.f; }
 __device__ __forceinline__ float score(const elem* key, const float* q) {
     float sum = 0.f;
     for (int dim = 0; dim < kHeadDim; dim += kVec) {
@@ -28,6 +46,9 @@ __device__ __forceinline__ float score(const elem* key, const float* q) {
     }
     return sum;
 }
+#endif
+
+__device__ __forceinline__ bool has_dim(int j, int lane) { return kHeadDim % kWarp == 0 || j * kWarp + lane < kHeadDim; }
 
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar(const Params p) {
     __shared__ float queries[kWarps][kHeadDim];
@@ -46,7 +67,12 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar
         const int key = first + lane;
         const int page = page_of(p.kv, sequence, min(key, end - 1));
         float s = negative_infinity();
-        if (key < end) s = score(key_address(p.kv, page, kv_head, key), queries[warp]) * p.kv.scale;
+        float value_scale = 1.f;  // of this lane's key
+        if (key < end) {
+            s = score(key_address(p.kv, page, kv_head, key), queries[warp]) * kv_scale(p.kv, page, kv_head, key, 0);
+            s = softcap(s * p.kv.scale);
+            value_scale = kv_scale(p.kv, page, kv_head, key, 1);
+        }
         const float higher = fmaxf(peak, warp_max(s));
         const float weight = expf(s - higher), shrink = expf(peak - higher);
         peak = higher;
@@ -55,13 +81,16 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar
         for (int j = 0; j < kLaneDims; ++j) out[j] *= shrink;
         const int count = min(kWarp, end - first);
         for (int i = 0; i < count; ++i) {
-            const float w = __shfl_sync(kFullMask, weight, i);
-            const elem* v = key_address(p.kv, __shfl_sync(kFullMask, page, i), kv_head, first + i) + kv_plane(p.kv);
+            const float w = __shfl_sync(kFullMask, kIsFp8 ? weight * value_scale : weight, i);
+            const kv_elem* v = key_address(p.kv, __shfl_sync(kFullMask, page, i), kv_head, first + i) + kv_plane(p.kv);
 #pragma unroll
-            for (int j = 0; j < kLaneDims; ++j) out[j] += w * to_float(v[j * kWarp + lane]);
+            for (int j = 0; j < kLaneDims; ++j) {
+                if (has_dim(j, lane)) out[j] += w * value_of(v + j * kWarp + lane);
+            }
         }
     }
     elem* out_row = p.out + (static_cast<i64>(token) * p.kv.num_heads + head) * kHeadDim;
 #pragma unroll
-    for (int j = 0; j < kLaneDims; ++j) out_row[j * kWarp + lane] = from_float<elem>(sum == 0.f ? 0.f : out[j] / sum);
+    for (int j = 0; j < kLaneDims; ++j)
+        if (has_dim(j, lane)) out_row[j * kWarp + lane] = from_float<elem>(sum == 0.f ? 0.f : out[j] / sum);
 }

@@ -1,11 +1,12 @@
 // y = w * x / sqrt(mean(x^2) + eps), optionally after residual += x (then y norms the sum). Rounding as transformers'
-// LlamaRMSNorm: the sum and the normalised value are rounded to the element type, the mean is fp32.
+// LlamaRMSNorm: the sum and the normalised value are rounded to the element type, the mean is fp32. With NORM_OFFSET y is
+// (1 + w) * x / ..., rounded once, as GemmaRMSNorm.
 //
 // Grid: one CTA per row. Block: kThreads, each holding kVecs vectors of 16 bytes of the row in registers, so a row is
 // read once. Shared memory: one float per warp. Alignment: rows start on 16 bytes; HIDDEN % (16 / sizeof(elem)) == 0.
 // Registers: 512 threads x 4 CTAs per SM = all 2048 threads, hence at most 32; HIDDEN > 4096: 64 (2 CTAs).
 // Architectures: sm_80 and up. Source: Zhang and Sennrich, arXiv:1910.07467.
-#include "common.cuh"
+#include "pointwise/norm.cuh"
 
 constexpr int kHidden = HIDDEN;
 constexpr int kThreads = THREADS;
@@ -61,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThrea
         const Vec weight = load_vec(p.weight + column);
         Vec out;
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(to_float(weight.v[j]) * rounded(values[i][j] * scale));
+        for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(normed(values[i][j], scale, to_float(weight.v[j])));
         store_vec(p.out + static_cast<i64>(blockIdx.x) * kHidden + column, out);
     }
 }

@@ -1,5 +1,5 @@
 // out = silu(gate) * up over rows [gate | up], LoRA's delta added first if there is one; silu rounded to the element type, as
-// torch does.
+// torch does. With GELU_TANH it is GELU in its approximation by tanh, in the place of SiLU (Hendrycks and Gimpel, arXiv:1606.08415).
 //
 // Grid: (ceil(WIDTH / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
 // Alignment: WIDTH % (16 / sizeof(elem)) == 0. Registers: 8 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
@@ -37,6 +37,6 @@ extern "C" __global__ void __launch_bounds__(256, 8) silu_mul(const Params p) {
     }
     Vec out;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(silu_mul_value(gate[j], up[j]));
+    for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(gated(gate[j], up[j]));
     store_vec(p.out + row * kWidth + column, out);
 }

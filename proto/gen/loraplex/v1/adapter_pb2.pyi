@@ -156,26 +156,60 @@ class Alias(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the adapter."""
     label: _builtins.str
     """Label, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`."""
     revision: _builtins.str
-    """Revision digest the label points at, 64 lower-case hex digits."""
+    """Revision digest the label points at, 64 lower-case hex digits; of a split label, that of the largest share."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasShare]:
+        """If the label is split: which share of its requests each revision gets. Requests of one tenant with equal affinity keys get
+        the same revision; those without a key are split by their ids. A request that names another label, or a revision, is not.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         label: _builtins.str = ...,
         revision: _builtins.str = ...,
+        shares: _abc.Iterable[Global___AliasShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "name", b"name", "revision", b"revision", "shares", b"shares"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Alias: _TypeAlias = Alias  # noqa: Y015
+
+@_typing.final
+class AliasShare(_message.Message):
+    """AliasShare is the share of a split label's requests that one revision gets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision digest."""
+    weight: _builtins.int
+    """Weight among the label's shares, 1 to 1,000,000."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasShare: _TypeAlias = AliasShare  # noqa: Y015
 
 @_typing.final
 class TextPartsInfo(_message.Message):

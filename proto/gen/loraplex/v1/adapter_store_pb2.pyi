@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
@@ -657,7 +658,7 @@ class SetAliasRequest(_message.Message):
     """UUID4 that makes a repeated call harmless."""
     @_builtins.property
     def alias(self) -> _adapter_pb2.Alias:
-        """The label and where it is to point; an empty revision removes it."""
+        """The label and where it is to point, a revision or shares of several; neither removes it."""
 
     def __init__(
         self,
@@ -699,6 +700,182 @@ class SetAliasResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class RollBackAliasRequest(_message.Message):
+    """RollBackAliasRequest names a label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    label: _builtins.str
+    """The label; empty means `latest`."""
+    expected_revision: _builtins.str
+    """As SetAliasRequest.expected_revision."""
+    request_id: _builtins.str
+    """UUID4 that makes a repeated call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str = ...,
+        expected_revision: _builtins.str | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "label", b"label", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+
+Global___RollBackAliasRequest: _TypeAlias = RollBackAliasRequest  # noqa: Y015
+
+@_typing.final
+class RollBackAliasResponse(_message.Message):
+    """RollBackAliasResponse shows the result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    LEFT_REVISION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    left_revision: _builtins.str
+    """Where the label pointed before the call."""
+    revision: _builtins.str
+    """Where it points now."""
+    @_builtins.property
+    def adapter(self) -> _adapter_pb2.Adapter:
+        """The adapter after the call."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _adapter_pb2.Adapter | None = ...,
+        left_revision: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "left_revision", b"left_revision", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackAliasResponse: _TypeAlias = RollBackAliasResponse  # noqa: Y015
+
+@_typing.final
+class ListAliasMovesRequest(_message.Message):
+    """ListAliasMovesRequest pages through moves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    label: _builtins.str
+    """Only moves of this label; empty means of all."""
+    page_size: _builtins.int
+    """Most entries wanted; 0 means 100, more than 1000 means 1000."""
+    page_token: _builtins.str
+    """next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasMovesRequest: _TypeAlias = ListAliasMovesRequest  # noqa: Y015
+
+@_typing.final
+class ListAliasMovesResponse(_message.Message):
+    """ListAliasMovesResponse is one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasMove]:
+        """Moves, newest first; the store keeps the last 200 of a name."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___AliasMove] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasMovesResponse: _TypeAlias = ListAliasMovesResponse  # noqa: Y015
+
+@_typing.final
+class AliasMove(_message.Message):
+    """AliasMove is one move of a label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    LEFT_REVISION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """The label."""
+    left_revision: _builtins.str
+    """Where it pointed before; empty if there was no such label."""
+    revision: _builtins.str
+    """Where it pointed then; empty if it was removed."""
+    cause: _builtins.str
+    """What moved it: `import`, `push`, `alias`, `rollback` or `delete`."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AliasShare]:
+        """The shares that it had then, if it was split."""
+
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        left_revision: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        shares: _abc.Iterable[_adapter_pb2.AliasShare] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "label", b"label", "left_revision", b"left_revision", "revision", b"revision", "shares", b"shares", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasMove: _TypeAlias = AliasMove  # noqa: Y015
 
 @_typing.final
 class HuggingFaceSource(_message.Message):
@@ -748,7 +925,9 @@ class ImportAdapterRequest(_message.Message):
     name: _builtins.str
     """Name to import under."""
     uri: _builtins.str
-    """`file:///dir` below one of the store's configured import roots."""
+    """`file:///dir` below one of the store's configured import roots, `s3://bucket/folder` in one of its buckets, or
+    `oci://registry/repository@sha256:...` of one of its registries.
+    """
     credential_ref: _builtins.str
     """Name of a credential that the store knows; never the credential."""
     label: _builtins.str
@@ -1050,6 +1229,212 @@ class UploadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PushAdapterRequest(_message.Message):
+    """PushAdapterRequest is one message of a push: the header, the tensors' bytes, and the finish."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Tensor(_message.Message):
+        """Tensor announces one tensor."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        DTYPE_FIELD_NUMBER: _builtins.int
+        SHAPE_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Its name, as in adapter_model.safetensors: PEFT's, or that of another program whose files are read."""
+        dtype: _builtins.str
+        """`BF16`, `F16` or `F32`; of indices `I32` or `I64`."""
+        @_builtins.property
+        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Sizes of its dimensions."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            dtype: _builtins.str = ...,
+            shape: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Header(_message.Message):
+        """Header opens the push."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ADAPTER_CONFIG_FIELD_NUMBER: _builtins.int
+        TENSORS_FIELD_NUMBER: _builtins.int
+        LABEL_FIELD_NUMBER: _builtins.int
+        EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+        STAGE_FIELD_NUMBER: _builtins.int
+        READY_TIMEOUT_FIELD_NUMBER: _builtins.int
+        BASE_MODEL_FIELD_NUMBER: _builtins.int
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Name to store it under."""
+        adapter_config: _builtins.bytes
+        """What PEFT writes to adapter_config.json: a JSON object."""
+        label: _builtins.str
+        """Label to move to the new revision besides `latest`."""
+        expected_revision: _builtins.str
+        """If set, the label that is named (`latest` if none is) must point here when the push begins and when it is stored (empty
+        string: must not exist); else ABORTED.
+        """
+        stage: _builtins.bool
+        """As ImportAdapterRequest.stage; engines are not waited for."""
+        base_model: _builtins.str
+        """As ImportAdapterRequest.base_model."""
+        request_id: _builtins.str
+        """UUID4 that makes a repeated call harmless."""
+        @_builtins.property
+        def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushAdapterRequest.Tensor]:
+            """The tensors, in the order in which their bytes follow."""
+
+        @_builtins.property
+        def ready_timeout(self) -> _duration_pb2.Duration:
+            """How long labels wait for engines, at most 120 s. Unset: 10 s. Zero: not at all."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            adapter_config: _builtins.bytes = ...,
+            tensors: _abc.Iterable[Global___PushAdapterRequest.Tensor] | None = ...,
+            label: _builtins.str = ...,
+            expected_revision: _builtins.str | None = ...,
+            stage: _builtins.bool = ...,
+            ready_timeout: _duration_pb2.Duration | None = ...,
+            base_model: _builtins.str = ...,
+            request_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "ready_timeout", b"ready_timeout"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "adapter_config", b"adapter_config", "base_model", b"base_model", "expected_revision", b"expected_revision", "label", b"label", "name", b"name", "ready_timeout", b"ready_timeout", "request_id", b"request_id", "stage", b"stage", "tensors", b"tensors"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+        _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+
+    @_typing.final
+    class Finish(_message.Message):
+        """Finish ends the push; without it nothing is stored."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SHA256_FIELD_NUMBER: _builtins.int
+        sha256: _builtins.str
+        """sha256 over all data in order, 64 hex digits."""
+        def __init__(
+            self,
+            *,
+            sha256: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    FINISH_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the tensors, little-endian, row-major, without gaps; at most 2 MiB."""
+    @_builtins.property
+    def header(self) -> Global___PushAdapterRequest.Header:
+        """First message."""
+
+    @_builtins.property
+    def finish(self) -> Global___PushAdapterRequest.Finish:
+        """Last message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___PushAdapterRequest.Header | None = ...,
+        data: _builtins.bytes = ...,
+        finish: Global___PushAdapterRequest.Finish | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "finish", b"finish", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "finish", b"finish", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "data", "finish"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___PushAdapterRequest: _TypeAlias = PushAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PushAdapterResponse(_message.Message):
+    """PushAdapterResponse holds the result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ALREADY_EXISTED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    READY_ENGINES_FIELD_NUMBER: _builtins.int
+    LATE_ENGINES_FIELD_NUMBER: _builtins.int
+    READY_TIMEOUT_FIELD_NUMBER: _builtins.int
+    already_existed: _builtins.bool
+    """True if the store had this revision already."""
+    @_builtins.property
+    def adapter(self) -> _adapter_pb2.Adapter:
+        """The adapter after the push."""
+
+    @_builtins.property
+    def revision(self) -> _adapter_pb2.AdapterRevision:
+        """The revision; the same as if the tensors had come in a file."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As ImportAdapterResult.warnings."""
+
+    @_builtins.property
+    def ready_engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Engines that held the new revision when the labels moved."""
+
+    @_builtins.property
+    def late_engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Engines that held the revision which the labels left, but not yet the new one: the time was over. Their first request for
+        it waits until it is there.
+        """
+
+    @_builtins.property
+    def ready_timeout(self) -> _duration_pb2.Duration:
+        """The time that the labels would have waited at most."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _adapter_pb2.Adapter | None = ...,
+        revision: _adapter_pb2.AdapterRevision | None = ...,
+        already_existed: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        ready_engines: _abc.Iterable[_builtins.str] | None = ...,
+        late_engines: _abc.Iterable[_builtins.str] | None = ...,
+        ready_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "ready_timeout", b"ready_timeout", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "late_engines", b"late_engines", "ready_engines", b"ready_engines", "ready_timeout", b"ready_timeout", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushAdapterResponse: _TypeAlias = PushAdapterResponse  # noqa: Y015
 
 @_typing.final
 class PrefetchAdapterRequest(_message.Message):
@@ -1618,6 +2003,7 @@ class AttachEngineRequest(_message.Message):
         MAX_RANK_FIELD_NUMBER: _builtins.int
         WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
         MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
+        TAKES_TREE_DIGESTS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -1628,6 +2014,8 @@ class AttachEngineRequest(_message.Message):
         """Largest rank of one projection that its kernels take; 0 if only the image's tiles limit it."""
         max_added_tokens: _builtins.int
         """As GetEngineInfoResponse.max_added_tokens."""
+        takes_tree_digests: _builtins.bool
+        """Whether the engine checks images by Filled.image_tree_sha256; offers then need no image_sha256."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -1663,10 +2051,11 @@ class AttachEngineRequest(_message.Message):
             max_rank: _builtins.int = ...,
             weight_norms: _abc.Iterable[_builtins.float] | None = ...,
             max_added_tokens: _builtins.int = ...,
+            takes_tree_digests: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "takes_tree_digests", b"takes_tree_digests", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1866,6 +2255,7 @@ class AttachEngineResponse(_message.Message):
         IMAGE_SHA256_FIELD_NUMBER: _builtins.int
         WANTED_FIELD_NUMBER: _builtins.int
         SPEC_FIELD_NUMBER: _builtins.int
+        EXPECTED_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
         rank: _builtins.int
@@ -1873,11 +2263,13 @@ class AttachEngineResponse(_message.Message):
         num_pages: _builtins.int
         """Pages, and so slots needed."""
         image_sha256: _builtins.str
-        """sha256 of the image's pages in order, 64 hex digits."""
+        """sha256 of the image's pages in order, 64 hex digits; empty for engines that take tree digests."""
         wanted: _builtins.bool
         """False if nobody asked for it: the engine may decline."""
         spec: _builtins.bytes
         """What the engine builds its device tables from: JSON of adapter_image.AdapterSpec."""
+        expected: _builtins.bool
+        """Whether a label is about to move to it: the engine makes room by evicting images that no request waits with."""
         def __init__(
             self,
             *,
@@ -1887,10 +2279,11 @@ class AttachEngineResponse(_message.Message):
             image_sha256: _builtins.str = ...,
             wanted: _builtins.bool = ...,
             spec: _builtins.bytes = ...,
+            expected: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "expected", b"expected", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1938,19 +2331,25 @@ class AttachEngineResponse(_message.Message):
 
         DIGEST_FIELD_NUMBER: _builtins.int
         RANK_FIELD_NUMBER: _builtins.int
+        IMAGE_TREE_SHA256_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
         rank: _builtins.int
         """Tensor-parallel rank."""
+        image_tree_sha256: _builtins.str
+        """sha256, 64 hex digits, over the sha256 digests of the image's pieces in order. Each page is cut into pieces of 1 MiB, the
+        last of a page may be shorter. Empty from stores that know of none.
+        """
         def __init__(
             self,
             *,
             digest: _builtins.str = ...,
             rank: _builtins.int = ...,
+            image_tree_sha256: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "rank", b"rank"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "image_tree_sha256", b"image_tree_sha256", "rank", b"rank"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,6 +77,16 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.SetAliasResponse.FromString,
                 _registered_method=True)
+        self.RollBackAlias = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/RollBackAlias',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliasMoves = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/ListAliasMoves',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesResponse.FromString,
+                _registered_method=True)
         self.ImportAdapter = channel.unary_unary(
                 '/loraplex.v1.AdapterStoreService/ImportAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
@@ -86,6 +96,11 @@ class AdapterStoreServiceStub:
                 '/loraplex.v1.AdapterStoreService/UploadAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
+        self.PushAdapter = channel.stream_unary(
+                '/loraplex.v1.AdapterStoreService/PushAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterResponse.FromString,
                 _registered_method=True)
         self.PrefetchAdapter = channel.unary_unary(
                 '/loraplex.v1.AdapterStoreService/PrefetchAdapter',
@@ -180,6 +195,20 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollBackAlias(self, request, context):
+        """RollBackAlias points a label at the revision that it left last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliasMoves(self, request, context):
+        """ListAliasMoves pages through where the labels of one name have pointed, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ImportAdapter(self, request, context):
         """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult.
         """
@@ -189,6 +218,14 @@ class AdapterStoreServiceServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """UploadAdapter is ImportAdapter with the files in the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushAdapter(self, request_iterator, context):
+        """PushAdapter is UploadAdapter for a process that has the tensors in memory: tensors by name, no files. Labels move once the
+        engines that hold the revision they leave hold the new one, or the time for that is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -279,6 +316,16 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.SetAliasRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.SetAliasResponse.SerializeToString,
             ),
+            'RollBackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackAlias,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasResponse.SerializeToString,
+            ),
+            'ListAliasMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliasMoves,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesResponse.SerializeToString,
+            ),
             'ImportAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.ImportAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.FromString,
@@ -288,6 +335,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.UploadAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'PushAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.PushAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterResponse.SerializeToString,
             ),
             'PrefetchAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.PrefetchAdapter,
@@ -549,6 +601,60 @@ class AdapterStoreService:
             _registered_method=True)
 
     @staticmethod
+    def RollBackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/RollBackAlias',
+            loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.RollBackAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliasMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/ListAliasMoves',
+            loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.ListAliasMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ImportAdapter(request,
             target,
             options=(),
@@ -592,6 +698,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/UploadAdapter',
             loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.AdapterStoreService/PushAdapter',
+            loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.PushAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

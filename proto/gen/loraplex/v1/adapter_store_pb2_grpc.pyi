@@ -52,10 +52,18 @@ class AdapterStoreServiceStub:
     """ListAdapterRevisions pages through the revisions of one name, newest first."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]
     """SetAlias moves a label atomically."""
+    RollBackAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.RollBackAliasRequest, _adapter_store_pb2.RollBackAliasResponse]
+    """RollBackAlias points a label at the revision that it left last."""
+    ListAliasMoves: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ListAliasMovesRequest, _adapter_store_pb2.ListAliasMovesResponse]
+    """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]
     """UploadAdapter is ImportAdapter with the files in the stream."""
+    PushAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]
+    """PushAdapter is UploadAdapter for a process that has the tensors in memory: tensors by name, no files. Labels move once the
+    engines that hold the revision they leave hold the new one, or the time for that is over.
+    """
     PrefetchAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.PrefetchAdapterRequest, _adapter_store_pb2.PrefetchAdapterResponse]
     """PrefetchAdapter hints that an adapter will be wanted. Always OK."""
     EvictAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.AdapterStoreServiceEvictAdapterRequest, _adapter_store_pb2.AdapterStoreServiceEvictAdapterResponse]
@@ -92,10 +100,18 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """ListAdapterRevisions pages through the revisions of one name, newest first."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """SetAlias moves a label atomically."""
+    RollBackAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.RollBackAliasRequest, _adapter_store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
+    """RollBackAlias points a label at the revision that it left last."""
+    ListAliasMoves: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ListAliasMovesRequest, _adapter_store_pb2.ListAliasMovesResponse]  # type: ignore[assignment]
+    """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """UploadAdapter is ImportAdapter with the files in the stream."""
+    PushAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]  # type: ignore[assignment]
+    """PushAdapter is UploadAdapter for a process that has the tensors in memory: tensors by name, no files. Labels move once the
+    engines that hold the revision they leave hold the new one, or the time for that is over.
+    """
     PrefetchAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.PrefetchAdapterRequest, _adapter_store_pb2.PrefetchAdapterResponse]  # type: ignore[assignment]
     """PrefetchAdapter hints that an adapter will be wanted. Always OK."""
     EvictAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.AdapterStoreServiceEvictAdapterRequest, _adapter_store_pb2.AdapterStoreServiceEvictAdapterResponse]  # type: ignore[assignment]
@@ -179,6 +195,22 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """SetAlias moves a label atomically."""
 
     @_abc_1.abstractmethod
+    def RollBackAlias(
+        self,
+        request: _adapter_store_pb2.RollBackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.RollBackAliasResponse, _abc.Awaitable[_adapter_store_pb2.RollBackAliasResponse]]:
+        """RollBackAlias points a label at the revision that it left last."""
+
+    @_abc_1.abstractmethod
+    def ListAliasMoves(
+        self,
+        request: _adapter_store_pb2.ListAliasMovesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.ListAliasMovesResponse, _abc.Awaitable[_adapter_store_pb2.ListAliasMovesResponse]]:
+        """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
+
+    @_abc_1.abstractmethod
     def ImportAdapter(
         self,
         request: _adapter_store_pb2.ImportAdapterRequest,
@@ -193,6 +225,16 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_store_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_store_pb2.UploadAdapterResponse]]:
         """UploadAdapter is ImportAdapter with the files in the stream."""
+
+    @_abc_1.abstractmethod
+    def PushAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapter_store_pb2.PushAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.PushAdapterResponse, _abc.Awaitable[_adapter_store_pb2.PushAdapterResponse]]:
+        """PushAdapter is UploadAdapter for a process that has the tensors in memory: tensors by name, no files. Labels move once the
+        engines that hold the revision they leave hold the new one, or the time for that is over.
+        """
 
     @_abc_1.abstractmethod
     def PrefetchAdapter(

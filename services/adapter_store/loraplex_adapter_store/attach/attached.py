@@ -15,6 +15,7 @@ from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import RankLimits
 from loraplex_common.registry import hints_key
 from loraplex_common.tasks import cancel_and_wait
+from loraplex_common.wake_up import WakeUp
 
 from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.repository import keys
@@ -42,7 +43,11 @@ WeightNorms: TypeAlias = Mapping[tuple[int, str], float]
 
 
 class AttachedEngines:
-    """Runs the sessions of this replica."""
+    """Runs the sessions of this replica.
+
+    Attributes:
+        residency: Wakes at each change of what an engine holds, and when an engine comes or goes.
+    """
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class AttachedEngines:
             str, WeightNorms
         ] = {}  # by fingerprint of the base; they outlive the engine that reported them
         self._owners: dict[str, str] = {}  # engine id -> name of the principal that attached it
+        self.residency = WakeUp()
 
     def __contains__(self, engine_id: str) -> bool:
         return engine_id in self._sessions
@@ -84,13 +90,14 @@ class AttachedEngines:
                 f"engine {hello.engine_id} is attached by another principal: an engine speaks for itself alone",
                 metadata={"engine_id": hello.engine_id},
             )
-        session = EngineSession(hello, self._images, self._metrics, self._executor)
+        session = EngineSession(hello, self._images, self._metrics, self._executor, self.residency.notify)
         if older is not None:
             older.end()
         self._owners[hello.engine_id] = owner
         self._sessions[hello.engine_id] = session
         self._metrics.engines.set(len(self._sessions))
         self._note_norms(hello)
+        self.residency.notify()
         tasks = [
             asyncio.create_task(self._follow_hints(session), name=f"hints {hello.engine_id}"),
             asyncio.create_task(self._publish_holdings(session), name=f"holdings {hello.engine_id}"),
@@ -111,6 +118,10 @@ class AttachedEngines:
         """Return digest -> number of attached engines that hold it."""
         return dict(Counter(digest for session in self._sessions.values() for digest in session.held))
 
+    def held_by_engine(self) -> dict[str, frozenset[str]]:
+        """Return engine id -> digests that it holds, of the engines attached here."""
+        return {engine_id: frozenset(session.held) for engine_id, session in self._sessions.items()}
+
     def leases(self) -> dict[str, int]:
         """Return digest -> leases on engines attached here."""
         total: Counter[str] = Counter()
@@ -124,6 +135,13 @@ class AttachedEngines:
         if (session := self._sessions.get(engine_id)) is None:
             return False
         session.prefetch(digest, wanted_in_ms / 1000)
+        return True
+
+    def expect(self, engine_id: str, digest: str) -> bool:
+        """Offer an image that a label is about to move to; False if the engine is not attached here."""
+        if (session := self._sessions.get(engine_id)) is None:
+            return False
+        session.expect(digest)
         return True
 
     async def drop(self, engine_id: str, digest: str) -> bool:
@@ -186,6 +204,7 @@ class AttachedEngines:
             except LoraplexError as error:
                 _log.info("an engine's holdings expire by themselves", engine=engine_id, error=error.message)
         self._metrics.engines.set(len(self._sessions))
+        self.residency.notify()
         _log.info("engine detached", engine=engine_id)
 
     async def _publish_holdings(self, session: EngineSession) -> None:
@@ -230,6 +249,8 @@ class AttachedEngines:
             _log.warning("a hint names no revision", engine=session.hello.engine_id, revision=digest[:80])
         elif kind == "prefetch":
             session.prefetch(digest, _wanted_in_s(fields))
+        elif kind == "expect":
+            session.expect(digest)
         elif kind == "evict":
             await session.drop(digest)
         else:

@@ -7,18 +7,19 @@ out of the imports' room; a body that stalls or has no end is given up.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import httpx2
-from huggingface_hub import get_session, hf_raise_for_status
 from loraplex_common.errors import AdapterCorruptUploadError, StoreUnavailableError
 from loraplex_common.version import package_version
 
-from loraplex_adapter_store.imports.pace import Pace
+from loraplex_adapter_store.imports.pace import Pace, Pause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 READ_TIMEOUT_S: Final = 30.0
 MAX_REDIRECTS: Final = 5
@@ -27,7 +28,25 @@ ATTEMPTS: Final = 3
 # Room is taken in steps, as each step costs a turn of the event loop. The first are small: a slow sender holds little.
 MIN_STEP_BYTES: Final = 64 * 1024
 MAX_STEP_BYTES: Final = 1024 * 1024
+_BUSY: Final = (429, 503)
 _DROPPED: Final = (httpx2.ReadError, httpx2.RemoteProtocolError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """What differs between the servers that bodies come from.
+
+    Attributes:
+        client: Returns the client to send requests with; it outlives them.
+        raise_for_status: Raises what a failed answer means; its body is cut to `MAX_ERROR_BYTES`.
+        accept: The ``Accept`` header of a request.
+        patience_s: Longest time in which a request is sent again while the server is too busy for it (429, 503).
+    """
+
+    client: Callable[[], httpx2.Client]
+    raise_for_status: Callable[[httpx2.Response], None]
+    accept: str = "*/*"
+    patience_s: float = 0.0
 
 
 class Download:
@@ -35,15 +54,29 @@ class Download:
 
     Args:
         url: Address of the body.
-        token: Credential, if any; not sent to the servers that this one redirects to.
+        authorization: Header with the credential, if any; not sent to the servers that this one redirects to.
         limit: Most bytes; a longer body is refused.
         take: Waits for memory for that many more bytes; blocks.
         what: Name of the body, for errors.
+        protocol: What the server speaks.
+
+    Attributes:
+        authorization: The same as the argument; may be changed between two calls of `read`.
     """
 
-    def __init__(self, url: str, token: str | None, *, limit: int, take: Callable[[int], None], what: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        authorization: str | None,
+        *,
+        limit: int,
+        take: Callable[[int], None],
+        what: str,
+        protocol: Protocol,
+    ) -> None:
+        self.authorization = authorization
         self._url = url
-        self._token = token
+        self._protocol = protocol
         self._limit = limit
         self._take = take
         self._what = what
@@ -53,10 +86,12 @@ class Download:
     def read(self) -> bytearray:
         """Return the whole body; blocks. A broken connection is made again, and the rest of the body requested.
 
+        After an error it may be called again, and goes on where it was.
+
         Raises:
             AdapterCorruptUploadError: If it is longer than allowed, or shorter than announced.
             DeadlineError: If it comes too slowly.
-            HfHubHTTPError: If the hub answers with an error.
+            Exception: What the protocol makes of an answer with an error.
             httpx2.HTTPError: If the server cannot be reached.
             SaturatedError: If there is no memory for the bytes.
             StoreUnavailableError: If the answer is not valid HTTP for this request.
@@ -104,28 +139,33 @@ class Download:
     @contextmanager
     def _opened(self) -> Iterator[httpx2.Response]:
         """Send the request, follow redirects, and check the head of the answer; bodies of redirects are not read."""
-        client = get_session()
+        client = self._protocol.client()
         headers = {"accept-encoding": "identity", "user-agent": f"loraplex/{package_version()}"}
-        if self._token:
-            headers["authorization"] = f"Bearer {self._token}"
+        headers["accept"] = self._protocol.accept
+        if self.authorization:
+            headers["authorization"] = self.authorization
         if self._data:
             headers["range"] = f"bytes={len(self._data)}-"
         request = client.build_request("GET", self._url, headers=headers, timeout=READ_TIMEOUT_S)
-        for _ in range(MAX_REDIRECTS + 1):
+        pause = Pause(self._protocol.patience_s)
+        num_redirects = 0
+        while num_redirects <= MAX_REDIRECTS:
             response = client.send(request, stream=True, follow_redirects=False)
             try:
+                if response.status_code in _BUSY and pause.again(response.headers.get("retry-after", "")):
+                    continue
                 if response.next_request is None:
                     self._check(response)
                     yield response
                     return
-                request = response.next_request
+                request, num_redirects = response.next_request, num_redirects + 1
             finally:
                 response.close()
         raise StoreUnavailableError(f"{self._what}: too many redirects", retry_after_s=10.0)
 
     def _check(self, response: httpx2.Response) -> None:
         if response.status_code >= 400:
-            hf_raise_for_status(_in_brief(response))
+            self._protocol.raise_for_status(_in_brief(response))
         if response.headers.get("content-encoding", "identity") != "identity":
             raise StoreUnavailableError(
                 f"{self._what}: the answer is compressed, although the request did not ask for it"
@@ -141,5 +181,5 @@ def _in_brief(response: httpx2.Response) -> httpx2.Response:
         body += chunk
         if len(body) > MAX_ERROR_BYTES:
             break
-    headers = {name: value for name, value in response.headers.items() if name.startswith("x-")}
+    headers = {name: value for name, value in response.headers.items() if name.startswith(("x-", "www-auth"))}
     return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import constants, hf_hub_url
+from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -30,14 +29,14 @@ from loraplex_common.errors import (
 from loraplex_common.ids import check_adapter_name
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_LISTING_BYTES, MAX_LISTING_VALUES, parse_json
-from loraplex_adapter_store.imports.download import Download
+from loraplex_adapter_store.imports.download import Download, Protocol
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents, limit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MAX_DOWNLOADS: Final = 8
-"""Concurrent downloads; further ones wait."""
+    from loraplex_adapter_store.imports.threads import DownloadThreads
+
 DEFAULT_BRANCH: Final = "main"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
@@ -75,24 +74,18 @@ class Hub:
 
     Args:
         endpoint: URL of the hub; None for the public one.
+        threads: Where downloads run.
     """
 
-    def __init__(self, endpoint: str | None) -> None:
+    def __init__(self, endpoint: str | None, threads: DownloadThreads) -> None:
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        # Downloads have threads of their own: they may take hours, and checks of checkpoints must not wait for them.
-        self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="download")
+        self._threads = threads
 
     async def fetch(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
     ) -> CheckpointFiles:
         """Call `read` in a thread, once one is free."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self.read, source, token, max_adapter_bytes, take
-        )
-
-    async def close(self) -> None:
-        """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        return await self._threads.run(partial(self.read, source, token, max_adapter_bytes, take))
 
     def read(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
@@ -148,7 +141,7 @@ class Hub:
                 source.repo, name, subfolder=source.subfolder, revision=source.revision, endpoint=self._endpoint
             )
             limit = limit_of(name, max_adapter_bytes)
-            contents[name] = Download(url, token, limit=limit, take=take, what=f"{source}: {name}").read()
+            contents[name] = _download(url, token, limit=limit, take=take, what=f"{source}: {name}").read()
         return from_contents(contents, str(source))
 
     def _listing(self, source: HubSource, token: str | None) -> Any:
@@ -156,11 +149,15 @@ class Hub:
         revision = quote(source.revision or DEFAULT_BRANCH, safe="")
         url = f"{self._endpoint}/api/models/{source.repo}/revision/{revision}?blobs=true"
         # The list is dropped before anything else is read, so it takes none of the imports' room.
-        data = Download(
+        data = _download(
             url, token, limit=MAX_LISTING_BYTES, take=_take_none, what=f"{source}: its list of files"
         ).read()
         with _read_as_hubs(source):
             return parse_json(bytes(data), what="the list of files", max_values=MAX_LISTING_VALUES)
+
+
+def _download(url: str, token: str | None, **options: Any) -> Download:
+    return Download(url, f"Bearer {token}" if token else None, protocol=_HUB, **options)
 
 
 @contextmanager
@@ -197,3 +194,6 @@ def _sizes(source: HubSource, listing: Any) -> dict[str, int | None]:
 
 def _take_none(_num_bytes: int) -> None:
     """Take no room."""
+
+
+_HUB: Final = Protocol(client=get_session, raise_for_status=hf_raise_for_status)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
-from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
+from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.shared_work import SharedWork
-from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
+from loraplex_adapter_store.records import Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
 
 if TYPE_CHECKING:
@@ -60,42 +61,6 @@ class Progress:
         self.on_change()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImportTarget:
-    """The name that an import is stored under, and what it is checked against.
-
-    Attributes:
-        label: Label to move in addition to ``latest``; may be empty.
-        base_model: Base model to use instead of the checkpoint's own declaration; may be empty.
-        content: Digest of all that the request asks for, without its request_id.
-        is_staged: Whether ``latest`` stays where it is.
-        expected: Where ``latest`` must point when the import is stored; empty means nowhere, None anywhere.
-    """
-
-    name: str
-    label: str = ""
-    base_model: str = ""
-    request_id: str = ""
-    content: str = ""
-    is_staged: bool = False
-    expected: str | None = None
-
-    @property
-    def asked(self) -> Answer:
-        """What the request asks for; compared with what an earlier request of this id asked for."""
-        return Answer("import", self.name, content=self.content)
-
-
-@dataclass(frozen=True, slots=True)
-class ImportOutcome:
-    """A finished import."""
-
-    record: AdapterRecord
-    revision: Revision
-    already_existed: bool
-    warnings: tuple[str, ...] = ()
-
-
 Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
 """Reads a checkpoint in a thread; its argument waits, in that thread, for memory for that many more bytes."""
 
@@ -105,6 +70,7 @@ class Importer:
 
     Args:
         told: An import ends once it has waited for this.
+        on_stored: Called with the digest of each revision that was stored, and its base's fingerprint.
     """
 
     def __init__(
@@ -116,6 +82,7 @@ class Importer:
         metrics: StoreMetrics,
         *,
         told: Told,
+        on_stored: Callable[[str, str], None] = lambda digest, base_fingerprint: None,
     ) -> None:
         self._checker = checker
         self._catalog = catalog
@@ -123,6 +90,7 @@ class Importer:
         self._budget = budget
         self._metrics = metrics
         self._told = told
+        self._on_stored = on_stored
         self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
@@ -143,7 +111,11 @@ class Importer:
             ConflictError: If ``latest`` is not where it is expected; nothing is fetched if it is not before.
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        return await self._measured(self._import_from(source, fetch, target, progress))
+        # What follows the mark in an identity is the credential's name.
+        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+            outcome = await self._measured(self._import_from(source, fetch, target, progress))
+            facts |= _found(outcome, target)
+            return outcome
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
         """Import uploaded files; the caller holds room for them.
@@ -151,23 +123,76 @@ class Importer:
         Raises:
             LoraplexError: In the cases of `import_from`.
         """
-        async with self._budget.place():
-            return await self._measured(self._import_files(files, target, Progress(target.name)))
+        with audited("import", target.name, source=files.source) as facts:
+            async with self._budget.place():
+                outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
+            facts |= _found(outcome, target)
+            return outcome
 
-    async def _measured(self, work: Awaitable[ImportOutcome]) -> ImportOutcome:
-        began = time.monotonic()
+    async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
+        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
+
+        Raises:
+            LoraplexError: In the cases of `import_from`; nothing is left behind then.
+        """
+        async with self._budget.place():
+            with self._counted():
+                began = time.monotonic()
+                form = await self._checker.check(files, target.base_model)
+                await self._catalog.reserve(form.revision)
+                try:
+                    written = await self._write(form, files.source, target)
+                except BaseException:
+                    await self.abandon(form.revision)
+                    raise
+                return replace(written, seconds=time.monotonic() - began)
+
+    async def commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
+        """Make written weights known under their name, once gateways have been told.
+
+        Raises:
+            ConflictError: If the label is not where it is expected.
+            StoreUnavailableError: If the weights have been deleted meanwhile.
+        """
+        with audited("push", target.name, source=written.revision.source) as facts:
+            outcome = await self._commit_written(written, target)
+            facts |= _found(outcome, target)
+            return outcome
+
+    async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
+        digest = written.revision.revision
+        await self._catalog.reserve(digest)
         try:
-            outcome = await work
+            if not await self._blobs.is_complete(digest):
+                raise RevisionGoneError(digest)
+            outcome = await self._measured(self._commit(written, target), spent_s=written.seconds)
+        except RevisionGoneError:
+            raise StoreUnavailableError(
+                f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
+            ) from None
+        await self._told(outcome.record)
+        return outcome
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an import that fails in the block."""
+        try:
+            yield
         except LoraplexError as error:
             self._metrics.imports.labels(error.reason.lower()).inc()
             raise
+
+    async def _measured(self, work: Awaitable[ImportOutcome], *, spent_s: float = 0.0) -> ImportOutcome:
+        began = time.monotonic() - spent_s
+        with self._counted():
+            outcome = await work
         self._metrics.imports.labels("ok").inc()
         self._metrics.import_seconds.observe(time.monotonic() - began)
         return outcome
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
-            record.expect(DEFAULT_LABEL, target.expected)
+            record.expect(target.expected_label, target.expected)
         work = partial(self._checked, fetch, target.base_model, progress)
         async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
             return await self._store(form, origin, target, progress)
@@ -195,49 +220,54 @@ class Importer:
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
             try:
-                outcome = await self._store_reserved(form, source, target)
+                outcome = await self._commit(await self._write(form, source, target), target)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
             except BaseException:
-                await self._abandon(form.revision)
+                await self.abandon(form.revision)
                 raise
+            self._on_stored(form.revision, form.base_fingerprint)
             await self._told(outcome.record)
             return outcome
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
-    async def _store_reserved(self, form: CanonicalForm, source: str, target: ImportTarget) -> ImportOutcome:
+    async def _write(self, form: CanonicalForm, source: str, target: ImportTarget) -> Written:
         known = await self._catalog.get_revisions([form.revision])
         exists = bool(known) and await self._blobs.is_complete(form.revision)
         revision = known[0] if known else _describe(form, target.name, source)
-        now = time.time()
-
-        def apply(old: AdapterRecord) -> AdapterRecord:
-            old.expect(DEFAULT_LABEL, target.expected)
-            return old.with_import(form.revision, target.label, now, is_staged=target.is_staged)
-
         if not exists:
+            apply = partial(target.applied, revision=form.revision, now=time.time())
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
             await self._blobs.note_if_missing(form.revision, form.notes)
+        return Written(revision, exists, form.warnings)
+
+    async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
+        revision, digest, exists = written.revision, written.revision.revision, written.already_existed
         record = await self._catalog.change(
             target.name,
-            apply,
+            partial(target.applied, revision=digest, now=time.time()),
             revision=None if exists else revision,
             request_id=target.request_id,
-            answer=replace(target.asked, revision=form.revision, warnings=form.warnings),
+            answer=replace(target.asked, revision=digest, warnings=written.warnings),
         )
-        _log.info("adapter imported", name=target.name, revision=form.revision, source=source, already_existed=exists)
-        for warning in form.warnings:
-            _log.warning("adapter imported, but", name=target.name, revision=form.revision, warning=warning)
-        return ImportOutcome(record, revision, exists, form.warnings)
+        _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
+        for warning in written.warnings:
+            _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
+        return ImportOutcome(record, revision, exists, written.warnings)
 
-    async def _abandon(self, digest: str) -> None:
+    async def abandon(self, digest: str) -> None:
         """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""
         try:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
+
+
+def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
+    """Return what an import's line says of its end."""
+    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterNotFoundError
 
-from loraplex_adapter_store.imports.importer import Importer, ImportOutcome, ImportTarget, Progress, Stage
+from loraplex_adapter_store.imports.importer import Importer, Progress, Stage
+from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Intake:
         self._sources = sources
         self._max_adapter_bytes = max_adapter_bytes
 
+    @property
+    def max_adapter_bytes(self) -> int:
+        """Bytes of the largest adapter_model.safetensors."""
+        return self._max_adapter_bytes
+
     async def start(
         self, source: str | HubSource, target: ImportTarget, *, credential: str
     ) -> operations_pb2.Operation:
@@ -83,14 +89,23 @@ class Intake:
         Raises:
             LoraplexError: If anything is wrong with it.
         """
-        if (answer := await self._catalog.answer_to(target.request_id)) is not None:
-            return await self._repeated(target.asked.repeated(answer))
+        if (earlier := await self.repeated(target)) is not None:
+            return earlier
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
         async with self._budget.arrival(num_bytes) as arrival:
             return await self._importer.import_files(await receive(files, parts, arrival.take), target)
 
-    async def _repeated(self, answer: Answer) -> ImportOutcome:
+    async def repeated(self, target: ImportTarget) -> ImportOutcome | None:
+        """Return how an earlier request of this request_id ended; None if there was none.
+
+        Raises:
+            AlreadyExistsError: If the request_id belongs to another call.
+            AdapterNotFoundError: If what it stored has been deleted since.
+        """
+        if (remembered := await self._catalog.answer_to(target.request_id)) is None:
+            return None
+        answer: Answer = target.asked.repeated(remembered)
         record = await self._catalog.get(answer.name)
         known = await self._catalog.get_revisions([answer.revision])
         if record is None or not known:

@@ -24,7 +24,8 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_adapter_store import wire
-from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
+from loraplex_adapter_store.imports.importer import Progress
+from loraplex_adapter_store.imports.targets import ImportOutcome
 from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:

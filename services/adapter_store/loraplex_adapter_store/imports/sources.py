@@ -1,4 +1,4 @@
-"""Where checkpoints are fetched from: directories of this machine, and the hub."""
+"""Where checkpoints are fetched from: directories of this machine, the hub, object storage and registries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 from loraplex_common.errors import InvalidParameterError
 
+from loraplex_adapter_store import object_storage
+from loraplex_adapter_store.imports import oci
+from loraplex_adapter_store.imports.directory import ImportRoots
+from loraplex_adapter_store.imports.hub import Hub, HubSource
+from loraplex_adapter_store.imports.s3 import S3Imports
+from loraplex_adapter_store.imports.threads import DownloadThreads
+
 if TYPE_CHECKING:
+    from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
-    from loraplex_adapter_store.imports.directory import ImportRoots
-    from loraplex_adapter_store.imports.hub import Hub, HubSource
     from loraplex_adapter_store.imports.importer import Fetch
 
 
@@ -18,34 +24,57 @@ class Sources:
     """Finds out how a source is fetched.
 
     Args:
-        roots: Directories below which imports are allowed.
-        hub: The Hugging Face hub.
-        credentials: Tokens for private repositories, by name.
-        max_adapter_bytes: Largest checkpoint that is fetched.
+        config: What the operator allows.
+        credentials: What private sources want, by name.
     """
 
-    def __init__(self, roots: ImportRoots, hub: Hub, credentials: Credentials, *, max_adapter_bytes: int) -> None:
-        self._roots = roots
-        self._hub = hub
+    def __init__(self, config: StoreConfig, credentials: Credentials) -> None:
+        self._threads = DownloadThreads()
+        self._roots = ImportRoots(config.import_root)
+        self._hub = Hub(config.hf_endpoint, self._threads)
+        self._buckets = S3Imports(config.import_bucket, credentials, self._threads)
+        self._registries = oci.OciImports(config.import_registry, credentials, self._threads)
         self._credentials = credentials
-        self._max_adapter_bytes = max_adapter_bytes
+        self._max_adapter_bytes = config.max_adapter_bytes
+
+    async def close(self) -> None:
+        """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
+        await self._threads.close()
+        self._registries.close()
 
     def fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
         """Return the identity of a source, which is equal for equal ones, and what fetches it.
 
         Args:
-            source: A ``file:`` URI, or a repository of the hub.
-            credential: Name of the credential for the hub; may be empty.
+            source: A ``file:``, ``s3:`` or ``oci:`` URI, or a repository of the hub.
+            credential: Name of the credential; may be empty.
 
         Raises:
-            InvalidParameterError: If the source is malformed or outside the import roots, or the credential is unknown.
+            InvalidParameterError: If the source is malformed or none that the operator allows, or the credential is
+                unknown.
         """
         if isinstance(source, str):
-            if credential:
-                raise InvalidParameterError("a directory needs no credential", field="credential_ref")
-            self._roots.locate(source)  # refuse at once what can be refused at once
-            return source, partial(self._roots.fetch, source, self._max_adapter_bytes)
+            return self._by_uri(source, credential)
         source.check()
-        token = self._credentials.get(credential)
+        found = self._credentials.get(credential)
+        token = None if found is None else found.token
         # Not shared between credentials: one may see what the other may not.
         return f"{source}#{credential}", partial(self._hub.fetch, source, token, self._max_adapter_bytes)
+
+    def _by_uri(self, uri: str, credential: str) -> tuple[str, Fetch]:
+        scheme, mark, _ = uri.partition("://")
+        if mark and scheme in (object_storage.SCHEME, oci.SCHEME):
+            self._credentials.get(credential)  # refuse at once what can be refused at once
+        if mark and scheme == object_storage.SCHEME:
+            folder = self._buckets.locate(uri)
+            fetch = partial(self._buckets.fetch, folder, credential, self._max_adapter_bytes)
+            return f"{folder}#{credential}", fetch
+        if mark and scheme == oci.SCHEME:
+            manifest = self._registries.locate(uri)
+            return f"{manifest}#{credential}", partial(
+                self._registries.fetch, manifest, credential, self._max_adapter_bytes
+            )
+        if credential:
+            raise InvalidParameterError("a directory needs no credential", field="credential_ref")
+        self._roots.locate(uri)
+        return uri, partial(self._roots.fetch, uri, self._max_adapter_bytes)

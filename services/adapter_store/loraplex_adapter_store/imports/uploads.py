@@ -8,7 +8,7 @@ import hashlib
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from loraplex_common.adapter_folder import (
     CONFIG_FILE,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 IDLE_S: Final = 60.0
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 16 * 1024 * 1024
+Part = TypeVar("Part")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -92,7 +93,7 @@ async def receive(
         DeadlineError: If the client sends nothing for `IDLE_S`, or less than `Pace` requires.
         SaturatedError: If there is no memory for the bytes.
     """
-    parts = _in_time(parts)
+    parts = in_time(parts, "the upload", size=len)
     contents: dict[str, bytearray] = {}
     rest = memoryview(b"")
     for file in files:
@@ -113,20 +114,29 @@ async def receive(
     return from_contents(contents, "upload")
 
 
-async def _in_time(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the parts while enough of them come; the time that they wait here for their reader does not count."""
-    pace = Pace("the upload")
+async def in_time(parts: AsyncIterator[Part], what: str, *, size: Callable[[Part], int]) -> AsyncIterator[Part]:
+    """Yield the parts while enough of them come; the time that they wait here for their reader does not count.
+
+    Args:
+        parts: The stream.
+        what: Its name, for errors.
+        size: Gives the bytes of a part.
+
+    Raises:
+        DeadlineError: If too little comes in too long a time, see `Pace`.
+    """
+    pace = Pace(what)
     while True:
         began_s = time.monotonic()
         try:
             part = await anext(parts)
         except StopAsyncIteration:
             return
-        pace.came(len(part), time.monotonic() - began_s)
+        pace.came(size(part), time.monotonic() - began_s)
         yield part
 
 
-async def linger(parts: AsyncIterator[bytes]) -> None:
+async def linger(parts: AsyncIterator[object]) -> None:
     """Read on for a moment before an upload is refused.
 
     Without this, a client in the middle of a write would see its stream break instead of the reason: some gRPC clients
@@ -136,7 +146,7 @@ async def linger(parts: AsyncIterator[bytes]) -> None:
     with contextlib.suppress(TimeoutError, LoraplexError):
         async with asyncio.timeout(LINGER_S):
             async for part in parts:
-                num_bytes += len(part)
+                num_bytes += len(part) if isinstance(part, bytes) else 0
                 if num_bytes > LINGER_BYTES:
                     return
 

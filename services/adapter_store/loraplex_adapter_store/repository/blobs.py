@@ -1,4 +1,7 @@
-"""Canonical blobs in Valkey: chunks first, the manifest last (the commit point), a crc32c on every read."""
+"""Canonical blobs: chunks first, in one tier or several, the manifest in Valkey last (the commit point).
+
+A crc32c is checked on every read; a chunk that one tier has lost is taken from the next.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import crc32c
 from loraplex_common.adapter_image import AdapterSpec, ImageError
-from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError
+from loraplex_common.errors import (
+    AdapterCorruptError,
+    AdapterIncompatibleError,
+    LoraplexError,
+    SaturatedError,
+    StoreUnavailableError,
+)
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
 from loraplex_adapter_store.import_notes import ImportNotes
 from loraplex_adapter_store.repository import keys, scripts
+from loraplex_adapter_store.repository.blob_tier import BlobTier, ChunkPlace, ValkeyTier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
 
 _log = get_logger()
-_UNLINK_BATCH: Final = 64
 NOTES: Final = "notes"
 """Field of the manifest's hash beside `Manifest.to_fields`; stores that know of none leave it alone."""
 TEXT_PARTS: Final = "text_parts"
@@ -82,33 +91,40 @@ def _without_mark(spec: bytes) -> tuple[bytes, bool]:
 
 
 class Blobs:
-    """Reads and writes canonical blobs; knows nothing of names."""
+    """Reads and writes canonical blobs; knows nothing of names.
 
-    def __init__(self, client: keys.Client) -> None:
+    Args:
+        client: Keeps the manifests.
+        tiers: Keep the bytes, nearest first; by default Valkey does. Writes go to all, the farthest first.
+    """
+
+    def __init__(self, client: keys.Client, tiers: Sequence[BlobTier] = ()) -> None:
         self._client = client
+        self._tiers: tuple[BlobTier, ...] = tuple(tiers) or (ValkeyTier(client),)
 
     async def put(self, form: CanonicalForm) -> None:
         """Write a blob; writing the same blob again is harmless.
 
         Raises:
-            StoreUnavailableError: If Valkey cannot be reached. The part written so far is collected later.
+            StoreUnavailableError: If Valkey or another tier cannot be reached. The part written so far is collected later.
+            SaturatedError: If one is full.
         """
         checksums: list[int] = []
+        for tier in reversed(self._tiers):
+            checksums.clear()
+            await tier.write(form.revision, _noting(form.chunks(), checksums))
+        manifest = Manifest(
+            base_fingerprint=form.base_fingerprint,
+            num_bytes=form.num_bytes,
+            chunk_bytes=CHUNK_BYTES,
+            checksums=tuple(checksums),
+            spec=form.spec,
+            has_text_parts=form.text_parts.info is not None,
+        )
+        fields = manifest.to_fields()
+        if form.notes is not None:
+            fields[NOTES] = form.notes.to_json()
         with keys.translated():
-            for number, chunk in enumerate(form.chunks()):
-                checksums.append(crc32c.crc32c(chunk))
-                await self._client.set(keys.chunk(form.revision, number), chunk)
-            manifest = Manifest(
-                base_fingerprint=form.base_fingerprint,
-                num_bytes=form.num_bytes,
-                chunk_bytes=CHUNK_BYTES,
-                checksums=tuple(checksums),
-                spec=form.spec,
-                has_text_parts=form.text_parts.info is not None,
-            )
-            fields = manifest.to_fields()
-            if form.notes is not None:
-                fields[NOTES] = form.notes.to_json()
             await self._client.hset(keys.manifest(form.revision), mapping=fields)
 
     async def notes(self, digest: str) -> ImportNotes | None:
@@ -136,31 +152,23 @@ class Blobs:
             raise AdapterIncompatibleError(f"revision {digest}: {error}") from error
 
     async def is_complete(self, digest: str) -> bool:
-        """Return whether the manifest and all chunks exist."""
+        """Return whether the manifest exists, and the farthest tier has all chunks: what all others can be filled from."""
         manifest = await self.manifest(digest)
-        if manifest is None:
-            return False
-        with keys.translated():
-            count = await self._client.exists(*(keys.chunk(digest, n) for n in range(len(manifest.checksums))))
-        return int(count) == len(manifest.checksums)
+        return manifest is not None and await self._tiers[-1].holds(digest, len(manifest.checksums))
 
     async def read(self, digest: str, manifest: Manifest, start: int = 0) -> AsyncGenerator[bytes, None]:
         """Yield the blob's bytes from ``start`` on, one chunk after another, each checked.
 
         Raises:
-            AdapterCorruptError: If a chunk is missing or damaged. The rest of the blob is then deleted, as it is of no
+            AdapterCorruptError: If no tier has a chunk undamaged. The rest of the blob is then deleted, as it is of no
                 use; the next import writes the blob anew.
+            StoreUnavailableError: If the only tiers that may have a chunk cannot be reached.
         """
         for number in range(start // manifest.chunk_bytes, len(manifest.checksums)):
-            with keys.translated():
-                chunk = await self._client.get(keys.chunk(digest, number))
-            if chunk is None or crc32c.crc32c(chunk) != manifest.checksums[number]:
-                what = "is missing" if chunk is None else "has a wrong crc32c"
-                await self.delete(digest)
-                raise AdapterCorruptError(
-                    f"revision {digest}: chunk {number} of {len(manifest.checksums)} {what}; import the adapter again"
-                )
-            yield chunk[max(0, start - number * manifest.chunk_bytes) :]
+            first = number * manifest.chunk_bytes
+            place = ChunkPlace(number, first, min(first + manifest.chunk_bytes, manifest.num_bytes))
+            chunk = await self._chunk(digest, place, manifest)
+            yield chunk[max(0, start - first) :]
 
     async def delete(self, digest: str) -> None:
         """Delete a blob, whole or partly written: the manifest first, so that no reader starts on the rest."""
@@ -168,10 +176,43 @@ class Blobs:
         with keys.translated():
             shape = await self._client.hget(keys.manifest(digest), "blob")  # the spec may be of a newer version
             await self._client.unlink(keys.manifest(digest))
-            known = len(json.loads(shape)["crc32c"]) if shape else 0
-            first, removed = 0, 1
-            while first < known or removed:  # an abandoned write has no manifest: go on until no chunk is found
-                batch = [keys.chunk(digest, number) for number in range(first, first + _UNLINK_BATCH)]
-                removed = await self._client.unlink(*batch)
-                first += _UNLINK_BATCH
+        known = len(json.loads(shape)["crc32c"]) if shape else 0
+        for tier in self._tiers:
+            await tier.delete(digest, known)
         _log.info("blob deleted", revision=digest, seconds=round(time.monotonic() - began, 3))
+
+    async def _chunk(self, digest: str, place: ChunkPlace, manifest: Manifest) -> bytes:
+        """Return a chunk from the nearest tier that has it undamaged."""
+        problems: list[str] = []
+        away: LoraplexError | None = None
+        for number, tier in enumerate(self._tiers):
+            try:
+                chunk = await tier.read(digest, place)
+            except StoreUnavailableError as error:  # another tier may have it
+                away = away or error
+                continue
+            if chunk is not None and crc32c.crc32c(chunk) == manifest.checksums[place.number]:
+                await self._keep(digest, place, chunk, number)
+                return chunk
+            problems.append(f"{'is missing' if chunk is None else 'has a wrong crc32c'} in {tier.name}")
+        if away is not None:
+            raise away
+        await self.delete(digest)
+        raise AdapterCorruptError(
+            f"revision {digest}: chunk {place.number} of {len(manifest.checksums)} {', '.join(problems)}; import the adapter again"
+        )
+
+    async def _keep(self, digest: str, place: ChunkPlace, chunk: bytes, num_nearer: int) -> None:
+        """Offer a chunk to the tiers that are nearer than the one that gave it; it is read whether they take it or not."""
+        for tier in self._tiers[:num_nearer]:
+            try:
+                await tier.keep(digest, place, chunk)
+            except (StoreUnavailableError, SaturatedError) as error:
+                _log.warning("a chunk is not kept nearer", revision=digest, tier=tier.name, error=error.message)
+
+
+def _noting(chunks: Iterator[bytes], checksums: list[int]) -> Iterator[bytes]:
+    """Pass chunks on and note the crc32c of each."""
+    for chunk in chunks:
+        checksums.append(crc32c.crc32c(chunk))
+        yield chunk

@@ -9,21 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
-from loraplex_common.valkey_errors import ValkeyRefusedError
 
-from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Revision
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Position, Revision
 from loraplex_adapter_store.repository import keys, scripts
+from loraplex_adapter_store.repository.commit_words import commit_words
+from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
 
 _log = get_logger()
-CHANGES_KEPT: Final = 10_000
-REQUEST_TTL_S: Final = 24 * 3600
-FSYNC_TIMEOUT_S: Final = 5.0
 MAX_ATTEMPTS: Final = 20
 RESERVATION_S: Final = 600.0
 MAX_COUNTED_AT_ONCE: Final = 500
@@ -33,21 +30,6 @@ Change = Callable[[AdapterRecord], AdapterRecord]
 
 Told = Callable[[AdapterRecord], Awaitable[None]]
 """Waits until gateways have been told of a record's state after a change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A state of the catalog.
-
-    Attributes:
-        history_id: The server's run and its line of replication. Sequences of two histories cannot be compared, because
-            a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
-            replica that takes over.
-        sequence: Number of changes so far.
-    """
-
-    history_id: str
-    sequence: int
 
 
 class RevisionGoneError(Exception):
@@ -62,6 +44,7 @@ class Catalog:
         check_name: Refuses names that no adapter may have here, by any kind of change; an adapter with one can be
             deleted.
         limit_of: Gives the bytes of adapters that a tenant may have.
+        on_disk: Waits until a change is on disk; by default on Valkey's own.
     """
 
     def __init__(
@@ -71,12 +54,13 @@ class Catalog:
         gc_grace_s: float,
         check_name: Callable[[str], None],
         limit_of: LimitOf = unlimited,
+        on_disk: OnDisk | None = None,
     ) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
         self.check_name = check_name
         self._limit_of = limit_of
-        self._has_aof = True
+        self._on_disk = on_disk or OnDisk()
 
     async def get(self, name: str) -> AdapterRecord | None:
         """Return a record, deleted ones included; None if the name was never stored."""
@@ -176,7 +160,7 @@ class Catalog:
             if not new.is_deleted:
                 self.check_name(name)
             shares = await self._shares(old, new, revision)
-            status, detail = await self._commit(old, new, revision, request_id, answer.to_json(), shares)
+            status, detail = await self._commit(old, new, revision, request_id, answer, shares)
             if status == b"ok":
                 return new
             if status == b"duplicate":  # the same call ran twice at once, and the other one was faster
@@ -245,28 +229,13 @@ class Catalog:
         new: AdapterRecord,
         revision: Revision | None,
         request_id: str,
-        answer: str,
+        answer: Answer,
         shares: TenantShares,
     ) -> tuple[bytes, bytes]:
-        added = [digest for digest in new.revisions if digest not in old.revisions]
-        if revision is not None and revision.revision not in added:
-            added.append(revision.revision)  # restores a record that was lost
-        removed = [digest for digest in old.revisions if digest not in new.revisions]
-        names = [
-            keys.adapter(new.name),
-            keys.INDEX,
-            keys.SEQUENCE,
-            keys.CHANGES,
-            keys.GARBAGE,
-            keys.request(request_id),
-        ]
-        names += [key for digest in added for key in (keys.revision(digest), keys.references(digest))]
-        names += [keys.references(digest) for digest in removed]
-        names += shares.keys
         due = round((time.time() + self._gc_grace_s) * 1000)
-        values: list[Any] = [old.version, new.version, new.to_json(), new.name, due, CHANGES_KEPT]
-        values += [answer if request_id else "", REQUEST_TTL_S * 1000, len(added), len(removed), *added, *removed]
-        values += [revision.to_json() if revision else "", *shares.words]
+        names, values = commit_words(old, new, revision, request_id, answer, due)
+        names += shares.keys
+        values += shares.words
         with keys.translated():
             async with self._client.client() as connection:  # WAITAOF is about this connection's writes
                 if revision is not None and revision.text_parts is not None:
@@ -275,26 +244,5 @@ class Catalog:
                 script = scripts.REMOVE if new.is_deleted else scripts.COMMIT
                 status, detail = await connection.eval(script, len(names), *names, *values)
                 if status == b"ok":
-                    await self._wait_for_disk(connection)
+                    await self._on_disk.wait(connection)
         return status, detail
-
-    async def _wait_for_disk(self, connection: keys.Client) -> None:
-        if not self._has_aof:
-            return
-        try:
-            local, _ = await connection.execute_command("WAITAOF", 1, 0, round(FSYNC_TIMEOUT_S * 1000))
-        except ValkeyRefusedError as error:
-            if not error.answer.startswith(("WAITAOF", "unknown command", "ERR")):
-                raise
-            # There is no append-only file, or the server is older than WAITAOF: the operator's choice, which is logged.
-            _log.warning(
-                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=error.answer
-            )
-            self._has_aof = False
-            return
-        if local < 1:
-            raise StoreUnavailableError(
-                f"Valkey has not confirmed within {FSYNC_TIMEOUT_S:.0f} s that the change is on disk; it may or may not last: "
-                "repeat the call with the same request_id",
-                retry_after_s=FSYNC_TIMEOUT_S,
-            )

@@ -9,7 +9,7 @@ from loraplex_common.registry import EngineRecord, RegistryReader, hints_key
 from loraplex_adapter_store.repository import keys, scripts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
 
 ATTACHED: Final = "loraplex:store:attached"
@@ -52,6 +52,24 @@ class EngineHoldings:
                 for digest, count in entries.items():
                     total[digest.decode()] = total.get(digest.decode(), 0) + int(count)
         return total
+
+    async def held_by_engine(
+        self, digests: Sequence[str], *, without: Collection[str] = ()
+    ) -> dict[str, frozenset[str]]:
+        """Return engine id -> those of some digests that it holds, of all engines but those in ``without``."""
+        with keys.translated():
+            ids = [raw.decode() for raw in await self._client.smembers(ATTACHED)]
+            others = [engine_id for engine_id in ids if engine_id not in without]
+            if not others:
+                return {}
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for engine_id in others:
+                    pipeline.hmget(keys.held(engine_id), list(digests))
+                found = await pipeline.execute()
+        return {
+            engine_id: frozenset(digest for digest, leases in zip(digests, row, strict=True) if leases is not None)
+            for engine_id, row in zip(others, found, strict=True)
+        }
 
     async def registered(self) -> list[EngineRecord]:
         """Return the engines in the shared registry whose lease is valid."""

@@ -8,11 +8,11 @@ from loraplex_common.valkey_errors import ALLOWED_WHEN_FULL
 
 COMMIT: Final = """
 -- Replaces one adapter's record if nobody else changed it since it was read.
--- KEYS: adapter, index, sequence, changes, garbage, request, then (revision, references) per added revision,
+-- KEYS: adapter, index, sequence, changes, garbage, request, moves, then (revision, references) per added revision,
 --       then references per removed revision, then bytes per tenant that the adapter concerns.
 -- ARGV: expected version, new version, record, name, due (ms), changes kept, request answer, request ttl (ms),
 --       number added, number removed, digests added..., digests removed..., new revision's record or '',
---       then the adapter's bytes and the limit (or -1) per tenant
+--       moves of labels (JSON array of strings) or '', moves kept, then the adapter's bytes and the limit (or -1) per tenant
 if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[6]) == 1 then
   return {'duplicate', redis.call('GET', KEYS[6])}
 end
@@ -21,11 +21,11 @@ if version ~= ARGV[1] then return {'conflict', version} end
 local added, removed = tonumber(ARGV[9]), tonumber(ARGV[10])
 local record = ARGV[11 + added + removed]
 for i = 1, added do
-  if record == '' and redis.call('EXISTS', KEYS[5 + 2 * i]) == 0 then return {'missing', ARGV[10 + i]} end
+  if record == '' and redis.call('EXISTS', KEYS[6 + 2 * i]) == 0 then return {'missing', ARGV[10 + i]} end
 end
-local shares = 11 + added + removed
+local shares = 13 + added + removed
 local tenants = (#ARGV - shares) / 2
-local function share(i) return KEYS[6 + 2 * added + removed + i], tonumber(ARGV[shares + 2 * i - 1]) end
+local function share(i) return KEYS[7 + 2 * added + removed + i], tonumber(ARGV[shares + 2 * i - 1]) end
 for i = 1, tenants do
   local key, size = share(i)
   local limit, before = tonumber(ARGV[shares + 2 * i]), tonumber(redis.call('HGET', key, ARGV[4]) or '0')
@@ -44,14 +44,19 @@ for i = 1, tenants do
   if redis.call('HLEN', key) == 1 then redis.call('DEL', key) end
 end
 for i = 1, added do
-  if record ~= '' then redis.call('SETNX', KEYS[5 + 2 * i], record) end
-  redis.call('SADD', KEYS[6 + 2 * i], ARGV[4])
+  if record ~= '' then redis.call('SETNX', KEYS[6 + 2 * i], record) end
+  redis.call('SADD', KEYS[7 + 2 * i], ARGV[4])
   redis.call('ZREM', KEYS[5], ARGV[10 + i])
 end
 for i = 1, removed do
-  local references = KEYS[6 + 2 * added + i]
+  local references = KEYS[7 + 2 * added + i]
   redis.call('SREM', references, ARGV[4])
   if redis.call('SCARD', references) == 0 then redis.call('ZADD', KEYS[5], ARGV[5], ARGV[10 + added + i]) end
+end
+local moves = ARGV[12 + added + removed]
+if moves ~= '' then
+  for _, move in ipairs(cjson.decode(moves)) do redis.call('LPUSH', KEYS[7], move) end
+  redis.call('LTRIM', KEYS[7], 0, tonumber(ARGV[13 + added + removed]) - 1)
 end
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[3])
 redis.call('ZADD', KEYS[2], 0, ARGV[4])

@@ -78,8 +78,9 @@ def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = values.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(LEAST_SCALED)
-    codes = (wide * (LARGEST / largest)).clamp_(-LARGEST, LARGEST).to(E4M3)
-    return codes, largest / LARGEST
+    limit = torch.full_like(largest, LARGEST)  # a division by a number may be a product with its rounded inverse
+    codes = (wide * (limit / largest)).clamp_(-LARGEST, LARGEST).to(E4M3)
+    return codes, largest / limit
 
 
 def quantise_tokens(x: Tensor, *, is_blocked: bool) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ def numerics_of(config: ModelConfig, weights: str, *, dtype: str, max_model_len:
 
     Args:
         config: The decoder.
-        weights: What loading does to its weights, as `weight_form.weights_numerics` has it.
+        weights: What loading does to the weights: see `weights_numerics`.
         dtype: torch's name of the type computed in.
         max_model_len: Longest sequence that is served: longrope picks its factors by it.
         kv: What keys and values are stored as; empty: in `dtype`.
     """
-    rope = "long" if any(has_long_factors(each, max_model_len) for each in config.ropes) else ""
+    rope = "long" if has_long_factors(config, max_model_len) else ""
     return Numerics(compute=dtype, weights=weights, kv=kv, rope=rope)

@@ -55,15 +55,19 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
     return mscale(1.0)
 
 
-def has_long_factors(rope: dict[str, Any], num_positions: int) -> bool:
+def has_long_factors(config: ModelConfig, num_positions: int) -> bool:
     """Return whether longrope divides by its factors for long sequences, because one of that length is served."""
+    return any(_is_long(rope, num_positions) for rope in config.ropes)
+
+
+def _is_long(rope: dict[str, Any], num_positions: int) -> bool:
     return rope["rope_type"] == "longrope" and num_positions > int(rope["original_max_position_embeddings"])
 
 
 def _longrope(inv_freq: Tensor, config: ModelConfig, rope: dict[str, Any], num_positions: int) -> tuple[Tensor, float]:
     """Divide by the factors for the longest sequence that is served: those for long ones if training saw none as long."""
     trained = rope["original_max_position_embeddings"]
-    factors = torch.tensor(rope["long_factor" if has_long_factors(rope, num_positions) else "short_factor"])
+    factors = torch.tensor(rope["long_factor" if _is_long(rope, num_positions) else "short_factor"])
     factor = rope.get("factor") or config.max_position_embeddings / trained
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:

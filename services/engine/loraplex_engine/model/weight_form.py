@@ -69,7 +69,7 @@ def weights_numerics(form: WeightForm, quantisation: Quantisation | None) -> str
         quantisation: How the files store them; None if they are whole.
 
     Returns:
-        `WHOLE` for whole weights, ``unpacked:awq`` for unpacked ones by their method, ``fp8-w8a8-dynamic`` for
+        `Numerics.weights`: ``whole``, ``unpacked:awq`` for unpacked ones by their method, ``fp8-w8a8-dynamic`` for
         e4m3 with activations that are quantised per token.
     """
     if form is WeightForm.FP8:

@@ -42,9 +42,9 @@ def source_of(path: str) -> AdapterSource:
     """Return where an adapter's files are.
 
     Raises:
-        InvalidParameterError: If the path is neither a directory's nor a repository's.
+        InvalidParameterError: If the path is no source's.
     """
-    if path.startswith("file:"):
+    if path.startswith(("file:", "s3://", "oci://")):
         return AdapterSource(uri=path)
     if path.startswith("/"):
         return AdapterSource(uri=f"file://{quote(path)}")
@@ -52,7 +52,7 @@ def source_of(path: str) -> AdapterSource:
     if match is None or (match["subfolder"] and not match["mark"]):
         raise InvalidParameterError(
             f"lora_path is {path[:200]!r}; write the absolute path of a directory below an import root of the adapter "
-            "store, org/name, or hf:org/name[/folder][@commit]",
+            "store, org/name, hf:org/name[/folder][@commit], s3://bucket/folder or oci://registry/repository@sha256:...",
             field="lora_path",
         )
     return AdapterSource(

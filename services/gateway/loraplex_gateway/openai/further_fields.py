@@ -52,8 +52,8 @@ LOAD_ADAPTER: Final = table(
     served("lora_name", "the adapter's name, without label or revision", "name"),
     served(
         "lora_path",
-        "a directory below an import root of the adapter store, or a repository of the hub: `org/name`, "
-        "`hf:org/name` or `hf:org/name@commit`",
+        "a directory below an import root of the adapter store, a repository of the hub (`org/name`, `hf:org/name` or "
+        "`hf:org/name@commit`), or what the store is allowed of `s3://bucket/folder` and `oci://registry/repo@sha256:...`",
         *("uri", "source", "hf.repo", "hf.revision", "hf.subfolder"),
     ),
     served("load_inplace", "if the name has an adapter: import a new revision and move `latest` to it"),

@@ -2,7 +2,8 @@
 
 With few rows, LoRA's cost is launches that wait for each other, so LoRA runs beside the products (`BesideLoraPath`).
 With many rows its cost is bytes; products and LoRA side by side would only push each other out of the multiprocessors,
-so LoRA runs in line, the start of each kernel hidden behind the end of the kernel before (`InLineLoraPath`).
+so LoRA runs in line, the start of each kernel hidden behind the end of the kernel before (`InLineLoraPath`). Beside FP8
+products, which do not accumulate, many rows take `BesideLoraPath` in order.
 Milliseconds that LoRA adds to a step, beside and in line, on one H100 with Llama-2-7B and rank 16 on all projections,
 timed as `benchmarks/layers.py` does when o and down still wrote a scratch in line: 32 rows of one adapter 0.61, 0.78,
 of 32 adapters 1.61, 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90, 2.55; 256 rows of one adapter 2.67,
@@ -19,8 +20,10 @@ from loraplex_kernels.lora.chains import LoraChains, fixed_terms
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 
+from loraplex_engine.runners.cuda.fork import Fork
 from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
-from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.runners.cuda.lora_grids import Grids
+from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, InLineLoraPath
 from loraplex_engine.runners.cuda.part_lora import DecodeParts
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS
 from loraplex_engine.runners.cuda.row_terms import needs_chains, row_terms, used_adapters
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
+    from loraplex_engine.runners.cuda.followers import Followers
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.step import MoreAdapters
 
 MAX_ROWS_BESIDE: Final = 32
@@ -73,7 +77,7 @@ class DecodeLora:
         self.variants = lora_variants(tables.geometry)
         self._followers = followers
         self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
-        self._fork = Fork(library.device)
+        self._fork, self._in_order = Fork(library.device), Fork(library.device, in_order=True)
 
         def kernels(rows: int, shapes: tuple[OpShape, ...]) -> LoraDecode:
             items = max_decode_items(shapes, rows)
@@ -83,7 +87,8 @@ class DecodeLora:
         self.beside = kernels(rows_beside, shapes)
         self.in_line = kernels(max_rows, shapes)
         widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
-        self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
+        delta_rows = rows_beside if followers.can_accumulate else max_rows
+        self._delta = torch.empty(delta_rows * widest, dtype=torch.float32, device=library.device)
         self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
         self._chains = {
             lora: LoraChains(library, tables, pool, shapes, max_rows=rows, max_terms=fixed_terms(rows))
@@ -122,7 +127,7 @@ class DecodeLora:
         lora = self._chains[kernels] if is_chained else kernels
         grids = Grids.of(bucket, self._num_sms, is_chained=is_chained)
         hidden = self._hidden[lora]
-        if kernels is self.in_line:
+        if kernels is self.in_line and self._followers.can_accumulate:
             return InLineLoraPath(self._followers, lora, hidden, grids, ops=ops)
         return BesideLoraPath(
             self._followers,
@@ -131,7 +136,7 @@ class DecodeLora:
             grids,
             ops=ops,
             delta=self._delta,
-            fork=self._fork,
+            fork=self._in_order if kernels is self.in_line else self._fork,
         )
 
     def prepare(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.pool_geometry import PoolGeometry
 
-HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
+HEAD_DIMS: Final = (64, 80, 96, 128, 256)  # what the attention kernels are written for
 
 
 def require_kernels(pool: PoolGeometry) -> None:
@@ -43,4 +43,4 @@ def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> i
     # A and e of each op; B, c and b of each projection, of a sparse delta the values, columns and starts, FLoRA's A and B.
     num_matrices = sum(8 * len(layer) + 2 * len({each.op for each in layer}) for layer in geometry.layers)
     small = min(max_adapters, num_pages) * num_matrices
-    return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)
+    return small + num_pages * (2 * geometry.page_bytes // tile_bytes)

@@ -6,12 +6,9 @@ calls the same methods in the same order whichever path a step takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from loraplex_kernels.attention.rope_kv import RopeKv
-from loraplex_kernels.pointwise.silu_mul import SiluMul
+from loraplex_engine.runners.cuda.followers import norm_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,29 +16,11 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora.decode import LoraDecode
     from torch import Tensor
 
-    from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.cuda.followers import Followers, HasQkNorm
+    from loraplex_engine.runners.cuda.fork import Fork
+    from loraplex_engine.runners.cuda.lora_grids import Grids
     from loraplex_engine.runners.cuda.step_input import StepInputs
-
-SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
-EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
-CHAIN_CTAS_PER_SM: Final = 4  # of lora/expand_chain.cu: at 128 registers x 128 threads
-CTAS_PER_ROW: Final = 64
-TERMS_PER_ROW: Final = 3  # that a graph of chains has CTAs for
-
-
-class HasQkNorm(Protocol):
-    """A layer's weights, as far as the follower of qkv needs them."""
-
-    @property
-    def q_norm(self) -> RmsNorm | None:
-        """The norm of each query head, if the layer has one."""
-        ...
-
-    @property
-    def k_norm(self) -> RmsNorm | None:
-        """The norm of each key head, if the layer has one."""
-        ...
 
 
 class LayerPath(Protocol):
@@ -62,9 +41,13 @@ class LayerPath(Protocol):
             linear: The projection.
             x: ``[tokens, in_features]``.
             residual: ``[tokens, hidden]``.
-            scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
+            scratch: ``[tokens, hidden]``, and what is returned, if anything is.
             step: The step's inputs.
         """
+        ...
+
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute o's or down's product with LoRA in ``out``, for decoders that change it before it joins the residual stream."""
         ...
 
     def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
@@ -72,23 +55,15 @@ class LayerPath(Protocol):
         ...
 
     def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
-        """Compute ``out = silu(gate) * up``."""
+        """Compute ``out = silu(gate) * up``, or GELU in the place of SiLU."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Followers:
-    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
-
-    rope: RopeKv
-    silu_mul: SiluMul
 
 
 class BasePath:
     """No row has an adapter."""
 
     def __init__(self, followers: Followers) -> None:
-        self._rope, self._silu_mul = followers.rope, followers.silu_mul
+        self._rope, self._silu_mul, self._inputs = followers.rope, followers.silu_mul, followers.inputs
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -99,9 +74,16 @@ class BasePath:
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        del layer, op, scratch, step
+        del layer, op, step
+        if self._inputs is not None:
+            linear.into(x, scratch)
+            return scratch
         linear.onto(x, residual)
         return None
+
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        self.project(layer, op, linear, x, out, step)
 
     def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -112,45 +94,6 @@ class BasePath:
         """See `LayerPath`."""
         del layer, step
         self._silu_mul.launch(gate_up, out)
-
-
-class Fork:
-    """Runs work beside the current stream's; on a CPU simply in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
-        """Do both, the first on the side stream; whatever follows on the current stream comes after both."""
-        if self._side is None:
-            side_work()
-            main_work()
-            return
-        current = torch.cuda.current_stream()
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            side_work()
-        main_work()
-        current.wait_stream(self._side)
-
-
-@dataclass(frozen=True, slots=True)
-class Grids:
-    """CTAs of the LoRA kernels in a graph, which must do for any adapters of its rows.
-
-    No more than there is room for at a time, and no more than few rows can have work for: a CTA without work still needs
-    a place on a multiprocessor, which a product beside it may hold to its end.
-    """
-
-    shrink: int
-    expand: int
-
-    @classmethod
-    def of(cls, rows: int, num_sms: int, *, is_chained: bool = False) -> Grids:
-        """Return the grids of a graph with that many rows, which have several adapters each if ``is_chained``."""
-        few = rows * CTAS_PER_ROW * (TERMS_PER_ROW if is_chained else 1)
-        expand = CHAIN_CTAS_PER_SM if is_chained else EXPAND_CTAS_PER_SM
-        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(expand * num_sms, few))
 
 
 class _DecodeLoraPath(BasePath):
@@ -172,6 +115,20 @@ class _DecodeLoraPath(BasePath):
         super().__init__(followers)
         self._lora, self._hidden, self._grids, self._ops = lora, hidden, grids, ops
 
+    def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`; the product comes after shrink, so that expand finds it."""
+        if op not in self._ops:
+            linear.into(x, out)
+            return
+        self._beside(
+            lambda: self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink), lambda: linear.into(x, out)
+        )
+        self._lora.expand_add(layer, op, self._hidden, step.scales, out, self._grids.expand)
+
+    def _beside(self, lora_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        lora_work()
+        main_work()
+
     def _write_delta(self, layer: int, op: str, x: Tensor, delta: Tensor, step: StepInputs) -> None:
         self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
         self._lora.expand_delta(layer, op, self._hidden, step.scales, delta, self._grids.expand)
@@ -185,7 +142,8 @@ class BesideLoraPath(_DecodeLoraPath):
     """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
     The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
-    the next norm adds their products.
+    the next norm adds their products. So no product has to accumulate, and FP8 products of many rows go this way, too, with a fork
+    that runs all in order.
 
     Args:
         delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
@@ -223,6 +181,9 @@ class BesideLoraPath(_DecodeLoraPath):
             return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: linear.into(x, scratch))
         return scratch
+
+    def _beside(self, lora_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        self._fork.beside(lora_work, main_work)
 
     def _delta_of(self, out: Tensor) -> Tensor:
         return self._delta[: out.numel()].view(out.shape)
@@ -287,13 +248,6 @@ class AddedLoraPath(BasePath):
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        linear.onto(x, residual)
+        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._lora.apply(layer, op, x, residual, step.scales)
-        return None
-
-
-def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of qk-norm, if the layer has it."""
-    if weights.q_norm is None or weights.k_norm is None:
-        return None, None
-    return weights.q_norm.weight, weights.k_norm.weight
+        return rest

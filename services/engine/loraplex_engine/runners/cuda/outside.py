@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.outside_kernels import OutsideDecoder
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
     from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.step import StepPlan
 
@@ -105,7 +105,7 @@ class OutsideModules:
             self._embedding.write(of_token, factors, step, self._num_binds)
 
     def edit(self, plan: StepPlan, num_columns: int) -> Tensor:
-        """Make the sampling rows' logits their adapters', behind lm_head; returns ``[S, num_columns]``.
+        """Make lm_head's output for the sampling rows their adapters'; returns ``[S, num_columns]``, which the decoder finishes.
 
         Args:
             plan: The step; its logits are where lm_head has put them.
@@ -137,7 +137,7 @@ class OutsideModules:
         logits[:, : base.shape[1]] = base
         each = [(adapters.repeat(len(base)), scales.repeat(len(base))) for adapters, scales in terms]
         self._edit(each, x, logits, num_columns)
-        return logits[:, :num_columns]
+        return self._decoder.finish_logits(logits[:, :num_columns])
 
     def _edit(self, terms: Terms, x: Tensor, logits: Tensor, num_columns: int) -> None:
         vocab = self._decoder.vocab_size

@@ -20,7 +20,7 @@ from loraplex_kernels.lora.outside_tables import OUTSIDE_MAX_RANK
 from loraplex_kernels.lora.token_rows import EmbedRows, HeadRows
 from torch import Tensor
 
-from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
+from loraplex_engine.runners.cuda.lora_grids import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
 from loraplex_engine.runners.philox import upload
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep, Workspace
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep, Workspace
 
 LAYER: Final = 0  # the tables of one op outside of the layers have no others
 
@@ -56,6 +56,10 @@ class OutsideDecoder(Protocol):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Return the base's logits of hidden states."""
+        ...
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Return the model's logits for lm_head's output with what adapters add."""
         ...
 
 

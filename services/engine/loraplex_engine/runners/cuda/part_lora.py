@@ -13,7 +13,8 @@ from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
 
-from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, Grids
+from loraplex_engine.runners.cuda.lora_grids import Grids
+from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath
 from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, PartPass, TokenPartPath
 from loraplex_engine.runners.cuda.part_variants import (
     NO_GRAPH,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
+    from loraplex_engine.runners.cuda.followers import Followers
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.token_lora import GroupedLora, SplitLora
     from loraplex_engine.step import StepPlan
 

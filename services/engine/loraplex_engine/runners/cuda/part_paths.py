@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.model.linear import Linear
-    from loraplex_engine.runners.cuda.lora_paths import Followers, Grids, TokenLora
+    from loraplex_engine.runners.cuda.followers import Followers
+    from loraplex_engine.runners.cuda.lora_grids import Grids
+    from loraplex_engine.runners.cuda.lora_paths import TokenLora
     from loraplex_engine.runners.cuda.part_variants import PartVariant
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
@@ -95,6 +97,8 @@ class _PartPath(BasePath):
             self._start(layer, op, x, out, step)
         if needs.scales_inputs:
             self._parts.vectors.scale_input(layer, op, x, self._parts.rows)
+            if self._inputs is not None:
+                self._inputs.forget(x)
         if needs.has_pairs:
             linear.onto(x, out)
         else:
@@ -112,9 +116,9 @@ class _PartPath(BasePath):
         if needs.has_pairs or needs.scales_inputs or needs.finishes or needs.has_flora:
             self.project(layer, op, linear, x, scratch, step)
             return scratch
-        linear.onto(x, residual)
+        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
         self._finish(layer, op, linear, x, residual, step)
-        return None
+        return rest
 
     def _finish(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor, step: StepInputs) -> None:
         needs, parts = self._needs(layer, op), self._parts

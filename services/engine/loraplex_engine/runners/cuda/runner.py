@@ -21,13 +21,12 @@ from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weight_norms import weight_norms
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.drawing import Drawing, PromptLogprobs
 from loraplex_engine.runners.cuda.forwards import forward_of
+from loraplex_engine.runners.cuda.fp8_linear import linear_forms
 from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels
 from loraplex_engine.runners.cuda.kernel_setup import make_library, make_tables
-from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoads
 from loraplex_engine.runners.cuda.magnitudes import RowScales
@@ -38,6 +37,7 @@ from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.step_results import take_over_slots
 from loraplex_engine.runners.token_rows import TokenRows
@@ -81,18 +81,19 @@ class CudaRunner:
         torch.cuda.set_device(device)
         model = model_config(config.info.config)
         make_decoder = forward_of(model)
-        self._model = read_model(model, weights, CUDA_LINEARS, max_model_len=limits.max_model_len, device=device)
+        self._library = make_library(config, device)
+        sizes = bucket_sizes(limits.max_num_seqs)
+        self._largest = largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
+        forms, inputs = linear_forms(config.weight_form, self._library, model, max_tokens=largest.max_tokens)
+        self._model = read_model(model, weights, forms, max_model_len=limits.max_model_len, device=device)
         weights.close()
         self.weight_norms = weight_norms(self.geometry, self._model.linears)
         self._pool = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=device)
-        self._library = make_library(config, device)
-        sizes = bucket_sizes(limits.max_num_seqs)
-        self._largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
         self._decoder = make_decoder(
-            self._model, self._library, self._pool, limits.pool, self._largest, num_slots=limits.max_num_seqs
+            self._model, self._library, self._pool, limits.pool, largest, num_slots=limits.max_num_seqs, inputs=inputs
         )
         self._tables = make_tables(config, self.geometry, device)
-        num_added = self._largest.max_added_tokens
+        num_added = largest.max_added_tokens
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=num_added)
         self._base_path, self._num_variants = BasePath(self._decoder.followers), 1
         self._outside: OutsideModules | None = None
@@ -191,8 +192,8 @@ class CudaRunner:
         if outside is None:
             if self._drawing.is_greedy(plan):
                 return self._drawing.send_greedy(plan, bucket, faults)
-            return self._drawing.draw(plan, self._decoder.base_rows(count), faults)
-        logits = outside.edit(plan, self._rows.num_columns(plan))
+            return self._drawing.draw(plan, self._decoder.finished_rows(count), faults)
+        logits = self._decoder.finished(outside.edit(plan, self._rows.num_columns(plan)))
         return self._draw(plan, logits, step.sample_slots[:count], faults, {})
 
     def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
@@ -219,6 +220,7 @@ class CudaRunner:
             logits = self._decoder.logits(step, rest)
         if outside is not None and len(plan.sample_rows):
             logits = outside.edit(plan, self._rows.num_columns(plan))
+        logits = self._decoder.finished(logits)
         return self._draw(plan, logits, step.sample_slots, faults, prompt_logprobs)
 
     def _draw(
@@ -240,7 +242,7 @@ class CudaRunner:
         step = self._buffers.of_bucket(bucket)
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
-        self._drawing.draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
+        self._drawing.draw_greedily(self._decoder.finished(self._decoder.logits(step, rest)), step.sample_slots)
 
     def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
         setups = (self._sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())

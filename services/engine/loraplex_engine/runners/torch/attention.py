@@ -1,9 +1,9 @@
 """Paged attention over the unified pool, in torch.
 
 KV pages lie in-page as ``[layer][K|V][kv_head][token][dim]`` (`PoolGeometry`), so the pool is also a table of *rows*,
-one per (page, layer, K or V, kv_head), each of them ``block_tokens * head_dim`` values in one piece. Gathering the rows
-that a batch needs, in the order (K|V, sequence, kv_head, block), gives contiguous keys and values with one
-index_select.
+one per (page, layer, K or V, kv_head), each of them ``block_tokens * head_dim`` values in one piece (`kv_store`). Gathering
+the rows that a batch needs, in the order (K|V, sequence, kv_head, block), gives contiguous keys and values with one
+index_select; of FP8 it also multiplies them by their scales.
 
 Decode rows are attended in groups of similar context length; the queries that share a KV head form the query dimension
 of one batched product. Prefill rows are attended one by one.
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraplex_engine.runners.torch.kv_store import make_kv_store
 from loraplex_engine.runners.torch.softcap import capped_attention
 
 if TYPE_CHECKING:
@@ -107,11 +108,11 @@ class PagedPool:
         self._num_heads = num_heads
         self._scale, self._softcap = scale, softcap
         self.values = pages.view(dtype).view(-1)
-        self._rows = self.values.view(-1, geometry.block_tokens * geometry.head_dim)
-        self._tokens = self.values.view(-1, geometry.head_dim)
+        self._store = make_kv_store(pages, geometry, dtype)
         self._heads_per_layer = 2 * geometry.num_kv_heads
-        self._scratch = self._rows.new_empty((0, self._rows.shape[1]))
-        self.max_group_blocks = MAX_GROUP_BYTES[self.device.type] // (self._heads_per_layer * geometry.row_bytes)
+        row = geometry.block_tokens * geometry.head_dim
+        self._scratch = torch.empty((0, row), dtype=dtype, device=pages.device)
+        self.max_group_blocks = MAX_GROUP_BYTES[self.device.type] // (self._heads_per_layer * row * dtype.itemsize)
 
     def token_index(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> Tensor:
         """Return where layer 0's keys and values of tokens lie: int64 ``[T * 2 * kv_heads]``, in units of head_dim.
@@ -133,13 +134,18 @@ class PagedPool:
     def scratch(self, num_rows: int) -> Tensor:
         """Return a buffer for gathered rows; all groups share it, one after another."""
         if self._scratch.shape[0] < num_rows:
-            self._scratch = self._rows.new_empty((num_rows, self._rows.shape[1]))
+            self._scratch = self._scratch.new_empty((num_rows, self._scratch.shape[1]))
         return self._scratch[:num_rows]
 
     def write(self, layer: int, write_index: Tensor, keys_values: Tensor) -> None:
-        """Write a step's keys and values of one layer, ``[T, 2 * kv_heads, head_dim]``, to `AttentionStep.write_index`."""
+        """Write a step's keys and values of one layer, ``[T, 2 * kv_heads, head_dim]``, to `AttentionStep.write_index`.
+
+        What is stored as FP8 is read back here: a chunk attends to its own tokens as later chunks will.
+        """
         index = write_index + layer * self._heads_per_layer * self.geometry.block_tokens
-        self._tokens.index_copy_(0, index, keys_values.reshape(-1, self.geometry.head_dim))
+        kept = self._store.write(index, keys_values.reshape(-1, self.geometry.head_dim))
+        if kept is not None:
+            keys_values.copy_(kept.view(keys_values.shape))
 
     def attend(self, layer: int, step: WindowStep, heads: Tensor, out: Tensor) -> None:
         """Attend from every token of a step; its keys and values are in the pool already.
@@ -158,7 +164,7 @@ class PagedPool:
     def _attend_decode(self, layer: int, group: DecodeGroup, queries: Tensor) -> Tensor:
         """Return ``[n, num_heads * head_dim]`` for queries ``[n, num_heads, head_dim]``."""
         torch.add(group.rows, layer * self._heads_per_layer, out=group.layer_rows)
-        torch.index_select(self._rows, 0, group.layer_rows, out=group.gathered)
+        self._store.gather(group.layer_rows, group.gathered)
         by_kv_head = queries.reshape(-1, self.group_size, self.geometry.head_dim)
         if (
             self._softcap is not None
@@ -183,7 +189,8 @@ class PagedPool:
         queries, keys, values = torch.split(heads, [self._num_heads, num_kv_heads, num_kv_heads], dim=1)
         queries, keys, values = queries.transpose(0, 1)[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         if row.rows is not None:
-            gathered = self._rows.index_select(0, row.rows + layer * self._heads_per_layer)
+            gathered = self._scratch.new_empty((len(row.rows), self._scratch.shape[1]))
+            self._store.gather(row.rows + layer * self._heads_per_layer, gathered)
             keys, values = gathered.view(2, 1, num_kv_heads, -1, self.geometry.head_dim).unbind(0)
         if self._softcap is not None:
             capped = capped_attention(queries[0], keys[0], values[0], row.mask, scale=self._scale, cap=self._softcap)

@@ -22,9 +22,14 @@ HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 8, 2
 NUM_PAGES = 256
 
 
-def make_pool(block_tokens: int = 4) -> PagedPool:
+def make_pool(block_tokens: int = 4, kv_dtype: str = "") -> PagedPool:
     geometry = PoolGeometry(
-        dtype="float32", num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, block_tokens=block_tokens
+        dtype="float32",
+        num_layers=LAYERS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        block_tokens=block_tokens,
+        kv_dtype=kv_dtype,
     )
     pages = torch.full((NUM_PAGES, geometry.page_bytes), 0xFF, dtype=torch.uint8)  # NaN until written
     return PagedPool(pages, geometry, HEADS, torch.float32, scale=geometry.head_dim**-0.5)
@@ -53,15 +58,15 @@ def make_plan(starts: list[int], lengths: list[int], num_decode_rows: int, block
 
 
 def write_history(pool: PagedPool, plan: StepPlan, histories: list[torch.Tensor], layer: int) -> None:
-    """Write the keys and values of the tokens before the step, ``[start, 2 * kv_heads, dim]`` per row."""
+    """Write the keys and values of the tokens before the step, ``[start, 2 * kv_heads, dim]`` per row; FP8 rounds them."""
     size = pool.geometry.block_tokens
-    view = pool.values.view(NUM_PAGES, LAYERS, 2 * KV_HEADS, size, DIM)
     for row, history in enumerate(histories):
-        for position in range(int(plan.starts[row])):
-            view[int(plan.block_tables[row, position // size]), layer, :, position % size] = history[position]
-        if plan.starts[row] % size:  # the runner cleared the page when it was begun
-            last = int(plan.block_tables[row, int(plan.starts[row]) // size])
-            view[last, layer, :, int(plan.starts[row]) % size :] = 0
+        positions = np.arange(int(plan.starts[row]))
+        pages = plan.block_tables[row].astype(np.int64)
+        if len(positions) % size:  # the runner cleared the page when it was begun
+            pool.pages[int(pages[len(positions) // size])] = 0
+        if len(positions):
+            pool.write(layer, pool.token_index(pages[positions // size], positions % size), history)
 
 
 def plain_attention(queries: torch.Tensor, keys_values: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
@@ -77,11 +82,11 @@ def plain_attention(queries: torch.Tensor, keys_values: torch.Tensor, start: int
 
 
 def run(
-    plan: StepPlan, order: NDArray[np.int64], window: int | None, block_tokens: int
+    plan: StepPlan, order: NDArray[np.int64], window: int | None, block_tokens: int, kv_dtype: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the pool attends, and the truth, rows in the order of the plan."""
+    """Return what the pool attends, and the truth over the keys and values that it keeps, rows in the order of the plan."""
     generator = torch.Generator().manual_seed(0)
-    pool, layer = make_pool(block_tokens), LAYERS - 1
+    pool, layer = make_pool(block_tokens, kv_dtype), LAYERS - 1
     histories = [torch.randn((int(n), 2 * KV_HEADS, DIM), generator=generator) for n in plan.starts]
     heads = [torch.randn((int(n), HEADS + 2 * KV_HEADS, DIM), generator=generator) for n in plan.num_tokens]
     write_history(pool, plan, histories, layer)
@@ -93,11 +98,12 @@ def run(
     pool.write(layer, step.write_index, mixed[:, HEADS:])
     pool.attend(layer, step.windows[window], mixed, out)
 
+    kept = torch.split(mixed, [len(heads[row]) for row in order])
     truth = [
         plain_attention(
-            heads[row][:, :HEADS], torch.cat((histories[row], heads[row][:, HEADS:])), int(plan.starts[row]), window
+            heads[row][:, :HEADS], torch.cat((histories[row], new[:, HEADS:])), int(plan.starts[row]), window
         )
-        for row in order
+        for row, new in zip(order, kept, strict=True)
     ]
     return out, torch.cat(truth)
 
@@ -108,10 +114,16 @@ def run(
     prefill=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=3),
     window=st.sampled_from([None, 1, 5, 16]),
     block_tokens=st.sampled_from([1, 4, 16]),
+    kv_dtype=st.sampled_from(["", "fp8"]),
     seed=st.integers(0, 1000),
 )
 def test_any_mix_of_rows_equals_plain_attention(
-    decode: list[int], prefill: list[tuple[int, int]], window: int | None, block_tokens: int, seed: int
+    decode: list[int],
+    prefill: list[tuple[int, int]],
+    window: int | None,
+    block_tokens: int,
+    kv_dtype: str,
+    seed: int,
 ) -> None:
     if not decode and not prefill:
         return
@@ -120,7 +132,7 @@ def test_any_mix_of_rows_equals_plain_attention(
     plan = make_plan(starts, lengths, len(decode), block_tokens, seed)
     order = np.random.default_rng(seed).permutation(len(starts))
 
-    found, truth = run(plan, order, window, block_tokens)
+    found, truth = run(plan, order, window, block_tokens, kv_dtype)
 
     assert (found.double() - truth).abs().max() < 1e-5
 

@@ -1,0 +1,52 @@
+"""ctypes mirrors of the parameter structs of kernels that quantise to e4m3."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_void_p
+from typing import Any, ClassVar
+
+_Fields = Sequence[tuple[str, type[Any]]]
+
+
+class Quantised(ctypes.Structure):
+    """csrc/pointwise/fp8.cuh."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("scale_stride", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class RmsNormFp8Params(ctypes.Structure):
+    """csrc/pointwise/rms_norm_fp8.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("quantised", Quantised),
+        ("eps", c_float),
+        ("reserved", c_int),
+    ]
+
+
+class SiluMulFp8Params(ctypes.Structure):
+    """csrc/pointwise/silu_mul_fp8.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("gate_up", c_void_p),
+        ("out", c_void_p),
+        ("delta", c_void_p),
+        ("quantised", Quantised),
+    ]
+
+
+class QuantiseFp8Params(ctypes.Structure):
+    """csrc/pointwise/quantise_fp8.cu."""
+
+    _fields_: ClassVar[_Fields] = [("x", c_void_p), ("quantised", Quantised)]

@@ -1,0 +1,158 @@
+"""Kernels that quantise activations to e4m3 while they compute them, or as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from loraplex_kernels.fp8_params import Quantised, QuantiseFp8Params, RmsNormFp8Params, SiluMulFp8Params
+from loraplex_kernels.pointwise.rms_norm import UNIT_OFFSET, rms_norm_build
+from loraplex_kernels.pointwise.silu_mul import SiluMul
+
+if TYPE_CHECKING:
+    from loraplex_kernels.module import KernelLibrary
+
+GROUP: Final = 128
+"""Columns that share a scale where rows have several."""
+GROUPS_MACRO: Final = "GROUPS"
+
+
+class Fp8Rows(NamedTuple):
+    """Activations in e4m3.
+
+    Attributes:
+        codes: e4m3 ``[rows, width]``.
+        scales: fp32; what they are multiplied by: ``[1, rows]`` or, of groups of columns, ``[ceil(width / 128), rows]``.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+def row_build(width: int, dtype: torch.dtype, *, has_groups: bool) -> tuple[tuple[str, ...], int]:
+    """Return the macros and block size of the kernels whose CTAs hold a row of so many columns."""
+    vectors = width * dtype.itemsize // 16
+    block = min(1024, -(-vectors // 64) * 32) if vectors > 32 else 32
+    return (f"WIDTH={width}", f"THREADS={block}", *group_macros(has_groups=has_groups)), block
+
+
+def group_macros(*, has_groups: bool) -> tuple[str, ...]:
+    """Return the macro that gives rows a scale for each 128 columns."""
+    return (GROUPS_MACRO,) if has_groups else ()
+
+
+class _Quantising:
+    """What the three kernels share: the checks of what they write."""
+
+    def __init__(self, library: KernelLibrary, width: int, *, has_groups: bool) -> None:
+        self._library, self._width, self._has_groups = library, width, has_groups
+
+    def _set(self, params: Quantised, rows: Fp8Rows, count: int) -> None:
+        """Set where ``count`` rows go; the tensors may have more.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        check, groups = self._library.check, -(-self._width // GROUP) if self._has_groups else 1
+        num_rows = rows.codes.shape[0]
+        if num_rows < count:
+            raise ValueError(f"{count} rows do not fit {num_rows}")
+        params.codes = check("codes", rows.codes, torch.float8_e4m3fn, num_rows, self._width)
+        params.scales = check("scales", rows.scales, torch.float32, groups, num_rows)
+        params.scale_stride = num_rows
+
+
+class RmsNormFp8(_Quantising):
+    """`RmsNorm`, and its result in e4m3."""
+
+    def __init__(
+        self, library: KernelLibrary, hidden_size: int, eps: float, *, has_groups: bool, unit_offset: bool = False
+    ) -> None:
+        super().__init__(library, hidden_size, has_groups=has_groups)
+        defines, block = rms_norm_build(hidden_size, library.dtype)
+        defines = (*defines, *group_macros(has_groups=has_groups), *UNIT_OFFSET * unit_offset)
+        self._kernel = library.load("rms_norm_fp8", RmsNormFp8Params(eps=eps), block, defines=defines)
+
+    def launch(
+        self,
+        x: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        quantised: Fp8Rows,
+        *,
+        residual: torch.Tensor | None = None,
+    ) -> None:
+        """Normalise rows, after ``residual += x`` if there is a residual.
+
+        Args:
+            x: ``[tokens, hidden]``; None to normalise the residual as it is.
+            weight: ``[hidden]``.
+            out: ``[tokens, hidden]``.
+            quantised: The same in e4m3; its first rows are written.
+            residual: ``[tokens, hidden]``, updated in place.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs, or there is neither x nor residual.
+        """
+        check, dtype, hidden, params = self._library.check, self._library.dtype, self._width, self._kernel.params
+        if x is None and residual is None:
+            raise ValueError("x or residual is needed")
+        params.x = None if x is None else check("x", x, dtype, -1, hidden)
+        params.residual = None if residual is None else check("residual", residual, dtype, -1, hidden)
+        params.weight = check("weight", weight, dtype, hidden)
+        params.out = check("out", out, dtype, -1, hidden)
+        self._set(params.quantised, quantised, out.shape[0])
+        self._kernel.launch(out.shape[0])
+
+
+class SiluMulFp8(_Quantising):
+    """`SiluMul`, and its result in e4m3; with another gate's macros that gate's."""
+
+    def __init__(
+        self, library: KernelLibrary, width: int, *, has_groups: bool, macros: tuple[str, ...] = SiluMul.macros
+    ) -> None:
+        super().__init__(library, width, has_groups=has_groups)
+        defines, block = row_build(width, library.dtype, has_groups=has_groups)
+        self._kernel = library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=(*defines, *macros))
+
+    def launch(
+        self, gate_up: torch.Tensor, out: torch.Tensor, quantised: Fp8Rows, *, delta: torch.Tensor | None = None
+    ) -> None:
+        """Compute one row per row of ``out``.
+
+        Args:
+            gate_up: ``[tokens, 2 * width]``.
+            out: ``[tokens, width]``.
+            quantised: The same in e4m3; its first rows are written.
+            delta: fp32 ``[tokens, 2 * width]``, added to ``gate_up`` first.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        check, dtype, width, params = self._library.check, self._library.dtype, self._width, self._kernel.params
+        params.gate_up = check("gate_up", gate_up, dtype, -1, 2 * width)
+        params.out = check("out", out, dtype, -1, width)
+        params.delta = None if delta is None else check("delta", delta, torch.float32, out.shape[0], 2 * width)
+        self._set(params.quantised, quantised, out.shape[0])
+        self._kernel.launch(out.shape[0])
+
+
+class QuantiseFp8(_Quantising):
+    """Activations in e4m3, as they are."""
+
+    def __init__(self, library: KernelLibrary, width: int, *, has_groups: bool) -> None:
+        super().__init__(library, width, has_groups=has_groups)
+        defines, block = row_build(width, library.dtype, has_groups=has_groups)
+        self._kernel = library.load("quantise_fp8", QuantiseFp8Params(), block, defines=defines)
+
+    def launch(self, x: torch.Tensor, quantised: Fp8Rows) -> None:
+        """Quantise each row of ``x``, ``[tokens, width]``; the first rows of ``quantised`` are written.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        params = self._kernel.params
+        params.x = self._library.check("x", x, self._library.dtype, -1, self._width)
+        self._set(params.quantised, quantised, x.shape[0])
+        self._kernel.launch(x.shape[0])

@@ -1,0 +1,77 @@
+"""What an import is asked to do, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex_common.ids import DEFAULT_LABEL
+
+from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportTarget:
+    """The name that an import is stored under, and what it is checked against.
+
+    Attributes:
+        label: Label to move in addition to ``latest``; may be empty.
+        base_model: Base model to use instead of the checkpoint's own declaration; may be empty.
+        content: Digest of all that the request asks for, without its request_id.
+        is_staged: Whether ``latest`` stays where it is.
+        expected: Where `expected_label` must point when the import is stored; empty means nowhere, None anywhere.
+        expected_label: The label that `expected` is about.
+        kind: The call, as answers and moves of labels name it.
+        release: Takes revisions out of the record as it is after the import; None takes out none.
+    """
+
+    name: str
+    label: str = ""
+    base_model: str = ""
+    request_id: str = ""
+    content: str = ""
+    is_staged: bool = False
+    expected: str | None = None
+    expected_label: str = DEFAULT_LABEL
+    kind: str = "import"
+    release: Callable[[AdapterRecord], AdapterRecord] | None = None
+
+    @property
+    def asked(self) -> Answer:
+        """What the request asks for; compared with what an earlier request of this id asked for."""
+        return Answer(self.kind, self.name, content=self.content)
+
+    def applied(self, old: AdapterRecord, revision: str, now: float) -> AdapterRecord:
+        """Return a record after the import of a revision.
+
+        Raises:
+            ConflictError: If the label is not where it is expected.
+        """
+        old.expect(self.expected_label, self.expected)
+        new = old.with_import(revision, self.label, now, is_staged=self.is_staged)
+        return new if self.release is None else self.release(new)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Weights that are written and belong to no name yet; collected unless `Importer.commit` comes in time.
+
+    Attributes:
+        already_existed: Whether the store had them before.
+        seconds: Time that checking and writing took.
+    """
+
+    revision: Revision
+    already_existed: bool
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """A finished import."""
+
+    record: AdapterRecord
+    revision: Revision
+    already_existed: bool
+    warnings: tuple[str, ...] = ()
