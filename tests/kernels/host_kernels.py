@@ -137,8 +137,9 @@ class HostLibrary(KernelLibrary):
         self._tensors += tensors
 
     def check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
-        if not any(tensor is known for known in self._tensors):
-            self._tensors.append(tensor)
+        self._tensors = [known for known in self._tensors if known is not tensor] + [
+            tensor
+        ]  # `owner_of` finds the last
         return super().check(name, tensor, dtype, *shape)
 
     def owner_of(self, address: int) -> torch.Tensor:

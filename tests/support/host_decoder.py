@@ -11,11 +11,12 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.model.registry import read_model
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.forwards import forward_of
-from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
+from loraplex_engine.runners.cuda.fp8_linear import linear_forms
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.outside import OutsideModules
 from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
@@ -85,16 +86,20 @@ class HostRunner:
         min_decode_runs: int = MIN_DECODE_RUNS,
         max_added_tokens: int = 0,
         kv_dtype: str = "",
+        weight_form: WeightForm = WeightForm.WHOLE,
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
         self.pool_geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
-        reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
+        reader = WeightReader(model_dir, dtype=library.dtype, device=CPU, form=weight_form)
         config = model_config(info.config)
-        model = read_model(config, reader, CUDA_LINEARS, max_model_len=128, device=CPU)
+        forms, inputs = linear_forms(weight_form, library, config, max_tokens=64)
+        model = read_model(config, reader, forms, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
         limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128, max_added_tokens=max_added_tokens)
-        self.decoder = forward_of(config)(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
+        self.decoder = forward_of(config)(
+            model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS, inputs=inputs
+        )
         self.tables = AdapterTables(self.geometry, max_adapters=8, tile_capacity=4096, device=CPU)
         self.lora = DecodeLora(
             library,

@@ -45,7 +45,7 @@ class ScaledMmLinear:
         self.weight, self.bias = weight, bias
         self._inputs = inputs
         self._codes_t = weight.codes.t()
-        self._scales_t = _padded_blocks(weight.scales).t() if weight.is_blocked else weight.scales.t()
+        self._scales_t = _padded_blocks(weight.scales).t() if weight.is_blocked else weight.scales.view(1, -1)
         inputs.require(weight.in_features, has_groups=weight.is_blocked)
 
     @property
@@ -110,7 +110,7 @@ def _multiply_rows(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tenso
     torch._scaled_mm(
         rows.codes,
         codes_t,
-        scale_a=rows.scales.t(),
+        scale_a=rows.scales.view(-1, 1),
         scale_b=scales_t,
         bias=bias,
         out_dtype=out.dtype,

@@ -12,52 +12,23 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
-from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad, MagnitudeLoads
-from loraplex_engine.runners.cuda.magnitudes import RowScales, has_magnitudes
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS, PartVariant, part_variant_of
 from support.base_models import TinyBase, write_base_model
-from support.host_decoder import CPU, NUM_PAGES, HostRunner
+from support.host_decoder import NUM_PAGES
+from support.host_parts import PartRunner
 from support.part_adapters import FAMILIES, PlainPath, random_adapter
 from support.plans import Harness
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    from loraplex_common.adapter_image import AdapterSpec
     from loraplex_engine.runners.cuda.lora_paths import BasePath, LayerPath
     from loraplex_engine.step import StepPlan
-    from numpy.typing import NDArray
-    from support.host_decoder import Done
     from support.part_adapters import PartAdapter
 
 BASE = TinyBase(
     architecture="qwen2", hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=64, num_layers=1
 )
-
-
-class PartRunner(HostRunner):
-    """Computes c of DoRA adapters before a load is done, as `CudaRunner` does."""
-
-    def __init__(self, model_dir: Path, library: HostLibrary) -> None:
-        super().__init__(model_dir, library)
-        scales = RowScales(self.pool, self.geometry, self.decoder._model.linears, library.dtype)
-        self.magnitudes = MagnitudeLoads(scales, self.geometry, CPU)
-        self.steps: list[torch.Tensor] = []
-
-    def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
-        done = super().load_adapter(index, spec, pages, source)
-        if has_magnitudes(spec):
-            load = MagnitudeLoad(spec, pages, None, None)
-            self.magnitudes.start(load)
-            while not load.is_done():
-                pass
-        return done
-
-    def launch(self, plan: StepPlan) -> Done:
-        done = super().launch(plan)
-        self.steps.append(self.logits.clone())
-        return done
 
 
 @pytest.mark.slow
