@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING
 from loraplex_bench.results import Results, Row, head_commit
 from loraplex_bench.store.inputs import LLAMA3_8B, TINY, write_adapters, write_base
 from loraplex_bench.store.peers import get_rate, grpc_rate, hash_rate, memcpy_rate
-from loraplex_bench.store.rig import Inputs, engine, fetch, running_store
+from loraplex_bench.store.rig import Inputs, cpu_seconds, engine, fetch, running_store
 from loraplex_common.valkey import EmbeddedValkey, connect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from support.store_rig import StoreClient
+
+    Beside = tuple[tuple[str, float], tuple[str, float]]
+    """What one image and several are compared with: names and rates in GB/s."""
 
 
 class Bench:
@@ -55,15 +58,16 @@ class Bench:
             self.add(f"sha256 of 1 MiB pieces/{threads} threads", self.hash)
         self.add("plain gRPC stream/1 MiB messages", await grpc_rate(self.num_bytes))
 
-    async def imports(self, client: StoreClient) -> None:
+    async def imports(self, client: StoreClient, pid: int) -> None:
         """Import every adapter, one after another."""
-        seconds = []
+        seconds, cpu_s = [], cpu_seconds(pid)
         for number, directory in enumerate(self.adapters):
             began = time.perf_counter()
             found = await client.import_dir(f"a{number}", directory)
             seconds.append(time.perf_counter() - began)
             self.digests.append(found.revision.revision)
         self.add("import/one after another", self.num_bytes / statistics.median(seconds) / 1e9)
+        self.add_cpu("import/one after another", (cpu_seconds(pid) - cpu_s) / len(self.adapters))
 
     async def redis_rates(self) -> None:
         """Measure redis-py's GET of the same blobs."""
@@ -77,49 +81,48 @@ class Bench:
         self.gets = await asyncio.to_thread(get_rate, self.inputs.valkey_url, found[:4])
         self.add("redis-py GET/4 processes", self.gets)
 
-    async def cold(self, client: StoreClient, tier: str) -> None:
-        """Fetch images that the store does not have in memory: one, then the others at once."""
-        async with engine(client, self.inputs, "engine-cold") as peer:
-            seconds, num_bytes = await fetch(peer, self.digests[:1])
-            self.add(f"{tier} to engine/one", num_bytes / seconds / 1e9, "redis-py GET/1 connection", self.get)
-            rest = self.digests[1:]
-            seconds, num_bytes = await fetch(peer, rest)
-            self.add(
-                f"{tier} to engine/{len(rest)} at once",
-                num_bytes / seconds / 1e9,
-                "redis-py GET/4 processes",
-                self.gets,
-            )
+    async def images(self, client: StoreClient, pid: int, case: str, beside: Beside) -> None:
+        """Fetch images into an empty arena: one, then the others at once."""
+        async with engine(client, self.inputs, "engine") as peer:
+            for which, digests in (("one", self.digests[:1]), (f"{len(self.digests) - 1} at once", self.digests[1:])):
+                found = await fetch(peer, digests, pid)
+                name, rate = beside[len(digests) > 1]
+                self.add(f"{case}/{which}", found.num_bytes / found.seconds / 1e9, name, rate)
+                self.add_cpu(f"{case}/{which}", found.cpu_s / len(digests))
 
-    async def warm(self, client: StoreClient) -> None:
-        """Fetch what the store has in memory."""
-        slower = min(self.memcpy, self.hash)
-        for attempt in range(2):
-            async with engine(client, self.inputs, f"engine-warm-{attempt}") as peer:
-                seconds, num_bytes = await fetch(peer, self.digests[:1])
-                one = num_bytes / seconds / 1e9
-                rest = self.digests[1:]
-                seconds, num_bytes = await fetch(peer, rest)
-        self.add("warm image to engine/one", one, "slower of memcpy and hashes", slower)
-        self.add(
-            f"warm image to engine/{len(rest)} at once",
-            num_bytes / seconds / 1e9,
-            "slower of memcpy and hashes",
-            slower,
-        )
+    def add_cpu(self, case: str, seconds: float) -> None:
+        """Add what one adapter costs the store's process: steadier than the clock on a machine that others use."""
+        self.results.add(Row(suite="store", case=case, metric="store cpu/adapter", value=seconds * 1e3, unit="ms"))
 
 
 async def measure(inputs: Inputs, adapters: Sequence[Path], results: Results) -> None:
     """Run all rows."""
     bench = Bench(inputs, adapters, results)
     await bench.peers()
-    async with running_store(inputs) as client:
-        await bench.imports(client)
+    async with running_store(inputs, "--prepare-images", "0") as (client, pid):
+        await bench.imports(client, pid)
     await bench.redis_rates()
-    cache = ("--image-cache-bytes", str(2 * len(adapters) * bench.num_bytes))
-    async with running_store(inputs, *cache) as client:
-        await bench.cold(client, "Valkey")
-        await bench.warm(client)
+    redis = (("redis-py GET/1 connection", bench.get), ("redis-py GET/4 processes", bench.gets))
+    memory = (("slower of memcpy and hashes", min(bench.memcpy, bench.hash)),) * 2
+    flags: tuple[str, ...] = ("--image-cache-bytes", str(2 * len(adapters) * bench.num_bytes))
+    async with running_store(inputs, *flags) as (client, pid):
+        await bench.images(client, pid, "Valkey to engine", redis)
+        await bench.images(client, pid, "host memory to engine", memory)
+    flags = ("--disk-cache-dir", str(inputs.folder / "cache"), "--image-cache-bytes", "1")
+    async with running_store(inputs, *flags) as (client, pid):
+        await bench.images(client, pid, "Valkey to engine, disk written", redis)
+        await on_disk(inputs.folder / "cache", len(adapters))
+    async with running_store(inputs, *flags) as (client, pid):
+        await bench.images(client, pid, "disk to engine, page cache, first use", memory)
+        await bench.images(client, pid, "disk to engine, page cache", memory)
+
+
+async def on_disk(folder: Path, num_images: int) -> None:
+    """Wait until images are on disk; a store leaves out what comes faster than its disk."""
+    for _ in range(200):
+        if len(await asyncio.to_thread(lambda: list(folder.glob("*.image")))) >= num_images:
+            return
+        await asyncio.sleep(0.1)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ class StoreMetrics:
     """Counters and gauges of one store process.
 
     Attributes:
-        fetches: Images obtained, by the tier they came from: ``host`` (image cache) or ``redis`` (canonical form).
+        fetches: Images obtained, by the tier they came from: ``host`` (image cache), ``disk``, or ``redis`` (canonical form).
         churn: Images pushed, dropped and refused.
     """
 
@@ -36,7 +36,7 @@ class StoreMetrics:
         self.push_bytes = Counter("loraplex_store_push_bytes_total", "Image bytes pushed.", ["path"], registry=registry)
         self.verify_failures = Counter(
             "loraplex_store_verify_failures_total",
-            "Blobs or images that did not match their digest.",
+            "Blobs, images or files of the disk cache that did not match their digest.",
             registry=registry,
         )
         self.churn = Counter("loraplex_store_churn_total", "Changes of residency.", ["action"], registry=registry)

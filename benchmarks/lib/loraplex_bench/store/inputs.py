@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_common.adapter_image import from_bfloat16, to_bfloat16
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, tiny_tokenizer_json
-from support.safetensors_files import write_safetensors
+from support.safetensors_files import assemble, write_safetensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 LLAMA3_8B = TinyBase(
@@ -68,3 +71,50 @@ def write_adapters(folder: Path, base_dir: Path, count: int, dtype: str, rank: i
         (copy / "adapter_model.safetensors").write_bytes(weights)
         found.append(copy)
     return found
+
+
+def write_random_model(folder: Path, shape: TinyBase) -> Path:
+    """Write a model of a shape that an engine can run: every matrix repeats one random block, in bf16.
+
+    Returns:
+        ``folder``.
+    """
+    write_base(folder, shape)
+    rng = np.random.default_rng(0)
+    block = to_bfloat16(rng.standard_normal(1 << 22, dtype=np.float32))
+    header, position = {}, 0
+    shapes = dict(_weights(shape))
+    for name, dims in shapes.items():
+        end = position + 2 * math.prod(dims)
+        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [position, end]}
+        position = end
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(assemble(header, b""))
+        for dims in shapes.values():
+            std = 1.0 if len(dims) == 1 else 1 / math.sqrt(dims[1])
+            values = np.ones_like(block, dtype=np.float32) if len(dims) == 1 else from_bfloat16(block) * np.float32(std)
+            repeated, left = to_bfloat16(values).tobytes(), 2 * math.prod(dims)
+            while left:
+                left -= file.write(repeated[:left])
+    return folder
+
+
+def _weights(shape: TinyBase) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, dims in (
+            ("self_attn.q_proj", (query, hidden)),
+            ("self_attn.k_proj", (key_value, hidden)),
+            ("self_attn.v_proj", (key_value, hidden)),
+            ("self_attn.o_proj", (hidden, query)),
+            ("mlp.gate_proj", (inner, hidden)),
+            ("mlp.up_proj", (inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+        ):
+            yield f"{prefix}{name}.weight", dims
+    yield "model.norm.weight", (hidden,)

@@ -8,7 +8,7 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.grpc_channel import open_channel
@@ -42,8 +42,8 @@ class Inputs:
 
 
 @asynccontextmanager
-async def running_store(inputs: Inputs, *flags: str) -> AsyncIterator[StoreClient]:
-    """Run a store and give out a client."""
+async def running_store(inputs: Inputs, *flags: str) -> AsyncIterator[tuple[StoreClient, int]]:
+    """Run a store and give out a client, and its process id."""
     arguments = [
         "--model",
         str(inputs.folder / "base"),
@@ -59,7 +59,7 @@ async def running_store(inputs: Inputs, *flags: str) -> AsyncIterator[StoreClien
     try:
         address = process.wait_ready().grpc
         async with open_channel(address) as channel:
-            yield StoreClient(channel=channel)
+            yield StoreClient(channel=channel), process.pid
     finally:
         await asyncio.to_thread(process.stop)
 
@@ -78,16 +78,30 @@ async def engine(client: StoreClient, inputs: Inputs, engine_id: str) -> AsyncIt
         peer.close()
 
 
-async def fetch(peer: EnginePeer, digests: Sequence[str]) -> tuple[float, int]:
-    """Want images all at once; return the seconds until all are verified, and their bytes."""
-    began = time.perf_counter()
+class Fetched(NamedTuple):
+    """What it took to bring images into an engine's arena.
+
+    Attributes:
+        seconds: From the first want until the last image was verified.
+        cpu_s: Processor seconds of the store.
+    """
+
+    num_bytes: int
+    seconds: float
+    cpu_s: float
+
+
+async def fetch(peer: EnginePeer, digests: Sequence[str], pid: int) -> Fetched:
+    """Want images all at once and wait for all."""
+    began, cpu_s = time.perf_counter(), cpu_seconds(pid)
     for digest in digests:
         peer.want(digest)
     images = [await peer.image(digest) for digest in digests]
-    return time.perf_counter() - began, sum(image.nbytes for image in images)
+    seconds = time.perf_counter() - began
+    return Fetched(sum(image.nbytes for image in images), seconds, cpu_seconds(pid) - cpu_s)
 
 
-def cpu_seconds() -> float:
-    """Return the processor time of this process."""
-    times = os.times()
-    return times.user + times.system
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
