@@ -82,6 +82,17 @@ async def test_a_plain_revision_ends_a_split_and_a_rollback_brings_it_back(adapt
     assert (newest.cause, newest.shares) == ("rollback", {first: 95, second: 5})
 
 
+async def test_a_rollback_to_equal_shares_points_where_they_pointed(adapters: AsyncAdapters) -> None:
+    first, second = sorted(await pushed(adapters, 1, 2))
+    split = await adapters.alias("a", "prod", {second: 5, first: 5})
+    await adapters.alias("a", "prod", first if split.aliases["prod"] == second else second)
+
+    back = await adapters.roll_back("a", label="prod")
+
+    assert back.adapter.shares == split.shares
+    assert back.adapter.aliases["prod"] == back.revision == split.aliases["prod"]
+
+
 async def test_shares_that_make_no_sense_are_refused(adapters: AsyncAdapters) -> None:
     first, second = await pushed(adapters, 1, 2)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
+MAX_WEIGHT: Final = 1_000_000
+MAX_SHARES: Final = 16
 _FIELDS: Final = {"source", "description", "tenants", "labels"}
 
 Pointer: TypeAlias = "str | Mapping[str, int]"
@@ -96,6 +98,10 @@ def _pointer(label: str, to: Any, where: str) -> Pointer:
     for revision, weight in to.items():
         if not isinstance(revision, str) or not isinstance(weight, int) or isinstance(weight, bool):
             raise _wrong(where, f"label {label}: {revision!r}: {weight!r} is no revision in quotes with a whole weight")
+        if not 1 <= weight <= MAX_WEIGHT:
+            raise _wrong(where, f"label {label}: {revision!r}: weight {weight} is not between 1 and {MAX_WEIGHT}")
+    if len(to) > MAX_SHARES:
+        raise _wrong(where, f"label {label} is split between {len(to)} revisions, at most {MAX_SHARES}")
     return dict(to)
 
 

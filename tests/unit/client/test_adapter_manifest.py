@@ -55,6 +55,13 @@ adapters:
         ("adapters: {a: {labels: {prod: 12345678}}}", "no revision in quotes"),
         ("adapters: {a: {labels: {prod: {12345678: 5}}}}", "12345678: 5 is no revision in quotes"),
         ("adapters: {a: {labels: {prod: {latest: half}}}}", "'half' is no revision in quotes with a whole weight"),
+        ("adapters: {a: {labels: {prod: {latest: 0}}}}", "'latest': weight 0 is not between 1 and 1000000"),
+        ("adapters: {a: {labels: {prod: {latest: -1}}}}", "'latest': weight -1 is not between 1 and 1000000"),
+        ("adapters: {a: {labels: {prod: {latest: 1000001}}}}", "weight 1000001 is not between 1 and 1000000"),
+        (
+            f"adapters: {{a: {{labels: {{prod: {{{', '.join(f'r{each}: 1' for each in range(17))}}}}}}}}}",
+            "label prod is split between 17 revisions, at most 16",
+        ),
         ("adapters: {1: {}}", "1 is no name"),
         ("adapters: {a: [", "while parsing"),
         ("adapters: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
