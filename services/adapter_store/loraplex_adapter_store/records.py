@@ -180,7 +180,8 @@ class AdapterRecord:
         labels = dict(self.labels)
         splits = {name: kept for name, kept in self.splits.items() if name != label}
         if shares:
-            labels[label] = max(sorted(shares), key=lambda revision: shares[revision])  # of equal ones the same each time
+            # Of revisions with equal weights the lowest digest, so that a rollback answers the same.
+            labels[label] = max(sorted(shares), key=lambda revision: shares[revision])
             if len(shares) > 1:
                 splits[label] = dict(shares)
             added = [revision for revision in shares if revision not in self.revisions]
