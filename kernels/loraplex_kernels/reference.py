@@ -70,7 +70,7 @@ def read_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather K and V of the first ``length`` tokens of a sequence; each ``[length, kv_heads, head_dim]``, as stored.
 
-    Of e4m3 they come times their scales, in fp32.
+    Values in e4m3 are multiplied with their scales and rounded to ``dtype`` as the kernels do it.
 
     Args:
         pool: uint8 ``[pages, page_bytes]``.
@@ -81,7 +81,8 @@ def read_kv(
         length: Tokens wanted.
     """
     if layout.scales_offset is not None:
-        return _read_fp8(pool, layout, layer, pages, length)
+        key, value = _read_fp8(pool, layout, layer, pages, length)
+        return key.to(dtype), value.to(dtype)
     blocks = -(-length // layout.block_tokens)
     start = layout.layer_offset(layer, dtype.itemsize)
     count = 2 * layout.num_kv_heads * layout.block_tokens * layout.head_dim * dtype.itemsize

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_adapter_store.repository.keys import manifest as manifest_key
 from loraplex_common.adapter_image import KIND_A, AdapterSpec, layout, tile_values
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.error_status import from_status
@@ -92,6 +94,40 @@ async def test_a_wanted_image_arrives_whole(
 
         assert_image_is(peer, digest, recipe, base)
         assert ("chunk" in peer.kinds()) is not shares_memory
+
+
+async def test_an_engine_of_an_earlier_version_gets_a_digest_that_it_can_check(
+    rig: tuple[RunningStore, StoreClient], base: BaseModelInfo
+) -> None:
+    digest = (await rig[1].upload_recipe("a")).revision.revision
+    old = EnginePeer(base, base.geometry(dtype="float32", page_bytes=64 * 1024), 256, "old")
+    old.takes_tree_digests = False
+    async with attached_peer(rig[1].channel, base, peer=old), attached_peer(rig[1].channel, base) as new:
+        for peer in (old, new):
+            peer.want(digest)
+
+        np.testing.assert_array_equal(await old.image(digest), await new.image(digest))
+
+        assert not (await new.received("offer", digest)).image_sha256
+    old.close()
+
+
+async def test_a_manifest_that_describes_another_adapter_than_its_weights_is_refused(
+    rig: tuple[RunningStore, StoreClient], base: BaseModelInfo, redis_url: str
+) -> None:
+    digest = (await rig[1].upload_recipe("a")).revision.revision
+    client = connect(redis_url)
+    spec = json.loads(await client.hget(manifest_key(digest), "spec") or "")
+    spec["modules"][0]["scaling"] *= 2
+    await client.hset(manifest_key(digest), "spec", json.dumps(spec))
+    async with attached_peer(rig[1].channel, base) as peer:
+        peer.want(digest)
+
+        error = from_status((await peer.received("refuse", digest)).status)
+
+    assert isinstance(error, AdapterCorruptError)
+    assert "its manifest describes another adapter than its weights" in error.message
+    await client.aclose()
 
 
 async def test_an_unknown_digest_is_refused(rig: tuple[RunningStore, StoreClient], base: BaseModelInfo) -> None:

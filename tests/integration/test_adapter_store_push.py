@@ -134,6 +134,7 @@ async def test_labels_move_once_every_engine_that_holds_the_old_revision_holds_t
         peer.grant(offer.digest)
         pushed = await pushing
 
+        assert offer.expected, "the engine is not to make room for it"
         assert offer.digest == pushed.revision.digest in peer.images
         assert (pushed.ready_engines, pushed.late_engines) == (("engine-test",), ())
         assert await latest(client) == await latest(client, "a:prod") == pushed.revision.digest
@@ -345,6 +346,16 @@ async def test_a_value_that_is_no_number_is_refused_by_its_tensor(adapters: Asyn
 
     with pytest.raises(AdapterCorruptUploadError, match=f"{name} holds NaN"):
         await adapters.push("a", values, config)
+
+
+async def test_a_repeated_rollback_is_done_once(client: StoreClient, adapters: AsyncAdapters) -> None:
+    first, second = [(await adapters.push("a", *tensors_of(n))).revision.digest for n in (1, 2)]
+    request = pb.RollBackAliasRequest(name="a", request_id=new_id())
+
+    answers = [await client.stub.RollBackAlias(request) for _ in range(3)]
+
+    assert {(each.left_revision, each.revision) for each in answers} == {(second, first)}
+    assert await latest(client) == first
 
 
 async def test_a_label_is_rolled_back_to_what_it_left_last(client: StoreClient, adapters: AsyncAdapters) -> None:

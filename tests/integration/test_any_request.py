@@ -42,6 +42,13 @@ async def test_so_they_are_with_two_steps_in_flight(tmp_path: Path) -> None:
     assert not tally.wrong, tally.wrong[:3]
 
 
+async def test_so_they_are_with_keys_and_values_of_fp8(tmp_path: Path) -> None:
+    tally = await run_campaign(tmp_path, num_requests=300, seed=SEED + 2, kv_dtype="fp8")
+
+    assert not tally.wrong, tally.wrong[:3]
+    assert tally.num_preemptions > 0, "the pool was too large to be a test"
+
+
 async def test_news_that_cannot_be_sent_ends_its_request_and_no_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import crc32c
 import pytest
 from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
 from loraplex_adapter_store.repository import keys
@@ -58,6 +60,20 @@ async def content(blobs: Blobs) -> bytes:
     assert manifest is not None
     async with aclosing(blobs.read(REVISION, manifest)) as chunks:
         return b"".join([chunk async for chunk in chunks])
+
+
+async def test_a_blob_in_the_form_of_earlier_versions_is_read(store_valkey: EmbeddedValkey) -> None:
+    client = connect(fresh_database(store_valkey))
+    sums = [crc32c.crc32c(DATA[start : start + 2**21]) for start in range(0, len(DATA), 2**21)]
+    shape = {"bytes": len(DATA), "chunk_bytes": 2**21, "crc32c": sums}
+    spec = {"digest": REVISION, "modules": [{"layer": 0, "projection": "q_proj", "rank": 8, "scaling": 2.0}]}
+    fields: dict[Any, Any] = {"blob": json.dumps(shape), "base": FORM.base_fingerprint, "spec": json.dumps(spec)}
+    await client.hset(f"a:{{{REVISION}}}:m", mapping=fields)
+    for number in range(len(sums)):
+        await client.set(f"a:{{{REVISION}}}:c:{number}", DATA[number * 2**21 : (number + 1) * 2**21])
+
+    assert await content(Blobs(client)) == DATA
+    await client.aclose()
 
 
 async def test_a_chunk_that_is_lost_and_one_that_is_damaged_come_from_the_next_tier(rig: Rig) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from kernels.dense_cases import BRANCHES, FORMS, DenseCases
 from kernels.fp8_cases import activated, expected, normed, quantised, wide
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from kernels.outside_device_cases import OutsideRig
@@ -130,6 +131,15 @@ class Cases:
         )
         q = reference.rms_norm(qkv.view(3, 8, 64)[:, :4], norms[0], 1e-6)
         self.check("rope_kv", found.cpu().view(3, 8, 64)[:, :4], reference.rope(q, rotary, positions))
+
+    def dense(self) -> None:
+        """RoPE in every form, branches into the residual stream, GELU and the cap of logits."""
+        cases = DenseCases(self._library)
+        compared = [(name, cases.rope(case)) for name, case in FORMS.items()]
+        compared += [(name, cases.branch(case)) for name, case in BRANCHES.items()]
+        for name, each in [*compared, ("gelu", cases.gelu_mul()), ("softcap", cases.softcap(640))]:
+            for what, found, wanted in each:
+                self.check(f"{name}: {what}", found, wanted)
 
     def _resident(self) -> tuple[AdapterPool, Tensor, AdapterTables]:
         resident = AdapterPool(self._geometry, 80, self._rng)
@@ -303,6 +313,7 @@ class Cases:
             self.pointwise,
             self.fp8,
             self.rope_kv,
+            self.dense,
             self.lora_decode,
             self.lora_chains,
             self.attention,

@@ -270,7 +270,6 @@ inline unsigned __float_as_uint(float v) {
     return u;
 }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float v) { return std::exp(v); }
 template <class T>
 inline T max(T a, T b) {
@@ -287,6 +286,14 @@ inline bool __any_sync(unsigned, bool value) {
         if (lane[0]) return true;
     return false;
 }
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
+    const shim::Lanes all = shim::exchange({value});
+    unsigned most = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (lanes >> lane & 1) most = most < all[lane][0] ? static_cast<unsigned>(all[lane][0]) : most;
+    return most;
+}
+inline float reciprocal_approx(float v) { return 1.f / v; }
 inline float exp2_approx(float v) { return std::exp2(v); }
 using SharedAddress = unsigned char*;
 inline SharedAddress address_of(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }

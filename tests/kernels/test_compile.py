@@ -9,6 +9,7 @@ import pytest
 from loraplex_kernels import compiler
 from loraplex_kernels.attention.paged_kv import softcap_defines
 from loraplex_kernels.attention.prefill import shared_bytes
+from loraplex_kernels.attention.rope_kv import RopeStyle
 from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key, compile_kernel, headers, sources
 from loraplex_kernels.lora import prefill_cut, prefill_shape
 from loraplex_kernels.lora.chains import CHAINS_MACRO
@@ -30,11 +31,13 @@ PREFILL = [
 ]
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
+FP8 = "KV_SCALES=1048576"
 SOFTCAP = softcap_defines(50.0)
 
 
-def prefill_defines(head_dim: int, available: int = 160 * 1024) -> tuple[str, ...]:
-    return f"HEAD_DIM={head_dim}", f"SHARED_BYTES={shared_bytes(head_dim, available)}"
+def prefill_defines(head_dim: int, available: int = 160 * 1024, *more: str) -> tuple[str, ...]:
+    shared = shared_bytes(head_dim, available, is_fp8=FP8 in more)
+    return f"HEAD_DIM={head_dim}", f"SHARED_BYTES={shared}", *more
 
 
 BUILDS = [
@@ -104,7 +107,15 @@ BUILDS = [
     ("attention_decode", ("HEAD_DIM=256", *SOFTCAP), 255),
     *(("attention_prefill", prefill_defines(head_dim), None) for head_dim in (64, 80, 96, 128, 256)),
     ("attention_prefill", prefill_defines(256, 99 * 1024), None),
-    *(("attention_prefill", (*prefill_defines(head_dim), *SOFTCAP), None) for head_dim in (128, 256)),
+    *(("attention_prefill", prefill_defines(head_dim, 160 * 1024, *SOFTCAP), None) for head_dim in (128, 256)),
+    *(("attention_decode", (f"HEAD_DIM={head_dim}", FP8), None) for head_dim in (64, 80, 128)),
+    ("attention_decode", ("HEAD_DIM=256", FP8), 255),
+    *(("attention_prefill", prefill_defines(head_dim, 160 * 1024, FP8), None) for head_dim in (64, 80, 128, 256)),
+    ("attention_prefill", prefill_defines(256, 99 * 1024, FP8, *SOFTCAP), None),
+    ("attention_scalar", ("HEAD_DIM=64", FP32, FP8), None),
+    *(("rope_kv", (*RopeStyle().defines(head_dim), FP8), None) for head_dim in (64, 80, 128)),
+    ("rope_kv", (*RopeStyle(norms_whole=True).defines(128), FP8), None),
+    ("rope_kv", (*RopeStyle().defines(64), FP32, FP8), None),
     ("attention_scalar", ("HEAD_DIM=64", FP32), None),
     ("attention_scalar", ("HEAD_DIM=80", FP32), None),
     ("attention_scalar", ("HEAD_DIM=256", FP32, *SOFTCAP), None),

@@ -132,7 +132,9 @@ class Line:
         }
         self.say(offer=Response.Offer(**(fields | changes)))
 
-    def send(self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None) -> None:
+    def send(
+        self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None, tree_sha256: str = ""
+    ) -> None:
         """Have the store send an image's bytes and report that it is filled."""
         data = bytearray(image.tobytes())
         if flip is not None:
@@ -142,7 +144,7 @@ class Line:
             piece = bytes(data[offset : offset + page_bytes // 2])
             crc = crc32c.crc32c(piece) if checksum is None else checksum
             self.say(chunk=Response.Chunk(digest=DIGEST, offset=offset, data=piece, crc32c=crc))
-        self.say(filled=Response.Filled(digest=DIGEST))
+        self.say(filled=Response.Filled(digest=DIGEST, image_tree_sha256=tree_sha256))
 
 
 def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) -> Line:

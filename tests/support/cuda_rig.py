@@ -107,11 +107,12 @@ def make_cuda_runner(
     dependent_launch: bool | None = None,
     min_decode_runs: int = MIN_DECODE_RUNS,
     jitter: bool = False,
+    kv_dtype: str = "",
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)
     limits = EngineLimits(
-        pool=choose_pool_geometry(info, dtype=dtype),
+        pool=choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype),
         num_pages=num_pages,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,

@@ -328,6 +328,7 @@ def torch_engine(
     eos_token_ids: tuple[int, ...] = (),
     policy: SchedulingPolicy = NO_GROWTH,
     filler: MaskFiller | None = None,
+    kv_dtype: str = "",
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     import torch
@@ -337,7 +338,7 @@ def torch_engine(
     from loraplex_engine.runners.torch.runner import TorchRunner
 
     info = load_base_model(model_dir)
-    pool = choose_pool_geometry(info, dtype="float32")
+    pool = choose_pool_geometry(info, dtype="float32", kv_dtype=kv_dtype)
     if block_tokens is not None:
         pool = replace(pool, block_tokens=block_tokens)
     limits = EngineLimits(

@@ -84,16 +84,6 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             "final_logit_softcapping": 9.0,
         },
     ),
-    "gemma2 no caps": (
-        "gemma2",
-        {
-            "head_dim": 24,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-    ),
     "gemma3": (
         "gemma3_text",
         {
@@ -106,7 +96,10 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
             },
         },
     ),
-    "gemma3 untied": ("gemma3_text", {"head_dim": 24, "tie_word_embeddings": False, "final_logit_softcapping": 8.0}),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": False, "final_logit_softcapping": 8.0},
+    ),
     "olmo3": (
         "olmo3",
         {
@@ -139,14 +132,47 @@ FAMILIES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         },
     ),
     "granite4": ("granitemoehybrid", GRANITE4 | {"position_embedding_type": "rope", "attention_bias": True}),
-    "granite4 no rope": ("granitemoehybrid", GRANITE4 | {"tie_word_embeddings": True}),
 }
 """By name: transformers' ``model_type``, and what differs from `SIZES`."""
 
 
+def _sized(suffix: str, *, num_layers: int, num_kv_heads: int) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return families with heads of 64 dimensions: kernels take no smaller ones."""
+    kinds = ["sliding_attention", "full_attention"] * (num_layers // 2)
+    sizes = {
+        "hidden_size": 128 * num_kv_heads,
+        "intermediate_size": 128 * num_kv_heads,
+        "num_attention_heads": 2 * num_kv_heads,
+        "num_key_value_heads": num_kv_heads,
+        "num_hidden_layers": num_layers,
+    }
+    phi_rope = {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 0.75}
+    changes: dict[str, dict[str, Any]] = {
+        "granite": {},
+        "granite4": {"shared_intermediate_size": 128 * num_kv_heads, "layer_types": ["attention"] * num_layers},
+        "olmo2": {},
+        "olmo3": {"layer_types": kinds},
+        "smollm3": {"no_rope_layers": [1, 0] * (num_layers // 2)},
+        "glm4": {"head_dim": 64},
+        "phi3": {"rope_parameters": phi_rope},
+        "gemma2": {"head_dim": 64, "tie_word_embeddings": False},
+        "gemma3": {"head_dim": 64, "layer_types": kinds},
+        "ministral3": {"head_dim": 64},
+    }
+    return {
+        f"{name} {suffix}": (FAMILIES[name][0], {**FAMILIES[name][1], **sizes, **own}) for name, own in changes.items()
+    }
+
+
+SHIM_FAMILIES: Final = _sized("on the host shim", num_layers=2, num_kv_heads=1)
+"""Families whose tiny models our kernels compute: each value for which there is a kernel occurs."""
+GPU_FAMILIES: Final = _sized("on a GPU", num_layers=4, num_kv_heads=2)
+"""The same with KV pages of at least a tile in bf16."""
+
+
 def family_config(name: str) -> Any:
     """Return transformers' configuration of a family's tiny model."""
-    model_type, changes = FAMILIES[name]
+    model_type, changes = {**FAMILIES, **SHIM_FAMILIES, **GPU_FAMILIES}[name]
     return AutoConfig.for_model(model_type, **{**SIZES, **changes})
 
 
@@ -186,8 +212,12 @@ def _draw(path: str, weight: torch.nn.Parameter) -> None:
         weight.normal_(std=(3.0 if "lm_head" in path else 1.0) / weight.shape[-1] ** 0.5)
 
 
-def write_family_adapter(directory: Path, name: str, targets: list[str], *, rank: int, seed: int) -> Path:
+def write_family_adapter(
+    directory: Path, name: str, targets: list[str], *, rank: int, seed: int, **settings: Any
+) -> Path:
     """Write a random adapter of some modules of a family's model, the first of them with twice the rank.
+
+    Further settings are those of `LoraConfig`.
 
     Returns:
         ``directory``.
@@ -200,10 +230,13 @@ def write_family_adapter(directory: Path, name: str, targets: list[str], *, rank
         target_modules=targets,
         rank_pattern={targets[0]: 2 * rank},
         task_type="CAUSAL_LM",
+        **settings,
     )
     adapted: Any = get_peft_model(model, config)
     with torch.no_grad():
         for path, weight in adapted.named_parameters():
+            if "trainable_tokens_delta" in path:
+                weight.normal_()
             if "lora_" in path:
                 weight.normal_(std=0.3 / max(weight.shape[-1], 8) ** 0.5)
                 if "lora_embedding_A" in path:

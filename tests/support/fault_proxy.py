@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 from collections.abc import Callable, Mapping
@@ -34,6 +35,16 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Then:
+    """The server's answer, before which something else happens."""
+
+    happens: Callable[[], object]
+
+
+Fault = Said | Cut | Then | None
+
+
+@dataclass(frozen=True)
 class Seen:
     """A request that has come."""
 
@@ -59,7 +70,7 @@ class FaultProxy:
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream)
-        self.fault: Callable[[Seen], Said | Cut | None] = lambda _: None
+        self.fault: Callable[[Seen], Fault] = lambda _: None
         self.seen: list[Seen] = []
         self.num_sent = 0
         self.url = ""
@@ -76,7 +87,9 @@ class FaultProxy:
         if isinstance(fault, Said):
             return fault.status, dict(fault.headers), fault.body, len(fault.body)
         status, headers, data = self._passed_on(request, body)
-        return status, headers, data, len(data) if fault is None else fault.after_bytes
+        if isinstance(fault, Then):
+            fault.happens()
+        return status, headers, data, fault.after_bytes if isinstance(fault, Cut) else len(data)
 
     def _passed_on(self, request: Seen, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.upstream.netloc, timeout=30)
@@ -109,7 +122,8 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
             self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
             self.end_headers()
             self.close_connection = num_bytes < len(data)
-            self.wfile.write(data[:num_bytes])
+            with contextlib.suppress(ConnectionError):  # the client may be gone
+                self.wfile.write(data[:num_bytes])
             proxy.num_sent += min(num_bytes, len(data))
 
         do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = _reply  # noqa: N815

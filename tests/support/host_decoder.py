@@ -10,12 +10,12 @@ from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
 from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
-from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
+from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.fp8_linear import linear_forms
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.outside import OutsideModules
@@ -23,6 +23,7 @@ from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
 from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.step import StepResult
 from loraplex_kernels.lora.tables import AdapterTables
@@ -85,17 +86,18 @@ class HostRunner:
         min_decode_runs: int = MIN_DECODE_RUNS,
         max_added_tokens: int = 0,
         weight_form: WeightForm = WeightForm.WHOLE,
+        kv_dtype: str = "",
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
-        self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
+        self.pool_geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU, form=weight_form)
         config = model_config(info.config)
         forms, inputs = linear_forms(weight_form, library, config, max_tokens=64)
-        model = LlamaModel(config, reader, forms, max_model_len=128, device=CPU)
+        model = read_model(config, reader, forms, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
         limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128, max_added_tokens=max_added_tokens)
-        self.decoder = LlamaDecoder(
+        self.decoder = forward_of(config)(
             model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS, inputs=inputs
         )
         self.tables = AdapterTables(self.geometry, max_adapters=8, tile_capacity=4096, device=CPU)
@@ -192,6 +194,7 @@ class HostRunner:
         self.logits = self.decoder.logits(step, rest)[:count]
         if has_outside and count:
             self.logits = self.outside.edit(plan, self.rows.num_columns(plan))
+        self.logits = self.decoder.finished(self.logits)
         drawn = self.logits.argmax(-1).to(torch.int32)
         slots = plan.slots[plan.sample_rows]
         self.decoder.last_sampled[torch.from_numpy(slots.astype(np.int64))] = drawn

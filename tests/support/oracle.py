@@ -27,13 +27,14 @@ from support.plans import Harness
 from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from loraplex_common.base_model import BaseModelInfo
     from loraplex_engine.step import TokenLogprobs
     from numpy.typing import NDArray
+    from torch import Tensor
 
 TIE_GAP = 1e-4
 MAX_TIES = 0.005
@@ -41,11 +42,24 @@ MAX_LOGIT_ERROR = 1e-4
 
 
 class Oracle:
-    """One base model with its adapters, in transformers and peft, fp32, eager attention."""
+    """One base model with its adapters, in transformers and peft, fp32, eager attention.
+
+    Args:
+        model_dir: Its directory.
+        adapters: Names and PEFT directories.
+        auto_class: What of transformers reads it.
+        make_cache: Makes the cache that a forward pass attends through; None: it has none.
+    """
 
     def __init__(
-        self, model_dir: Path, adapters: dict[str, Path] | None = None, *, auto_class: Any = AutoModelForCausalLM
+        self,
+        model_dir: Path,
+        adapters: dict[str, Path] | None = None,
+        *,
+        auto_class: Any = AutoModelForCausalLM,
+        make_cache: Callable[[], Any] | None = None,
     ) -> None:
+        self._make_cache = make_cache
         model: Any = auto_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
         self._model: Any = model.eval()
         for name, directory in (adapters or {}).items():
@@ -65,14 +79,19 @@ class Oracle:
         inputs = torch.tensor([list(token_ids)])
         if adapter is not None:
             self._model.set_adapter(adapter)
-            found = self._model(inputs, use_cache=False).logits
+            found = self._forward(inputs)
         elif isinstance(self._model, PeftModel):
             with self._model.disable_adapter():
-                found = self._model(inputs, use_cache=False).logits
+                found = self._forward(inputs)
         else:
-            found = self._model(inputs, use_cache=False).logits
+            found = self._forward(inputs)
         result: NDArray[np.float32] = found[0].float().numpy()
         return result
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        cache = None if self._make_cache is None else self._make_cache()
+        found: Tensor = self._model(inputs, use_cache=cache is not None, past_key_values=cache).logits
+        return found
 
     def greedy(self, prompt: Sequence[int], num_tokens: int, adapter: str | None = None) -> list[int]:
         """Return the likeliest continuation."""
@@ -149,10 +168,11 @@ def make_rig(
     seed: int = 0,
     text_only: bool = False,
     weight_form: WeightForm = WeightForm.WHOLE,
+    kv_dtype: str = "",
 ) -> Rig:
     """Build a runner over a model directory and load adapters from PEFT directories."""
     info = load_base_model(model_dir, text_only=text_only)
-    geometry = choose_pool_geometry(info, dtype=dtype)
+    geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
     limits = EngineLimits(pool=geometry, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     runner = TorchRunner(
         RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async, weight_form=weight_form),

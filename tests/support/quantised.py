@@ -11,6 +11,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,37 @@ def awq(group_size: int) -> Pack:
         return packed, ((numbers - zeros[group]) * scales.float()[group]).t()
 
     return pack
+
+
+def bnb_4bit(kind: str, *, is_nested: bool, block: int = 64) -> Pack:
+    """Return what packs as bitsandbytes' ``Params4bit`` does."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, state = quantize_4bit(weight, blocksize=block, compress_statistics=is_nested, quant_type=kind)
+        parts = {f"weight.{suffix}": part for suffix, part in state.as_dict(packed=True).items()}
+        # Blocks run over the flattened weight; the library's CPU kernel, unlike its others, begins one with each row.
+        state.shape = torch.Size((weight.numel() // block, block))
+        return {"weight": codes, **parts}, dequantize_4bit(codes, state).float().view(weight.shape)
+
+    return pack
+
+
+def bnb_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Pack as bitsandbytes' ``Int8Params`` does."""
+    codes, largest, _ = int8_vectorwise_quant(weight.half())
+    packed = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return packed, int8_vectorwise_dequant(codes, largest)
+
+
+def mxfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Pack as compressed-tensors' ``MXFP4PackedCompressor`` does."""
+    args = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    largest = weight.reshape(weight.shape[0], -1, 32).abs().amax(-1)
+    scale = torch.exp2((largest / 6).log2().ceil())
+    packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    return packed, compressor.decompress(packed, scheme)["weight"].float()
 
 
 def write_quantised(

@@ -196,7 +196,9 @@ def constraints_of(model: Path) -> Constraints:
     return make_constraints(model, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
 
 
-async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_async: bool = False) -> Tally:
+async def run_campaign(
+    directory: Path, *, num_requests: int, seed: int, is_async: bool = False, kv_dtype: str = ""
+) -> Tally:
     """Run requests; raises only if engine, session or a stream is lost, every other fault is in the tally.
 
     Args:
@@ -204,19 +206,21 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
         num_requests: Number of requests.
         seed: Seed of everything random.
         is_async: Whether the runner lags behind, as a GPU does, with two steps in flight.
+        kv_dtype: What keys and values are, as `PoolGeometry` has it.
     """
     model = write_base_model(directory / "tiny", BASE)
     engine = partial(
         torch_engine,
         model,
-        num_pages=72,
-        num_arena_slots=64,
+        num_pages=150 if kv_dtype else 72,  # pages of FP8 are a third as large, adapters are not
+        num_arena_slots=256 if kv_dtype else 64,
         block_tokens=4,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=12,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         eos_token_ids=EOS_IDS,
         emulate_async=is_async,
+        kv_dtype=kv_dtype,
     )
     return await run_campaign_on(engine, model, num_requests=num_requests, seed=seed)
 

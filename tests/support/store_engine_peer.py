@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import crc32c
 import numpy as np
+from google.rpc import status_pb2
 from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
+from loraplex_common.tree_digest import piece_digests, tree_root
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,6 +37,7 @@ class EnginePeer:
     Attributes:
         auto_grant: Whether offers are granted automatically.
         accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
+        takes_tree_digests: Whether it is an engine that checks the digest that comes last, and none of an earlier version.
         num_to_spoil: That many of the next images are reported corrupt.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
         log: Every message of the store.
@@ -45,6 +48,7 @@ class EnginePeer:
         self.auto_grant = True
         self.accept_unsolicited = True
         self.num_to_spoil = 0
+        self.takes_tree_digests = True
         self.images: dict[str, NDArray[np.uint8]] = {}
         self.log: list[pb.AttachEngineResponse] = []
         self._base = base
@@ -79,6 +83,7 @@ class EnginePeer:
             held=[self._held(digest) for digest in self.images],
             sequence=self._sequence,
             max_image_pages=self._num_slots,
+            takes_tree_digests=self.takes_tree_digests,
         )
         hello.MergeFrom(_Request.Hello(**changes))
         return hello
@@ -86,6 +91,10 @@ class EnginePeer:
     def without_shared_memory(self) -> None:
         """Make the nonce wrong, as for a store on another host that has a process with this number."""
         self.nonce = secrets.token_bytes(32)
+
+    def touch_arena(self) -> None:
+        """Let the kernel give the arena its memory, as an engine does at its start."""
+        np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:] = 0
 
     def say(self, **message: Any) -> None:
         """Send any message."""
@@ -143,7 +152,7 @@ class EnginePeer:
                 case "chunk":
                     self._write(response.chunk)
                 case "filled":
-                    self._filled(response.filled.digest)
+                    await self._filled(response.filled)
             self._changed.set()
 
     def close(self) -> None:
@@ -177,19 +186,22 @@ class EnginePeer:
     def _position(self, slot: int) -> int:
         return HEADER_BYTES + slot * self._geometry.page_bytes
 
-    def _filled(self, digest: str) -> None:
-        page_bytes = self._geometry.page_bytes
-        pages = [self._map[self._position(s) : self._position(s) + page_bytes] for s in self._granted[digest]]
-        data = b"".join(pages)
-        is_right = hashlib.sha256(data).hexdigest() == self._offers[digest].image_sha256
+    async def _filled(self, filled: pb.AttachEngineResponse.Filled) -> None:
+        digest, page_bytes = filled.digest, self._geometry.page_bytes
+        slots = self._granted[digest]
+        arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
+        image = arena[list(slots)]
+        del arena  # while there is a view, the mapping cannot be closed
+        root = tree_root(await asyncio.gather(*(asyncio.to_thread(piece_digests, page.data) for page in image)))
+        is_right = root == filled.image_tree_sha256
+        if not self.takes_tree_digests:
+            is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256
         if self.num_to_spoil or not is_right:
             self.num_to_spoil -= 1
             self._free += self._granted.pop(digest)
-            from google.rpc import status_pb2
-
             self.report(digest, adapter_pb2.TIER_STORE, error=status_pb2.Status(code=15, message="sha256 is wrong"))
             return
-        self.images[digest] = np.frombuffer(data, dtype=np.uint8).reshape(-1, page_bytes)
+        self.images[digest] = image
         self.report(digest, adapter_pb2.TIER_ARENA)
 
 

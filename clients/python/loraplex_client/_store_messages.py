@@ -25,7 +25,7 @@ from loraplex_client.resources import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from google.longrunning.operations_proto_pb2 import Operation
@@ -109,11 +109,32 @@ def _shares(message: Iterable[adapter_pb2.AliasShare]) -> dict[str, int]:
 
 
 def alias(name: str, label: str, revision: str | Mapping[str, int]) -> adapter_pb2.Alias:
-    """Return where a label is to point: a revision, or revision -> weight."""
+    """Return where a label is to point: a revision, or revision -> weight.
+
+    Raises:
+        InvalidParameterError: If there are no shares: that would remove the label.
+    """
     if isinstance(revision, str):
         return adapter_pb2.Alias(name=name, label=label, revision=revision)
+    if not revision:
+        raise InvalidParameterError("no shares; an empty revision removes a label", field="revision")
     shares = [adapter_pb2.AliasShare(revision=digest, weight=weight) for digest, weight in revision.items()]
     return adapter_pb2.Alias(name=name, label=label, shares=shares)
+
+
+def update_request(
+    name: str, description: str | None, allowed_tenants: Sequence[str] | None, etag: str
+) -> adapter_store_pb2.UpdateAdapterRequest:
+    """Return a change of the fields that are not None."""
+    request = adapter_store_pb2.UpdateAdapterRequest(request_id=new_request_id())
+    request.adapter.name, request.adapter.etag = name, etag
+    if description is not None:
+        request.adapter.description = description
+        request.update_mask.paths.append("description")
+    if allowed_tenants is not None:
+        request.adapter.allowed_tenants.extend(allowed_tenants)
+        request.update_mask.paths.append("allowed_tenants")
+    return request
 
 
 def label_move(message: adapter_store_pb2.AliasMove) -> LabelMove:

@@ -67,7 +67,7 @@ class AttentionDecode:
         self._partial_out = torch.empty(most * HEADS_PER_CTA * head_dim, dtype=torch.float32, device=device)
         self._partial_stats = torch.empty(most * HEADS_PER_CTA * 2, dtype=torch.float32, device=device)
         self._arrivals = torch.zeros(max_rows * self._units, dtype=torch.int32, device=device)
-        defines = (*layout.defines, *softcap_defines(softcap))
+        defines = (f"HEAD_DIM={head_dim}", *layout.kv_defines, *softcap_defines(softcap))
         self._kernel = library.load("attention_decode", AttentionDecodeParams(), BLOCK, defines=defines)
 
     def splits(self, rows: int) -> int:

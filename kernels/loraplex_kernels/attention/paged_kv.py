@@ -69,10 +69,9 @@ class KvLayout:
         return layer * 2 * self.num_kv_heads * self.block_tokens * self.head_dim * size
 
     @property
-    def defines(self) -> tuple[str, ...]:
-        """Macros of a kernel that reads or writes K and V."""
-        scales = () if self.scales_offset is None else (f"KV_SCALES={self.scales_offset}",)
-        return (f"HEAD_DIM={self.head_dim}", *scales)
+    def kv_defines(self) -> tuple[str, ...]:
+        """Macros of a kernel that reads or writes K and V, besides their size."""
+        return () if self.scales_offset is None else (f"KV_SCALES={self.scales_offset}",)
 
     def fill(
         self,

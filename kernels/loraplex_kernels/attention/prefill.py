@@ -64,7 +64,8 @@ def shared_bytes(head_dim: int, available: int, *, is_fp8: bool = False) -> int:
     """
     row = 2 * head_dim + (0 if head_dim % 64 == 0 else 16)
     token = 2 * row + 4 * head_dim + 8 if is_fp8 else 4 * row
-    sizes = [TILE_ROWS * row + tokens * token for tokens in ((64,) if head_dim <= 128 else (32, 16))]
+    choices = (32, 16) if head_dim > 128 else (64,)
+    sizes = [TILE_ROWS * row + tokens * token for tokens in choices]
     fitting = [size for size in sizes if size <= available]
     if not fitting:
         raise ValueError(
@@ -96,7 +97,12 @@ class AttentionPrefill:
             "attention_prefill",
             AttentionPrefillParams(),
             block_threads(layout.head_dim),
-            defines=(*layout.defines, f"SHARED_BYTES={shared}", *softcap_defines(softcap)),
+            defines=(
+                f"HEAD_DIM={layout.head_dim}",
+                *layout.kv_defines,
+                f"SHARED_BYTES={shared}",
+                *softcap_defines(softcap),
+            ),
             shared_bytes=shared,
         )
 

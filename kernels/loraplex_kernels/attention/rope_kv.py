@@ -90,7 +90,7 @@ class RopeKv:
         params.pool = library.check("pool", pool, torch.uint8, -1, layout.page_bytes)
         if rotary is not None:
             params.rotary = library.check("rotary", rotary, torch.float32, -1, width)
-        defines = style.defines(layout.head_dim)
+        defines = (*style.defines(layout.head_dim), *layout.kv_defines)
         if query_scale is not None:
             params.query_scale = library.check("query_scale", query_scale, torch.float32, -1)
             defines = (*defines, "QUERY_SCALE")

@@ -30,7 +30,7 @@ class AttentionScalar:
         self, library: KernelLibrary, layout: KvLayout, *, scale: float | None = None, softcap: float | None = None
     ) -> None:
         self._library, self._layout, self._scale = library, layout, scale
-        defines = (*layout.defines, *softcap_defines(softcap))
+        defines = (f"HEAD_DIM={layout.head_dim}", *layout.kv_defines, *softcap_defines(softcap))
         self._kernel = library.load("attention_scalar", AttentionScalarParams(), WARPS * 32, defines=defines)
 
     def launch(

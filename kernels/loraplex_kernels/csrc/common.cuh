@@ -54,17 +54,6 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 #endif
 }
 
-// Products of two pairs of bf16.
-__device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
-#ifdef LORAPLEX_HOST
-    return pack_bf16(low_float(a) * low_float(b), high_float(a) * high_float(b));
-#else
-    u32 out;  // sm_80 has no mul.bf16x2; adding -0 changes nothing
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
-    return out;
-#endif
-}
-
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
@@ -114,15 +103,6 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
                  : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
                  : "l"(from));
     return q;
-#endif
-}
-__device__ __forceinline__ Pair load_weights8(const u8* from) {
-#ifdef LORAPLEX_HOST
-    return *reinterpret_cast<const Pair*>(from);
-#else
-    Pair p;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(p.x), "=r"(p.y) : "l"(from));
-    return p;
 #endif
 }
 // For data that is read again only after hundreds of megabytes of weights: the load asks the L2 to keep it. The load
@@ -259,6 +239,11 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, 
 __device__ __forceinline__ float exp2_approx(float v) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+__device__ __forceinline__ float reciprocal_approx(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
     return out;
 }
 // Transposes an 8x8 matrix of 16-bit elements held as mma fragments.

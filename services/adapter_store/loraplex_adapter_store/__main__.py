@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
 from loraplex_common.heap import keep_heap_small
+from loraplex_common.hub_base import local_bases
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.log import configure, get_logger
@@ -17,6 +19,7 @@ from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import CredentialsFileError
+from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
 
 
@@ -40,8 +43,10 @@ def main() -> None:
     get_logger().info("configuration", **describe(config))
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
-        asyncio.run(run(config))
-    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, OSError) as error:
+        directories, hub_name = local_bases(config.model)
+        name = config.served_model_name or hub_name
+        asyncio.run(run(replace(config, model=directories, served_model_name=name)))
+    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, ColdTierError, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
+from loraplex_common.sentinel_url import SentinelUrl
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
 
@@ -15,6 +16,16 @@ from loraplex_adapter_store.imports.registry import Registry
 from loraplex_adapter_store.object_storage import Bucket
 
 MIB: Final = 1024 * 1024
+_POSITIVE: Final = (
+    "image_cache_bytes",
+    "hot_bytes",
+    "image_work_bytes",
+    "disk_cache_bytes",
+    "max_adapter_bytes",
+    "max_concurrent_imports",
+    "max_pending_imports",
+    "keep_pushed_revisions",
+)
 
 
 def shown_each(items: tuple[object, ...]) -> list[str]:
@@ -26,11 +37,17 @@ def shown_each(items: tuple[object, ...]) -> list[str]:
 class StoreConfig(ServiceSettings):
     """Keeps adapters and feeds engines."""
 
-    model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub; repeat for several", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
     text_only: bool = setting(False, help="know a multimodal model by its text part, without images")
     redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
+    redis_replicas: int | None = setting(
+        None,
+        help="replicas of Valkey that must have a change on disk before it is acknowledged (default: 1 behind Sentinels, else 0)",
+    )
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     import_bucket: tuple[Bucket, ...] = setting(
         (),
@@ -46,7 +63,21 @@ class StoreConfig(ServiceSettings):
         show=shown_each,
         metavar="HOST",
     )
+    cold_tier: Bucket | None = setting(
+        None,
+        help="s3://BUCKET/PREFIX[?endpoint=URL&region=NAME&credential=NAME] that keeps all adapters; Valkey keeps copies",
+        parse=Bucket.parse,
+        show=str,
+        metavar="URL",
+    )
+    hot_bytes: int = size(4096 * MIB, help="with --cold-tier: bytes of copies in Valkey")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
+    image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
+    disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
+    disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
+    prepare_images: int = setting(
+        32, help="new adapters that may wait until their images are made for the attached engines; 0 makes none ahead"
+    )
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
     keep_pushed_revisions: int = setting(
         4, help="pushed revisions without a label that each name keeps, the newest; engines drop the others"
@@ -74,17 +105,24 @@ class StoreConfig(ServiceSettings):
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
 
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that must have a change on disk: one that the Sentinels may put in the primary's place."""
+        if self.redis_replicas is not None:
+            return self.redis_replicas
+        return 0 if SentinelUrl.parse(self.redis_url) is None else 1
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("at least one --model is needed")
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
-        sizes = ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports")
-        for name in (*sizes, "keep_pushed_revisions"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.max_connection_age_s < 0:
-            raise ValueError("--max-connection-age-s must not be negative")
+        for name in ("max_connection_age_s", "prepare_images", "redis_replicas"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")

@@ -1,80 +1,106 @@
-"""Page images in host RAM: derived from canonical blobs off the event loop, kept under a byte budget."""
+"""Page images: in host memory under a byte budget, on disk, or derived from canonical forms; each derived once at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-from loraplex_common.adapter_image import AdapterSpec, Geometry, ImageError, image_sha256, layout, pack
+from loraplex_common.adapter_image import ImageError, layout
 from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, AdapterNotFoundError
-from numpy.typing import NDArray
 
-from loraplex_adapter_store.checkpoint.canonical import read_canonical
+from loraplex_adapter_store.derivation import Derivation
+from loraplex_adapter_store.page_image import Fit, Image, ImagePlan
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from loraplex_common.adapter_image import Geometry
+
+    from loraplex_adapter_store.byte_budget import ByteBudget
+    from loraplex_adapter_store.derivation import PageSink
+    from loraplex_adapter_store.disk.disk_tier import DiskTier
     from loraplex_adapter_store.metrics import StoreMetrics
+    from loraplex_adapter_store.page_image import ImageKey
     from loraplex_adapter_store.repository.blobs import Blobs, Manifest
     from loraplex_adapter_store.repository.catalog import Catalog
 
 
-@dataclass(frozen=True, slots=True)
-class ImageKey:
-    """The facts that an image depends on."""
+class ImageSources:
+    """Where images come from that are not in memory.
 
-    digest: str
-    geometry: Geometry
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An adapter as one tensor-parallel rank's kernels read it.
-
-    Attributes:
-        pages: ``[num_pages, page_bytes]``, uint8, read-only.
-        sha256: sha256 over the pages in order, 64 hex digits.
+    Args:
+        blobs: The canonical forms.
+        catalog: Tells a revision that is unknown from one whose weights are gone.
+        disk: Images and canonical forms on disk; None if there is no disk tier.
+        budget: Bounds what derivations hold at once.
+        executor: Its threads do their work.
     """
 
-    spec: AdapterSpec
-    base_fingerprint: str
-    pages: NDArray[np.uint8]
-    sha256: str
+    def __init__(
+        self, blobs: Blobs, catalog: Catalog, disk: DiskTier | None, budget: ByteBudget, executor: Executor
+    ) -> None:
+        self._blobs = blobs
+        self._catalog = catalog
+        self.disk = disk
+        self._budget = budget
+        self._executor = executor
 
+    async def manifest(self, digest: str) -> Manifest:
+        """Return the manifest of a canonical form.
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What an engine can take.
+        Raises:
+            AdapterNotFoundError: If the revision does not exist.
+            AdapterCorruptError: If its weights are gone.
+            AdapterIncompatibleError: If a newer version wrote it.
+            StoreUnavailableError: If Valkey cannot be reached.
+        """
+        manifest = await self._blobs.manifest(digest)
+        if manifest is not None:
+            return manifest
+        if await self._catalog.get_revisions([digest]):
+            raise AdapterCorruptError(f"revision {digest}: its weights are gone from Valkey; import the adapter again")
+        raise AdapterNotFoundError(f"revision {digest} does not exist")
 
-    Attributes:
-        max_pages: Pages of the largest image that its pool can ever hold.
-    """
+    async def planned(self, key: ImageKey, manifest: Manifest) -> ImagePlan:
+        """Return what an image will be.
 
-    base_fingerprint: str
-    max_pages: int
+        Raises:
+            AdapterIncompatibleError: If the adapter cannot be laid out.
+        """
+        run = asyncio.get_running_loop().run_in_executor
+        try:
+            plan = await run(self._executor, layout, key.geometry, manifest.spec.sizes)
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
+        return ImagePlan(manifest.spec, manifest.base_fingerprint, plan.num_pages)
 
-    def check_base(self, digest: str, base_fingerprint: str) -> None:
-        """Raise `AdapterIncompatibleError` if an adapter is for another base model."""
-        if base_fingerprint != self.base_fingerprint:
-            raise AdapterIncompatibleError(
-                f"revision {digest} is for base model {base_fingerprint}, the engine serves {self.base_fingerprint}"
-            )
+    async def derive(self, key: ImageKey, manifest: Manifest, num_pages: int, sink: PageSink | None) -> Image:
+        """Derive an image from the canonical form on disk, else in Valkey.
 
-    def check_pages(self, digest: str, num_pages: int, page_bytes: int, max_rank: int) -> None:
-        """Raise `AdapterIncompatibleError` if an image can never fit the pool."""
-        if num_pages > self.max_pages:
-            size, remedy = (
-                (f" (largest rank {max_rank})", "lower the rank") if max_rank else ("", "adapt fewer modules")
-            )
-            raise AdapterIncompatibleError(
-                f"revision {digest}{size} takes {num_pages} pages of {page_bytes} bytes = {num_pages * page_bytes} bytes, the "
-                f"engine's pool can hold at most {self.max_pages} pages for one adapter; raise --pool-bytes or {remedy}"
-            )
+        Raises:
+            AdapterCorruptError: If the stored bytes do not match their digest.
+            AdapterIncompatibleError: If it cannot be laid out.
+            StoreUnavailableError: If the bytes are on no disk and Valkey cannot be reached.
+        """
+        async with self._budget.hold(manifest.num_bytes + num_pages * key.geometry.page_bytes):
+            chunks = await self.disk.canonical(key.digest) if self.disk is not None else None
+            is_on_disk = chunks is not None
+            try:
+                work = Derivation(key.digest, manifest, key.geometry, key.rank, self._executor, sink)
+                root = await work.run(chunks or self._blobs.read(key.digest, manifest))
+            except ImageError as error:
+                raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
+            work.pages.setflags(write=False)
+            image = Image(manifest.spec, manifest.base_fingerprint, work.pages, root)
+            if self.disk is not None:
+                self.disk.keep_image(key, image)
+                if not is_on_disk:
+                    self.disk.keep_canonical(key.digest, work.canonical)
+            return image
 
 
 class ImageCache:
@@ -84,61 +110,92 @@ class ImageCache:
         budget_bytes: Bytes of images kept after their use; an image larger than that is served but not kept.
     """
 
-    def __init__(
-        self, blobs: Blobs, catalog: Catalog, metrics: StoreMetrics, *, budget_bytes: int, executor: Executor
-    ) -> None:
-        self._blobs = blobs
-        self._catalog = catalog
+    def __init__(self, sources: ImageSources, metrics: StoreMetrics, *, budget_bytes: int) -> None:
+        self._sources = sources
         self._metrics = metrics
         self._budget_bytes = budget_bytes
-        self._executor = executor
         self._kept: OrderedDict[ImageKey, Image] = OrderedDict()  # least recently used first
         self._kept_bytes = 0
         self._building: dict[ImageKey, asyncio.Task[Image]] = {}
 
-    async def get(self, key: ImageKey, fit: Fit) -> Image:
+    async def plan(self, key: ImageKey, fit: Fit) -> ImagePlan:
+        """Return what an engine's image is or will be; an image in memory or on disk needs no Valkey.
+
+        Raises:
+            LoraplexError: In the cases of `get`, as far as they are known before the image is derived.
+        """
+        image = self._kept.get(key) or await self._on_disk(key)
+        if image is not None:
+            plan = image.plan
+        else:
+            manifest = await self._sources.manifest(key.digest)
+            fit.check_base(key.digest, manifest.base_fingerprint)
+            plan = await self._sources.planned(key, manifest)
+        fit.check(key, plan)
+        return plan
+
+    async def get(self, key: ImageKey, fit: Fit, sink: PageSink | None = None) -> Image:
         """Return an image that fits an engine.
 
-        An image in RAM needs no Valkey.
+        Args:
+            key: What the image depends on.
+            fit: What the engine can take.
+            sink: If the image has to be derived, and this call is the first to ask for it, is given each page as soon as
+                it is finished. If this raises, and so if it is cancelled, the work may go on for others, and so may that.
 
         Raises:
             AdapterNotFoundError: If the revision does not exist.
             AdapterIncompatibleError: If it is for another base model, too large, or cannot be laid out.
             AdapterCorruptError: If the stored bytes do not match their digest.
-            StoreUnavailableError: If it is not in RAM and Valkey cannot be reached.
+            StoreUnavailableError: If it is neither in memory nor on disk and Valkey cannot be reached.
         """
         began = time.monotonic()
-        image = self._kept.get(key)
-        tier = "host"
+        image, tier = self._kept.get(key), "host"
         if image is not None:
             self._kept.move_to_end(key)
-            fit.check_base(key.digest, image.base_fingerprint)
+        elif (image := await self._on_disk(key)) is not None:
+            tier = "disk"
         else:
-            tier = "redis"
-            await self._check_before_building(key, fit)
-            image = await self._build_once(key)
-        fit.check_pages(key.digest, len(image.pages), key.geometry.page_bytes, image.spec.max_rank)
+            image, tier = await self._build_once(key, fit, sink), "redis"
+        fit.check(key, image.plan)
         self._metrics.fetches.labels(tier).inc()
         self._metrics.fetch_bytes.labels(tier).inc(image.pages.nbytes)
         self._metrics.fetch_seconds.labels(tier).observe(time.monotonic() - began)
         return image
 
+    async def prepare(self, key: ImageKey, base_fingerprint: str) -> None:
+        """Derive an image that no engine wants yet, if there is room for it that no other image has.
+
+        Raises:
+            LoraplexError: In the cases of `get`.
+        """
+        fit = Fit(base_fingerprint, max_pages=sys.maxsize)
+        if key in self._kept or key in self._building or await self._on_disk(key) is not None:
+            return
+        num_bytes = (await self.plan(key, fit)).num_pages * key.geometry.page_bytes
+        if self._sources.disk is not None or self._kept_bytes + num_bytes <= self._budget_bytes:
+            await self._build_once(key, fit, None, may_displace=False)
+
     def drop(self, digest: str) -> None:
-        """Forget all images of a revision."""
+        """Forget all images of a revision, on disk too."""
         for key in [key for key in self._kept if key.digest == digest]:
             self._kept_bytes -= self._kept.pop(key).pages.nbytes
         self._metrics.image_cache_bytes.set(self._kept_bytes)
+        if self._sources.disk is not None:
+            self._sources.disk.drop(digest)
 
-    def recent(self, geometry: Geometry) -> list[str]:
-        """Return the digests whose images of this geometry are in RAM, most recently used first."""
-        return list(dict.fromkeys(key.digest for key in reversed(self._kept) if key.geometry == geometry))
+    def recent(self, geometry: Geometry) -> dict[str, int]:
+        """Return the digests whose images of a geometry are at hand with their pages, most recently used first.
 
-    def num_pages(self, digest: str, geometry: Geometry) -> int:
-        """Return the pages of an image in RAM, for its largest rank; 0 if it is not in RAM."""
-        return max(
-            (len(image.pages) for key, image in self._kept.items() if (key.digest, key.geometry) == (digest, geometry)),
-            default=0,
-        )
+        Those in memory come before those on disk.
+        """
+        found: dict[str, int] = {}
+        for key, image in reversed(self._kept.items()):
+            if key.geometry == geometry:
+                found[key.digest] = max(len(image.pages), found.get(key.digest, 0))
+        if self._sources.disk is not None:
+            found |= {each: pages for each, pages in self._sources.disk.recent(geometry).items() if each not in found}
+        return found
 
     def check_integrity(self) -> None:
         """Raise `RuntimeError` if the accounting and the images kept disagree."""
@@ -148,44 +205,33 @@ class ImageCache:
                 f"image cache: {total} bytes kept, {self._kept_bytes} counted, budget {self._budget_bytes}"
             )
 
-    async def _check_before_building(self, key: ImageKey, fit: Fit) -> None:
-        manifest = await self._manifest(key.digest)
-        fit.check_base(key.digest, manifest.base_fingerprint)
-        try:
-            plan = layout(key.geometry, manifest.spec.sizes)
-        except ImageError as error:
-            raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
-        fit.check_pages(key.digest, plan.num_pages, key.geometry.page_bytes, manifest.spec.max_rank)
+    async def _on_disk(self, key: ImageKey) -> Image | None:
+        return await self._sources.disk.image(key) if self._sources.disk is not None else None
 
-    async def _manifest(self, digest: str) -> Manifest:
-        manifest = await self._blobs.manifest(digest)
-        if manifest is not None:
-            return manifest
-        if await self._catalog.get_revisions([digest]):
-            raise AdapterCorruptError(f"revision {digest}: its weights are gone from Valkey; import the adapter again")
-        raise AdapterNotFoundError(f"revision {digest} does not exist")
-
-    async def _build_once(self, key: ImageKey) -> Image:
+    async def _build_once(self, key: ImageKey, fit: Fit, sink: PageSink | None, *, may_displace: bool = True) -> Image:
         task = self._building.get(key)
         if task is None:
-            task = asyncio.create_task(self._build(key), name=f"image {key.digest[:12]}")
+            task = asyncio.create_task(self._build(key, fit, sink, may_displace), name=f"image {key.digest[:12]}")
             self._building[key] = task
-            task.add_done_callback(lambda _: self._building.pop(key, None))
+            task.add_done_callback(partial(self._built, key))
         return await asyncio.shield(task)  # other callers may wait for it even if this one goes away
 
-    async def _build(self, key: ImageKey) -> Image:
-        manifest = await self._manifest(key.digest)
-        data = bytearray()
+    def _built(self, key: ImageKey, task: asyncio.Task[Image]) -> None:
+        self._building.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # its callers have it, if any is left
+
+    async def _build(self, key: ImageKey, fit: Fit, sink: PageSink | None, may_displace: bool) -> Image:
+        manifest = await self._sources.manifest(key.digest)
+        plan = await self._sources.planned(key, manifest)
+        fit.check(key, plan)
         try:
-            async for chunk in self._blobs.read(key.digest, manifest):
-                data += chunk
-            image = await asyncio.get_running_loop().run_in_executor(self._executor, _derive, key, data)
+            image = await self._sources.derive(key, manifest, plan.num_pages, sink)
         except AdapterCorruptError:
             self._metrics.verify_failures.inc()
             raise
-        except ImageError as error:
-            raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
-        self._keep(key, image)
+        if may_displace or self._kept_bytes + image.pages.nbytes <= self._budget_bytes:
+            self._keep(key, image)
         return image
 
     def _keep(self, key: ImageKey, image: Image) -> None:
@@ -197,11 +243,3 @@ class ImageCache:
         self._kept[key] = image
         self._kept_bytes += image.pages.nbytes
         self._metrics.image_cache_bytes.set(self._kept_bytes)
-
-
-def _derive(key: ImageKey, data: bytearray) -> Image:
-    """Verify a canonical blob and lay it out; runs in a thread."""
-    adapter = read_canonical(data, key.digest)
-    pages = pack(key.geometry, adapter.spec, adapter.tensors, key.rank)
-    pages.setflags(write=False)
-    return Image(adapter.spec, adapter.base_fingerprint, pages, image_sha256(pages))

@@ -16,6 +16,7 @@ from loraplex_common.errors import (
     InvalidParameterError,
 )
 
+from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError, Told
 
@@ -197,7 +198,10 @@ class Lifecycle:
             taken_back, shares = _left_last(await self._visible(name, caller), label, moves)
         else:
             Answer("rollback", name, content=caller.content).repeated(answer)
-            taken_back, shares = next(move for move in moves if move.cause == "rollback").reversed, {}
+            done = next((move for move in moves if move.cause == "rollback"), None)
+            if done is None:
+                raise AdapterNotFoundError(f"{name}:{label} has moved too often since this request was answered")
+            taken_back, shares = done.reversed, {}
 
         def apply(old: AdapterRecord) -> AdapterRecord:
             _existing(old).expect(label, expected)
@@ -229,6 +233,12 @@ class Lifecycle:
         return record.as_shown_to(tenant, is_admin=is_admin)
 
     async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+        with audited(kind, name) as facts:
+            record = await self._changed(kind, name, apply, caller)
+            facts["labels"] = dict(record.labels)
+            return record
+
+    async def _changed(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
         asked = Answer(kind, name, content=caller.content)
         if (answer := await self._catalog.answer_to(caller.request_id)) is not None:
             asked.repeated(answer)

@@ -176,10 +176,16 @@ def storage_errors(what: str) -> Iterator[None]:
         raise found from error
 
 
-def _error(what: str, error: Exception) -> LoraplexError:
+def answer_of(error: Exception) -> str:
+    """Return what a storage has answered: its code, else its status, else the failure's name."""
     text = str(error)
-    code = match[1] if (match := _CODE.search(text)) else ""
-    said = code or (f"status {match[1]}" if (match := _STATUS.search(text)) else type(error).__name__)
+    if match := _CODE.search(text):
+        return match[1]
+    return f"status {match[1]}" if (match := _STATUS.search(text)) else type(error).__name__
+
+
+def _error(what: str, error: Exception) -> LoraplexError:
+    said = code = answer_of(error)
     if trouble := _REFUSED_CREDENTIALS.get(code):
         return CredentialRefusedError(f"{what}: the credential {trouble} ({code}); renew it in the credentials file")
     # A read that is taken up again in the library fails with its generic class: the code says more.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,55 +10,44 @@ from typing import TYPE_CHECKING, Final
 
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
-from loraplex_common.auth import Authenticator
-from loraplex_common.exposition import Audience, Exposition, new_registry
+from loraplex_common.exposition import Audience, Exposition
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
-from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
-from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.contents import Contents
-from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.core import Core, make_core, make_images
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.checker import CheckpointChecker
-from loraplex_adapter_store.imports.directory import ImportRoots
-from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
-from loraplex_adapter_store.imports.oci import OciImports
-from loraplex_adapter_store.imports.s3 import S3Imports
 from loraplex_adapter_store.imports.sources import Sources
-from loraplex_adapter_store.imports.threads import DownloadThreads
 from loraplex_adapter_store.lifecycle import Lifecycle
-from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
+from loraplex_adapter_store.metrics import ReplicaFactorCollector
 from loraplex_adapter_store.operations import OperationsServicer
-from loraplex_adapter_store.push.pusher import Pusher
-from loraplex_adapter_store.push.readiness import EngineReadiness
-from loraplex_adapter_store.push.released import ReleasedRevisions
+from loraplex_adapter_store.preparing import ImagePreparer
+from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
-from loraplex_adapter_store.repository import keys
-from loraplex_adapter_store.repository.blobs import Blobs
-from loraplex_adapter_store.repository.catalog import Catalog
-from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
-from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
+from loraplex_adapter_store.tiers import find_adapters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-NUM_THREADS: Final = 4
+    from loraplex_adapter_store.config import StoreConfig
+    from loraplex_adapter_store.repository.engines import EngineHoldings
+
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
@@ -86,54 +74,34 @@ class RunningStore:
         self.importer.budget.check_integrity()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Core:
-    """The parts that all other parts depend on."""
-
-    config: StoreConfig
-    client: keys.Client
-    catalog: Catalog
-    blobs: Blobs
-    holdings: EngineHoldings
-    metrics: StoreMetrics
-    executor: ThreadPoolExecutor
-    authenticator: Authenticator
-
-
 @asynccontextmanager
 async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
-    bases = KnownBases.load(
-        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
-    )
+    bases = _bases(config)
     async with AsyncExitStack() as stack:
-        core = _core(config, bases, stack)
-        images = _images(core)
+        core = make_core(config, bases, stack)
+        images = make_images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
-        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases, attached)
-        threads = DownloadThreads()
-        stack.push_async_callback(threads.close)
-        operations = LongRunning(core.client)
-        stack.push_async_callback(operations.close)
-        intake = _intake(core, importer, operations, threads, stack)
+        preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
+        importer = _importer(core, bases, aliases, attached, preparer)
+        operations = _operations(core, stack)
+        intake = _intake(core, importer, operations, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=Lifecycle(
-                core.catalog, AliasMoves(core.client), partial(_all_leases, attached, core.holdings), aliases.wait_for
-            ),
+            lifecycle=_lifecycle(core, aliases, attached),
             intake=intake,
-            pusher=_pusher(core, intake, importer, EngineReadiness(attached, core.holdings), hints),
+            pusher=make_pusher(core, intake, importer, attached, hints),
             aliases=aliases,
             attached=attached,
             hints=hints,
             contents=_contents(core, aliases, attached, stack),
         )
         server = _server(core, servicer, operations)
-        metrics_port = await _serve_metrics(core, stack)
+        metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        _spawn(supervisor, core, aliases, hints)
+        await find_adapters(config, core.client, supervisor)
+        _spawn(supervisor, core, aliases, hints, preparer)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -147,45 +115,32 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
 
 
-def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
-    client = config.connect_valkey(config.redis_url)
-    stack.push_async_callback(client.aclose)
-    executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    # It runs in a thread, as what it waits for may wait for this event loop.
-    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
-    return _Core(
-        config=config,
-        client=client,
-        catalog=Catalog(
-            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
-        ),
-        blobs=Blobs(client),
-        holdings=EngineHoldings(client),
-        metrics=StoreMetrics(new_registry("adapter_store")),
-        executor=executor,
-        authenticator=Authenticator.from_file(config.api_keys_file),
+def _bases(config: StoreConfig) -> KnownBases:
+    return KnownBases.load(
+        config.model, name=config.served_model_name, aliases=config.model_alias, text_only=config.text_only
     )
 
 
-def _images(core: _Core) -> ImageCache:
-    budget_bytes = core.config.image_cache_bytes
-    return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
+def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
+    leases = partial(_all_leases, attached, core.holdings)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
 
 
-def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
+def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:
+    operations = LongRunning(core.client)
+    stack.push_async_callback(operations.close)
+    return operations
+
+
+def _contents(core: Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
     reports = Reports(core.blobs, attached)
     stack.push_async_callback(asyncio.to_thread, reports.close)
     return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
 
 
-def _limit_of(config: StoreConfig) -> LimitOf:
-    if config.quotas_file is None:
-        return unlimited
-    file = QuotasFile(config.quotas_file)
-    return lambda tenant: file.current().of(tenant).max_adapter_bytes
-
-
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
+def _importer(
+    core: Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines, preparer: ImagePreparer
+) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -193,46 +148,19 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         max_pending=config.max_pending_imports,
     )
     checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
-    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
-
-
-def _intake(
-    core: _Core, importer: Importer, operations: LongRunning, threads: DownloadThreads, stack: AsyncExitStack
-) -> Intake:
-    config = core.config
-    credentials = Credentials.from_file(config.credentials_file)
-    registries = OciImports(config.import_registry, credentials, threads)
-    stack.callback(registries.close)
-    sources = Sources(
-        ImportRoots(config.import_root),
-        Hub(config.hf_endpoint, threads),
-        S3Imports(config.import_bucket, credentials, threads),
-        registries,
-        credentials,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
-    return Intake(
-        importer,
-        operations,
-        core.catalog,
-        importer.budget,
-        sources,
-        max_adapter_bytes=config.max_adapter_bytes,
+    return Importer(
+        checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
     )
 
 
-def _pusher(core: _Core, intake: Intake, importer: Importer, readiness: EngineReadiness, hints: Hints) -> Pusher:
-    return Pusher(
-        intake,
-        importer,
-        core.catalog,
-        readiness,
-        forget=ReleasedRevisions(core.client, hints).forget,
-        num_kept=core.config.keep_pushed_revisions,
-    )
+def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
+    sources = Sources(core.config, core.credentials)
+    stack.push_async_callback(sources.close)
+    max_bytes = core.config.max_adapter_bytes
+    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
 
 
-def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
+def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
     config = core.config
     listen = config.listen_config(
         config.host,
@@ -249,7 +177,7 @@ def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning
     return server
 
 
-def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hints) -> None:
+def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints, preparer: ImagePreparer) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -261,10 +189,12 @@ def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hint
     supervisor.spawn(aliases.run(), name="name table")
     supervisor.spawn(core.authenticator.follow(), name="credentials")
     supervisor.spawn(collector.run(), name="garbage collector")
+    supervisor.spawn(preparer.run(), name="image preparer")
 
 
-async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
+async def _serve_metrics(core: Core, replicas: ReplicaFactorCollector, stack: AsyncExitStack) -> int:
     config = core.config
+    core.metrics.registry.register(replicas)
     audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)
     metrics_server = MetricsServer(exposition, config.host, config.metrics_port)

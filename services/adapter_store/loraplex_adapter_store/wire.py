@@ -184,6 +184,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         max_rank=source.max_rank,
         weight_norms=_weight_norms(source, shape),
         max_added_tokens=source.max_added_tokens,
+        takes_tree_digests=source.takes_tree_digests,
     )
 
 
@@ -243,6 +244,7 @@ def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
             response.offer.image_sha256 = message.image_sha256
             response.offer.wanted = message.is_wanted
             response.offer.spec = message.spec
+            response.offer.expected = message.is_expected
         case Chunk():
             response.chunk.digest = message.digest
             response.chunk.rank = message.rank
@@ -252,6 +254,7 @@ def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
         case Filled():
             response.filled.digest = message.digest
             response.filled.rank = message.rank
+            response.filled.image_tree_sha256 = message.tree_sha256
         case Refuse():
             response.refuse.digest = message.digest
             response.refuse.status.CopyFrom(to_status(message.error))

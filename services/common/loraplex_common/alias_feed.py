@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import grpc
@@ -25,6 +26,8 @@ FIRST_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 5.0
 SLICE_NAMES: Final = 256
 """Names of a whole table that are taken in at one step: some milliseconds."""
+NO_SPLITS: Final[Mapping[str, tuple[tuple[str, int], ...]]] = MappingProxyType({})
+"""One for all adapters without a split label, which are nearly all."""
 Item = TypeVar("Item")
 
 _log = get_logger()
@@ -35,7 +38,8 @@ class AdapterEntry:
     """The present state of one adapter name.
 
     Attributes:
-        labels: Label to digest.
+        labels: Label to digest; for a split label, the digest with the largest share.
+        splits: Label to its shares (digest and weight, in the order of digests), of labels that are split.
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
         text_parts: Digest of each revision that brings text parts to the digest of these.
         created: Digest of each known revision to the Unix time at which the store imported it.
@@ -46,6 +50,7 @@ class AdapterEntry:
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=lambda: NO_SPLITS)
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
     text_parts: Mapping[str, str] = field(default_factory=dict)
     created: Mapping[str, int] = field(default_factory=dict)
@@ -165,10 +170,22 @@ def in_slices(items: Iterable[Item]) -> Iterator[tuple[Item, ...]]:
         yield part
 
 
+def _splits(
+    entry: adapter_store_pb2.WatchAliasesResponse.Entry,
+) -> Mapping[str, tuple[tuple[str, int], ...]]:
+    found = {
+        alias.label: tuple(sorted((share.revision, share.weight) for share in alias.shares))
+        for alias in entry.aliases
+        if alias.shares
+    }
+    return found or NO_SPLITS
+
+
 def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
     return AdapterEntry(
         name=entry.name,
         labels={alias.label: alias.revision for alias in entry.aliases},
+        splits=_splits(entry),
         base_fingerprints={revision.revision: revision.base_fingerprint for revision in entry.revisions},
         text_parts={
             revision.revision: revision.text_parts.digest

@@ -76,3 +76,26 @@ async def keep_doing(turn: Callable[[], Awaitable[object]], *, name: str, max_pa
         deliver_cancellation()
         await asyncio.sleep(min(pause_s, max_pause_s))
         pause_s *= 2
+
+
+async def until_done(work: Callable[[], Awaitable[object]], *, name: str) -> None:
+    """Do work once; as long as another part is away, try again after pauses that double up to `MAX_PAUSE_S`.
+
+    Args:
+        work: Does the work.
+        name: Name of the work, for the log.
+
+    Raises:
+        Exception: What the work raises, but for a `LoraplexError`.
+    """
+    trouble, pause_s = Trouble(), FIRST_PAUSE_S
+    while True:
+        try:
+            await work()
+        except LoraplexError as error:
+            trouble.warn(f"{name} failed; trying again", error=error.message)
+        else:
+            return
+        deliver_cancellation()
+        await asyncio.sleep(min(pause_s, MAX_PAUSE_S))
+        pause_s *= 2

@@ -75,7 +75,9 @@ class LowRankKind:
 
     name: str = LOW_RANK
     part: type[LowRank] = LowRank
-    entries: Mapping[int, Entry] = MappingProxyType({KIND_A: Entry("A", False), KIND_B: Entry("B", True)})
+    entries: Mapping[int, Entry] = MappingProxyType(
+        {KIND_A: Entry("A", False), KIND_B: Entry("B", True, is_cut_by_rows=True)}
+    )
     table_dtype: np.dtype[np.void] = PAIR_DTYPE
     tile_fields: tuple[str, ...] = ("a_first", "b_first")
 

@@ -69,11 +69,13 @@ class Entry(NamedTuple):
         name: Its name in messages.
         is_per_slice: Whether each slice of an op has its own; else there is one for all of them.
         dtype: Its elements. Factors are fp32 everywhere: in bf16 a factor near 1 would keep 8 bits.
+        is_cut_by_rows: Whether its tiles are rows of the matrix, so that two that follow each other make a larger one.
     """
 
     name: str
     is_per_slice: bool
     dtype: EntryType = "compute"
+    is_cut_by_rows: bool = False
 
     def item_bytes(self, compute_dtype: str) -> int:
         """Return the bytes of an element in an image of that compute dtype."""

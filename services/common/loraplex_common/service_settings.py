@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
+from loraplex_common import sentinel_url
 from loraplex_common.grpc_server import ServerConfig
 from loraplex_common.peers import PeerIdentity, Peers
 from loraplex_common.secret import HIDDEN, Secret
+from loraplex_common.sentinel_url import SentinelUrl
 from loraplex_common.settings import secret, setting
 from loraplex_common.tls_files import TlsFiles
 
 if TYPE_CHECKING:
     from loraplex_common.valkey import TranslatingClient
 
-TLS_SCHEME: Final = "rediss"
-SCHEMES: Final = ("redis", TLS_SCHEME)
+TLS_SCHEMES: Final = ("rediss", sentinel_url.TLS_SCHEME)
+SCHEMES: Final = ("redis", sentinel_url.SCHEME, *TLS_SCHEMES)
 
 
 def valkey_url(*default: str | None, help: str) -> Any:
@@ -30,11 +32,13 @@ def whole_url(url: str) -> str:
     """Return a URL whose password, if it has one, is in the usual place.
 
     Raises:
-        ValueError: If characters in it end the host, so that the rest would be read as a path; the URL is not quoted.
+        ValueError: If characters in it end the host, so that the rest would be read as a path, or it names Sentinels
+            in another form than theirs; the URL is not quoted.
     """
     parts = urlsplit(url)
     if parts.scheme in SCHEMES and "@" in parts.path + parts.query + parts.fragment:
         raise ValueError("'/', '?' and '#' in a user or password are written %2F, %3F and %23 in a URL")
+    SentinelUrl.parse(url)
     return url
 
 
@@ -67,7 +71,8 @@ class ServiceSettings:
 
     Attributes:
         redis_password: Password of the user that the URL names, or of the default user.
-        redis_tls_ca: Authorities of Valkey's certificate, for a ``rediss://`` URL; the system's if None.
+        redis_sentinel_password: Password of the Sentinels themselves, if they ask for one.
+        redis_tls_ca: Authorities of Valkey's certificate, for a URL with TLS; the system's if None.
         api_keys_file: The callers to let in, see `keys_file`; None lets every caller make every call.
         tls_cert: Server certificate chain; turns TLS on.
         tls_key: The server certificate's private key.
@@ -79,6 +84,7 @@ class ServiceSettings:
     """
 
     redis_password: Secret | None = secret(help="the password for Valkey")
+    redis_sentinel_password: Secret | None = secret(help="the password for the Sentinels of --redis-url")
     redis_tls_ca: Path | None = setting(None, help="trust Valkey's certificate by this, PEM", metavar="FILE")
     api_keys_file: Path | None = setting(
         None, help="who may call: KEY NAME [ROLE] lines; without it everybody may do everything", metavar="FILE"
@@ -109,9 +115,9 @@ class ServiceSettings:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):
             raise ValueError("--peer-tls-cert and --peer-tls-key belong together: give both or neither")
-        has_valkey_tls = redis_url is not None and urlsplit(redis_url).scheme == TLS_SCHEME
+        has_valkey_tls = redis_url is not None and urlsplit(redis_url).scheme in TLS_SCHEMES
         if self.redis_tls_ca is not None and not has_valkey_tls:
-            raise ValueError("--redis-tls-ca needs a --redis-url that begins with rediss://")
+            raise ValueError("--redis-tls-ca needs a --redis-url that begins with rediss:// (or rediss-sentinel://)")
         if self.peer_tls_cert is not None and self.peer_tls_ca is None and not has_valkey_tls:
             raise ValueError("--peer-tls-cert needs --peer-tls-ca: without it nothing speaks TLS")
 
@@ -151,7 +157,15 @@ class ServiceSettings:
         from loraplex_common.valkey import connect  # a service without Valkey need not have its library
 
         files = TlsFiles(cert=self.peer_tls_cert, key=self.peer_tls_key, ca=self.redis_tls_ca)
-        return connect(url, password=self.redis_password, tls=files)
+        return connect(url, password=self.redis_password, sentinel_password=self.redis_sentinel_password, tls=files)
+
+
+async def refuse_cluster(client: TranslatingClient | None) -> None:
+    """See `valkey_client.refuse_cluster`; a service without Valkey has nothing to refuse."""
+    if client is not None:
+        from loraplex_common import valkey_client
+
+        await valkey_client.refuse_cluster(client)
 
 
 def require_identity(host: str, api_keys_file: Path | None, *, allow_anonymous: bool) -> None:

@@ -76,7 +76,7 @@ class RowsKind:
     name: str = ROWS
     part: type[Rows] = Rows
     entries: Mapping[int, Entry] = MappingProxyType(
-        {KIND_IDS: Entry("row ids", True, "int32"), KIND_ROW_VALUES: Entry("row values", True)}
+        {KIND_IDS: Entry("row ids", True, "int32"), KIND_ROW_VALUES: Entry("row values", True, is_cut_by_rows=True)}
     )
     table_dtype: np.dtype[np.void] = ROWS_DTYPE
     tile_fields: tuple[str, ...] = ("id_first", "value_first")

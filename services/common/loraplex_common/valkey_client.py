@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from redis.asyncio.connection import ConnectionPool, SSLConnection
@@ -14,16 +16,46 @@ from redis.credentials import CredentialProvider
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from loraplex_common.errors import LoraplexError
+from loraplex_common.sentinel_url import SentinelUrl
 from loraplex_common.tls_files import TlsFiles
-from loraplex_common.valkey_errors import TranslatingClient
+from loraplex_common.valkey_errors import NO_CLUSTER, TranslatingClient
+from loraplex_common.valkey_sentinel import sentinel_pool
 from loraplex_common.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
     from loraplex_common.secret import Secret
 
 
+CHECK_S: Final = 2.0
+
+
+class UnservedValkeyError(OSError):
+    """Valkey runs in a way that is not served; the message has the remedy."""
+
+
+async def refuse_cluster(client: TranslatingClient) -> None:
+    """Find out whether Valkey is a node of a cluster; one that does not answer within `CHECK_S` is not known to be.
+
+    Raises:
+        UnservedValkeyError: If it is one.
+    """
+    try:
+        async with asyncio.timeout(CHECK_S):
+            found = await client.info("cluster")
+    except (LoraplexError, TimeoutError):
+        return  # an answer to a later command says the same, see `valkey_errors`
+    if found.get("cluster_enabled"):
+        raise UnservedValkeyError(NO_CLUSTER)
+
+
 def connect(
-    url: str, *, password: Secret | None = None, tls: TlsFiles | None = None, socket_timeout_s: float = 10.0
+    url: str,
+    *,
+    password: Secret | None = None,
+    sentinel_password: Secret | None = None,
+    tls: TlsFiles | None = None,
+    socket_timeout_s: float = 10.0,
 ) -> TranslatingClient:
     """Return a client that answers in bytes; it connects on first use and the caller closes it (``aclose``).
 
@@ -31,32 +63,55 @@ def connect(
     a `LoraplexError`, see `valkey_errors`. A changed password or TLS file takes effect with the next connection.
 
     Args:
-        url: ``redis://host:port/db``, ``rediss://...`` (TLS) or ``unix:///path``.
+        url: ``redis://host:port/db``, ``rediss://...`` (TLS), ``unix:///path``, or that of Sentinels, see
+            `sentinel_url`.
         password: Password of the user in the URL, or of the default user; None takes the URL's, if it has one.
-        tls: For ``rediss://``: authorities to trust (the system's if it names none), and a certificate to show.
+        sentinel_password: Password of the Sentinels themselves, for their default user.
+        tls: With TLS: authorities to trust (the system's if it names none), and a certificate to show.
         socket_timeout_s: Limit for one answer; blocking commands must wait for less.
 
     Raises:
         OSError: If a TLS file cannot be used.
-        ValueError: If there are two passwords.
+        ValueError: If there are two passwords, or the URL is malformed.
     """
-    options: dict[str, Any] = {}
+    # There are no health checks: Valkey refuses PING while its disk is full, and reads must go on then.
+    options: dict[str, Any] = {
+        "socket_timeout": socket_timeout_s,
+        "socket_connect_timeout": 2.0,
+        "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
+        "retry_on_error": [RedisConnectionError, RedisTimeoutError],
+    }
+    behind = SentinelUrl.parse(url)
+    pool = (
+        _pool_at(url, password, tls or TlsFiles(), options)
+        if behind is None
+        else _pool_behind(behind, password, sentinel_password, tls or TlsFiles(), options)
+    )
+    client: TranslatingClient = TranslatingClient.from_pool(pool)  # type: ignore[assignment]  # it is of the class it is asked of
+    return client
+
+
+def _pool_at(url: str, password: Secret | None, tls: TlsFiles, options: dict[str, Any]) -> ConnectionPool:
     if password is not None:
         url, user = _without_user(url)
         options["credential_provider"] = _Credentials(user, password)
-    # There are no health checks: Valkey refuses PING while its disk is full, and reads must go on then.
-    pool = ConnectionPool.from_url(
-        url,
-        socket_timeout=socket_timeout_s,
-        socket_connect_timeout=2.0,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
-        **options,
-    )
+    pool = ConnectionPool.from_url(url, **options)
     if pool.connection_class is SSLConnection:
-        pool.connection_class = _rotating(tls or TlsFiles())
-    client: TranslatingClient = TranslatingClient.from_pool(pool)  # type: ignore[assignment]  # it is of the class it is asked of
-    return client
+        pool.connection_class = _rotating(tls, SSLConnection)
+    return pool
+
+
+def _pool_behind(
+    url: SentinelUrl, password: Secret | None, sentinel_password: Secret | None, tls: TlsFiles, options: dict[str, Any]
+) -> ConnectionPool:
+    if password is not None:
+        options["credential_provider"] = _Credentials(url.user, password)
+    return sentinel_pool(
+        url,
+        options=options,
+        sentinel_password=None if sentinel_password is None else _Credentials(None, sentinel_password),
+        rotating=partial(_rotating, tls),
+    )
 
 
 class _Credentials(CredentialProvider):
@@ -74,8 +129,8 @@ class _Credentials(CredentialProvider):
         return self.get_credentials()
 
 
-def _rotating(files: TlsFiles) -> type[SSLConnection]:
-    """Return a class of TLS connections that are opened with the files' present content."""
+def _rotating(files: TlsFiles, base: type[SSLConnection]) -> type[SSLConnection]:
+    """Return a class of TLS connections of that kind that are opened with the files' present content."""
     watched = WatchedFiles(
         files.paths,
         lambda: files.context(ssl.Purpose.SERVER_AUTH),
@@ -83,11 +138,10 @@ def _rotating(files: TlsFiles) -> type[SSLConnection]:
         clock=time.monotonic,
     )
 
-    class Connection(SSLConnection):
-        def _connection_arguments(self) -> dict[str, Any]:
-            return {**super()._connection_arguments(), "ssl": watched.value()}
+    def arguments(connection: SSLConnection) -> dict[str, Any]:
+        return {**base._connection_arguments(connection), "ssl": watched.value()}
 
-    return Connection
+    return type("Connection", (base,), {"_connection_arguments": arguments})
 
 
 def _without_user(url: str) -> tuple[str, str | None]:

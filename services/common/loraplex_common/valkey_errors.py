@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis.asyncio
 import redis.asyncio.client
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     BusyLoadingError,
+    ClusterCrossSlotError,
     ClusterDownError,
     MasterDownError,
+    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
 ALLOWED_WHEN_FULL: Final = "#!lua flags=allow-oom\n"
 """First line of a script that Valkey also runs when its memory is full: it frees memory or needs next to none."""
 
+NO_CLUSTER: Final = (
+    "a cluster is not served: name a single Valkey in --redis-url (cluster-enabled no), or Sentinels before several"
+)
 _FULL: Final = "Valkey is full: delete adapters or raise its maxmemory"
 _DISK_FULL: Final = "Valkey takes no writes, because it cannot write to its disk: make room there"
 # Errors by the first word of Valkey's answer; an answer that is not listed is passed on in Valkey's words.
@@ -44,8 +51,11 @@ _REMEDIES: Final = {
     "MASTERDOWN": "this Valkey is a replica that has lost its primary",
     "NOREPLICAS": "Valkey takes no writes, because it has too few replicas",
     "BUSY": "Valkey is busy with a script",
-    "CLUSTERDOWN": "Valkey's cluster is down",
-    "TRYAGAIN": "Valkey's cluster is moving its slots",
+    "CLUSTERDOWN": NO_CLUSTER,
+    "TRYAGAIN": NO_CLUSTER,
+    "MOVED": NO_CLUSTER,
+    "ASK": NO_CLUSTER,
+    "CROSSSLOT": NO_CLUSTER,
     "NOAUTH": "Valkey wants a password: give it with --redis-password-file",
     "WRONGPASS": "Valkey refuses user or password: see --redis-password-file and the user in --redis-url",
     "NOPERM": "Valkey's user of --redis-url may not do this",
@@ -57,6 +67,9 @@ _WORDS: Final[dict[type[Exception], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
     TryAgainError: "TRYAGAIN",
+    MovedError: "MOVED",
+    AskError: "ASK",
+    ClusterCrossSlotError: "CROSSSLOT",
     NoPermissionError: "NOPERM",
 }
 
@@ -94,6 +107,11 @@ def _error(error: RedisError | OSError) -> LoraplexError:
         return SaturatedError(_FULL, retry_after_s=10.0, metadata={"valkey": text[:200]})
     if word := _first_word(error, text):
         return ValkeyRefusedError(_REMEDIES.get(word, f"Valkey refused a command: {text[:200]}"), text)
+    if isinstance(error, MasterNotFoundError):
+        return StoreUnavailableError(
+            "no Sentinel of --redis-url knows a primary of that name that is up; streams on resident adapters go on",
+            retry_after_s=1.0,
+        )
     return StoreUnavailableError(
         "the adapter store cannot reach its Valkey; streams on resident adapters go on", retry_after_s=1.0
     )

@@ -22,7 +22,7 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 IGNORED_SUFFIXES: Final = ("rotary_emb.inv_freq",)
 """Tensors that old exporters wrote and no loader reads."""
 SERVED_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-PACKED_DTYPES: Final = ("F8_E4M3", "I8", "I32", "I64")
+PACKED_DTYPES: Final = ("F8_E4M3", "I8", "U8", "I32", "I64")
 """Further types of tensors that make up a quantised weight."""
 OTHER_FORMATS: Final = {".gguf": "GGUF", ".bin": "PyTorch", ".pth": "PyTorch", ".pt": "PyTorch", ".npz": "MLX"}
 _LFS_POINTER: Final = b"version "

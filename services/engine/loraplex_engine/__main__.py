@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraplex_common import descriptors, lifecycle, log, settings
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.errors import EngineHungError
+from loraplex_common.hub_base import local_base
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.ports import require_free
 
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.get_logger().info("configuration", **settings.describe(config))
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
-        asyncio.run(serve(config))
+        directory, hub_name = local_base(config.model)
+        name = config.served_model_name or hub_name
+        asyncio.run(serve(replace(config, model=directory, served_model_name=name)))
     except (BaseModelError, ConfigError, KeysFileError, OSError) as error:
         sys.exit(f"loraplex-engine: {error}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
@@ -34,6 +34,13 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
 QuantizationName = Literal["auto", "fp8", "none"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
+_CHOICES: Final[dict[str, Any]] = {
+    "dtype": DtypeName,
+    "quantization": QuantizationName,
+    "kv_cache_dtype": KvCacheDtypeName,
+    "device": DeviceName,
+    "backend": BackendName,
+}
 
 
 class ConfigError(ValueError):
@@ -48,7 +55,7 @@ class EngineConfig(ServiceSettings):
     (`build`).
     """
 
-    model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
+    model: Path = setting(help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub", metavar="DIR")
     served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
     model_alias: tuple[str, ...] = setting(
         (), help="further name under which adapters may name the base, e.g. its hub id"
@@ -177,18 +184,13 @@ class EngineConfig(ServiceSettings):
         )
         self._check_callers()
         self._check_policy()
-        _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
-        for name, kinds in (
-            ("quantization", get_args(QuantizationName)),
-            ("kv_cache_dtype", get_args(KvCacheDtypeName)),
-        ):
-            value = getattr(self, name)
-            _require(value in kinds, f"--{name.replace('_', '-')} {value!r} is not one of {kinds}")
-        _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
-        _require(
-            self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
-        )
+        self._check_choices()
         _require(self.backend != "cuda" or self.device != "cpu", "--backend cuda needs --device cuda or auto")
+
+    def _check_choices(self) -> None:
+        for name, kinds in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in get_args(kinds), f"--{name.replace('_', '-')} {value!r} is not one of {get_args(kinds)}")
 
     def _check_callers(self) -> None:
         try:

@@ -14,7 +14,7 @@ TARGET_PAGE_BYTES: Final = 2 * 1024 * 1024
 GPU_POOL_SHARE: Final = 0.85
 """Share of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
 SCALE_BYTES: Final = 2
-"""Of the bf16 scale of one token's key, or value, of one head."""
+"""Bytes of the bf16 scale of one token's key, or value, of one head."""
 KV_DTYPES: Final = ("", "fp8")
 BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 

@@ -21,6 +21,7 @@ from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
 from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.service_settings import refuse_cluster
 from loraplex_common.tasks import Supervisor
 from loraplex_common.version import package_version
 from loraplex_common.vllm_metrics import ENGINE_LABEL
@@ -137,7 +138,8 @@ class EngineService:
         return MetricsServer(exposition, config.host, config.metrics_port)
 
     async def start(self) -> tuple[int, int]:
-        """Open the ports, attach and register; return the gRPC and the metrics port."""
+        """Open the ports, attach and register; return the gRPC and the metrics port. Raises `OSError` if it cannot."""
+        await refuse_cluster(self._valkey)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._servicer, self._grpc.server)
         self._grpc.add_service_name(SERVICE_NAME)
         port = await self._grpc.start()

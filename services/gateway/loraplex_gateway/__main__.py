@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 from loraplex_common import log, settings
 from loraplex_common.descriptors import raise_limit
 from loraplex_common.heap import keep_heap_small
+from loraplex_common.hub_base import local_bases
 from loraplex_common.ports import require_free
 
 from loraplex_gateway.config import GatewayConfig
@@ -25,6 +27,8 @@ def main() -> None:
     try:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
         require_free(config.host, ports)
+        directories, hub_name = local_bases(config.model)
+        config = replace(config, model=directories, served_model_name=config.served_model_name or hub_name)
         if config.workers > 1:
             asyncio.run(Parent(config, sys.argv[1:]).serve())
         else:

@@ -14,7 +14,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
 from loraplex_common.quotas_file import QuotasFile
-from loraplex_common.service_settings import is_loopback
+from loraplex_common.service_settings import is_loopback, refuse_cluster
 from loraplex_common.tasks import Supervisor
 
 from loraplex_gateway.adapters.names import NameTable
@@ -132,8 +132,9 @@ class GatewayApp:
         """Listen on all ports, then look for engines and names; returns once that has been tried.
 
         Raises:
-            OSError: If an address cannot be bound.
+            OSError: If an address cannot be bound, or Valkey is a cluster.
         """
+        await refuse_cluster(self._valkey)
         self.grpc_port = await self._grpc.start()
         self.http_port = await self.http.start()
         self.metrics_port = await self._metrics_server.start()

@@ -54,7 +54,9 @@ class GatewayConfig(ServiceSettings):
         drain_grace_s: How long running streams may go on once the gateway drains.
     """
 
-    model: tuple[Path, ...] = setting(help="base model in Hugging Face layout (repeat for several)", metavar="DIR")
+    model: tuple[Path, ...] = setting(
+        help="base model in Hugging Face layout, or ORG/NAME[@COMMIT] of the hub (repeat for several)", metavar="DIR"
+    )
     served_model_name: str | None = setting(None, help="name of the first model (default: its directory's name)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
     text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")

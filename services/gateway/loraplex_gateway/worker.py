@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 from loraplex_common import log, settings
@@ -17,7 +19,9 @@ from loraplex_gateway.workers.setup import WorkerSetup
 def main() -> None:
     """Read the configuration and serve on the ports of the parent."""
     setup = msgspec.json.decode(sys.argv[1], type=WorkerSetup)
-    config = settings.load(GatewayConfig, service="gateway", argv=sys.argv[2:])
+    flags = settings.load(GatewayConfig, service="gateway", argv=sys.argv[2:])
+    models = tuple(Path(directory) for directory in setup.models)
+    config = replace(flags, model=models, served_model_name=setup.served_model_name)
     log.configure("gateway", config.log_level, config.log_format)
     raise_limit()
     keep_heap_small()

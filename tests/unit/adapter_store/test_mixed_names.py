@@ -87,10 +87,11 @@ def test_a_tensor_that_is_not_applied_is_refused_by_its_name(values: Values, str
     assert any(each[:200] in caught.value.message for each in told)
 
 
-def test_of_two_names_that_lack_the_same_end_one_is_named() -> None:
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod."])
+def test_of_two_names_that_lack_the_same_end_one_is_named_as_the_file_has_it(wrapper: str) -> None:
     values = adapter_tensors(base(), RECIPE)
-    named = "base_model.model.model.layers.0.mlp.down_proj.lora_B"
-    value = values.pop(f"{named}.weight")
+    module = "base_model.model.model.layers.0.mlp.down_proj.lora_B"
+    value, named = values.pop(f"{module}.weight"), f"{wrapper}{module}"
 
     with pytest.raises(AdapterIncompatibleError, match=f"tensor {named}"):
         revision(values | {named: value, f"{named}.x": value})

@@ -24,7 +24,24 @@ REACH_NOBODY = [
 COMMANDS = [
     *[(), ("serve",), ("generate",), ("chat",), ("status",), ("plan",), ("load",), ("fetch-model",), ("adapters",)],
     *[("credentials",), ("credentials", "make"), ("credentials", "show")],
-    *[("adapters", name) for name in ("import", "list", "show", "alias", "delete", "prefetch", "evict", "make-random")],
+    *[
+        ("adapters", name)
+        for name in (
+            "import",
+            "list",
+            "show",
+            "alias",
+            "delete",
+            "prefetch",
+            "evict",
+            "make-random",
+            "apply",
+            "push",
+            "labels",
+            "history",
+            "rollback",
+        )
+    ],
 ]
 
 

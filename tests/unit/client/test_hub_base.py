@@ -10,8 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_client.demo.errors import FetchError
-from loraplex_client.hub_base import fetch_hub_base
+from loraplex_common.hub_base import HubBaseError, fetch_hub_base
 from support.base_models import TinyBase, write_base_model
 from support.hub_double import HubDouble, running_hub
 
@@ -113,7 +112,7 @@ def test_a_full_disk_is_named_with_where_the_cache_is(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_room)
 
-    with pytest.raises(FetchError, match="org/base: the disk is full; free room, or set HF_HOME"):
+    with pytest.raises(HubBaseError, match="org/base: the disk is full; free room, or set HF_HOME"):
         fetch_hub_base("org/base")
 
 

@@ -1,23 +1,29 @@
 """Real config.json files are read as transformers reads them, or refused with the entry named; none is misread.
 
 `hub_configs.json` has those of dense families, by their name on the hub, each with the public repository, commit and path
-where it was found (null: quoted in a text whose repository is not known). Long lists of quantised modules are cut.
+where it was found (null: quoted in a text whose repository is not known, or written down from the hub's page). Long lists of
+quantised modules are cut. Multimodal models are read by their text part.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from loraplex_common.architectures.registry import ARCHITECTURES, model_config
+from loraplex_common.architectures.text_part import MULTIMODAL
 from loraplex_common.config_values import BaseModelError
 from transformers import AutoConfig
+
+if TYPE_CHECKING:
+    from loraplex_common.decoder_config import ModelConfig
 
 FOUND: Final[dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
 CONFIGS: Final = {name: found["config"] for name, found in FOUND.items()}
 REFUSED: Final = {
+    "ibm-granite/granite-4.0-h-1b": "layer_types",
     "Qwen/Qwen3-32B-FP8-Static-PerTensor": "quantization_config",
     "dicta-il/dictalm2.0-instruct": "document_attention",
     "meta-llama/Llama-3.2-1B, with a second RoPE": "rope_scaling",
@@ -26,13 +32,20 @@ REFUSED: Final = {
 
 
 def is_of_a_served_architecture(name: str) -> bool:
-    return CONFIGS[name]["architectures"][0] in ARCHITECTURES
+    return CONFIGS[name]["architectures"][0] in {*ARCHITECTURES, *MULTIMODAL}
+
+
+def ours_of(name: str) -> ModelConfig:
+    return model_config(CONFIGS[name], text_only=True)
 
 
 def theirs_of(name: str) -> Any:
     """Return transformers' reading of a file; a name of a class goes before a model_type that became another one's."""
     is_text_of_gemma3 = CONFIGS[name]["architectures"] == ["Gemma3ForCausalLM"]
-    return AutoConfig.for_model(**CONFIGS[name] | ({"model_type": "gemma3_text"} if is_text_of_gemma3 else {}))
+    whole: Any = AutoConfig.for_model(**CONFIGS[name] | ({"model_type": "gemma3_text"} if is_text_of_gemma3 else {}))
+    text = whole.get_text_config()
+    text.tie_word_embeddings = whole.tie_word_embeddings
+    return text
 
 
 READ: Final = [name for name in CONFIGS if is_of_a_served_architecture(name) and name not in REFUSED]
@@ -48,7 +61,7 @@ def test_there_are_forty_and_each_says_where_it_was_found() -> None:
 
 @pytest.mark.parametrize("name", READ)
 def test_a_config_is_read_as_transformers_reads_it(name: str) -> None:
-    read = model_config(CONFIGS[name])
+    read = ours_of(name)
 
     theirs = theirs_of(name)
     heads = theirs.num_attention_heads
@@ -77,13 +90,13 @@ def test_windows_are_those_of_transformers(name: str) -> None:
 
     types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None) if theirs.model_type != "llama" else None
-    assert model_config(CONFIGS[name]).windows == tuple(window if t == "sliding_attention" else None for t in types)
+    assert ours_of(name).windows == tuple(window if t == "sliding_attention" else None for t in types)
 
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(READ)))
 def test_what_is_not_served_is_refused_with_the_entry_and_a_remedy(name: str) -> None:
     with pytest.raises(BaseModelError) as refused:
-        model_config(CONFIGS[name], "dir/config.json")
+        model_config(CONFIGS[name], "dir/config.json", text_only=True)
 
     said = str(refused.value)
     assert said.startswith("dir/config.json: ")

@@ -18,6 +18,8 @@ from loraplex_common.vectors import IN_VECTOR, Bias, InVector, OutVector
 from support.decoder_shapes import OPS, PROJECTIONS, decoder_geometry
 
 if TYPE_CHECKING:
+    from random import Random
+
     from loraplex_common.image_geometry import Geometry
     from loraplex_common.part_kind import Arrays, Part
     from loraplex_common.projections import Projection
@@ -131,6 +133,28 @@ def test_tiles_of_mixed_kinds_read_back_equal(adapter: tuple[Geometry, AdapterSp
         for kind in KINDS.values():
             for index, entry in enumerate(sorted(kind.entries)):
                 assert num_read.get(entry, 0) == elements(geometry, values, kind.name, index, tp_rank)
+
+
+@settings(max_examples=60, deadline=None)
+@given(adapters(), st.randoms(use_true_random=False))
+def test_an_image_is_the_same_from_stored_types_and_from_fp32(
+    adapter: tuple[Geometry, AdapterSpec, Values], random: Random
+) -> None:
+    geometry, spec, values = adapter
+    bits = {
+        key: tuple(to_bfloat16(each) if each.dtype.kind == "f" else each for each in arrays)
+        for key, arrays in values.items()
+    }
+    wide = {key: tuple(widened(each) for each in arrays) for key, arrays in bits.items()}
+    mixed = {key: random.choice([bits[key], wide[key]]) for key in bits}
+
+    expected = pack(geometry, spec, wide)
+    np.testing.assert_array_equal(pack(geometry, spec, bits), expected)
+    np.testing.assert_array_equal(pack(geometry, spec, mixed), expected)
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    return from_bfloat16(values) if values.dtype == np.uint16 else values
 
 
 def elements(geometry: Geometry, values: Values, kind: str, index: int, tp_rank: int) -> int:

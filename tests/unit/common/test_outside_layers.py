@@ -30,10 +30,16 @@ from loraplex_common.token_rows import KIND_IDS, KIND_ROW_VALUES, ROWS, Rows
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "hidden_size": 64,
     "intermediate_size": 96,
     "vocab_size": 301,
 }
+NEEDED: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybridForCausalLM": {"num_local_experts": 0, "layer_types": ["attention", "attention"]},
+    "Ministral3ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+"""What an architecture does not do without."""
 MODEL = model_config({**CONFIG, "architectures": ["LlamaForCausalLM"]})
 OUTSIDE = 2
 
@@ -44,7 +50,7 @@ def geometry(dtype: str = "float32", page_bytes: int = 4096) -> Geometry:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_offers_its_embedding_and_lm_head(name: str) -> None:
-    read = model_config({**CONFIG, "architectures": [name]})
+    read = model_config({**CONFIG, **NEEDED.get(name, {}), "architectures": [name]})
 
     assert [(each.path, each.op, each.shape) for each in read.outside] == [
         ("model.embed_tokens", "embed", (301, 64)),

@@ -15,11 +15,12 @@ from loraplex_common.adapter_image import layout
 from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
+from loraplex_engine.runners.cuda.decoder import LlamaDecoder
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from google.longrunning import operations_pb2_grpc
 from google.longrunning.operations_proto_pb2 import Operation, WaitOperationRequest
-from loraplex.v1 import adapter_store_pb2
+from loraplex.v1 import adapter_pb2, adapter_store_pb2
 
 from loraplex_client import _push_messages as push_messages
 from loraplex_client import _store_messages as messages
@@ -18,7 +18,7 @@ from loraplex_client._sync.labels import Labels
 from loraplex_client._sync.waiting import in_thread, read_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from loraplex_client._push_messages import Config
@@ -215,6 +215,39 @@ class Adapters(Labels):
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def create(self, name: str, *, description: str = "", allowed_tenants: Sequence[str] = ()) -> Adapter:
+        """Reserve a name; nothing can be asked of it before an import.
+
+        Args:
+            name: The name.
+            description: For people.
+            allowed_tenants: Tenants that may use the adapter; empty means all.
+
+        Raises:
+            AlreadyExistsError: If the name is in use.
+        """
+        request = adapter_store_pb2.CreateAdapterRequest(
+            adapter=adapter_pb2.Adapter(name=name, description=description, allowed_tenants=allowed_tenants),
+            request_id=messages.new_request_id(),
+        )
+        with translated(self._connection.target):
+            response = self._stub.CreateAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
+
+    def update(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        allowed_tenants: Sequence[str] | None = None,
+        etag: str = "",
+    ) -> Adapter:
+        """Change what is not None; ``etag``, if given, must be the adapter's."""
+        request = messages.update_request(name, description, allowed_tenants, etag)
+        with translated(self._connection.target):
+            response = self._stub.UpdateAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
 
     def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
         """Soft-delete a name; refused while running requests use it, unless forced (they finish all the same)."""

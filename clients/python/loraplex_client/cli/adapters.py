@@ -9,8 +9,11 @@ from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
+from loraplex_client.adapter_manifest import HUB_SOURCE
+from loraplex_client.cli.apply import apply
 from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
 from loraplex_client.cli.global_options import remote
+from loraplex_client.cli.live import history, labels, push, rollback
 from loraplex_client.cli.make_random import make_random
 from loraplex_client.cli.report import print_report
 from loraplex_client.cli.wording import as_flags
@@ -18,7 +21,6 @@ from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Rev
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
 
-HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
 URI_SCHEMES: Final = ("s3://", "oci://")
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
 AnyName = Annotated[
@@ -84,6 +86,8 @@ def import_(
     _print_import(name, result)
 
 
+for _command in (apply, push, labels, history, rollback):
+    app.command()(remote(_command))
 app.command("make-random")(remote(make_random))
 
 
@@ -157,13 +161,22 @@ def alias(
     expect: Annotated[
         str | None, typer.Option(help="Fail unless the label points here now (empty: nowhere).", metavar="REVISION")
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of the label's requests, instead of REVISION; repeatable.", metavar="REVISION=WEIGHT"),
+    ] = None,
     store_target: StoreTarget = None,
 ) -> None:
-    """Point NAME:LABEL at a revision, atomically; running requests keep theirs."""
+    """Point NAME:LABEL at a revision, or split it between several, atomically; running requests keep theirs."""
+    shares = dict(_share(text) for text in split or ())
     with connect(context, store_target=store_target) as client:
-        wanted = "" if remove else client.adapters.get(name).aliases.get(revision, revision)
-        labels = client.adapters.alias(name, label, wanted, expected_revision=expect).aliases
-    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + labels[label]}", soft_wrap=True)
+        known = client.adapters.get(name).aliases
+        wanted = {known.get(each, each): weight for each, weight in shares.items()}
+        target = "" if remove else wanted or known.get(revision, revision)
+        adapter = client.adapters.alias(name, label, target, expected_revision=expect)
+    now = adapter.shares.get(label) or {adapter.aliases.get(label, ""): 1}
+    said = ", ".join(digest if len(now) == 1 else f"{digest} {weight}" for digest, weight in sorted(now.items()))
+    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + said}", soft_wrap=True)
 
 
 @app.command()
@@ -196,6 +209,13 @@ def evict(context: typer.Context, name: AnyName, engine: EngineId = "", store_ta
     """Hint that an adapter will not be wanted."""
     with connect(context, store_target=store_target) as client:
         client.adapters.evict(name, engine_id=engine)
+
+
+def _share(text: str) -> tuple[str, int]:
+    revision, _, weight = text.rpartition("=")
+    if not revision or not weight.isdecimal():
+        raise typer.BadParameter(f"{text!r}: write REVISION=WEIGHT, e.g. latest=5", param_hint="--split")
+    return revision, int(weight)
 
 
 def _labels(adapter: Adapter) -> list[str]:

@@ -8,6 +8,7 @@ import warnings
 
 import typer
 from loraplex_common.errors import LoraplexError
+from loraplex_common.hub_base import HubBaseError
 
 from loraplex_client._profiles import ProfileError, StaleProfileWarning
 from loraplex_client.cli import adapters, credentials, generate, load, model, plan, serve, status
@@ -51,7 +52,7 @@ def main() -> None:
             app(prog_name="loraplex")
     except LoraplexError as error:
         _fail(f"{error.reason}: {as_flags(error.message)}")
-    except (CredentialsError, DemoModelError, PlanError, PortError, ProfileError, ServeError) as error:
+    except (CredentialsError, DemoModelError, HubBaseError, PlanError, PortError, ProfileError, ServeError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("loraplex"):

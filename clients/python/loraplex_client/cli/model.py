@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from loraplex_common.hub_base import fetch_hub_base
 
 from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.demo import ensure_demo_model
-from loraplex_client.hub_base import fetch_hub_base
 
 
 def fetch_model(

@@ -36,6 +36,7 @@ class FleetOptions:
     model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b"
     text_only: Annotated[bool, typer.Option("--text-only", help="Size the text part of a multimodal model.")] = False
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100"
+    kv_cache_dtype: Annotated[str, typer.Option(help="Type of keys and values: auto or fp8.")] = "auto"
     ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16"
     targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all"
 
@@ -91,6 +92,7 @@ def _question(adapters: int, fleet: FleetOptions, slo_ttft: float, search: Searc
     return _model_of(fleet.model) | {
         "text_only": fleet.text_only,
         "gpu": fleet.gpu,
+        "kv_cache_dtype": fleet.kv_cache_dtype,
         "num_adapters": adapters,
         "ranks": read_ranks(fleet.ranks),
         "targets": fleet.targets,

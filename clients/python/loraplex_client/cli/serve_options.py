@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import typer
+from loraplex_common.hub_base import hub_base
 
 from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.demo import SMOLLM2_HUB_ID
-from loraplex_client.hub_base import hub_base
 from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
 from loraplex_client.serve.ports import Ports
 
@@ -136,6 +136,7 @@ class EngineOptions:
     pool_bytes: Annotated[str | None, typer.Option(help="Device memory for KV and adapter pages, e.g. 2GiB.")] = None
     arena_bytes: Annotated[str | None, typer.Option(help="Host memory for adapter images, e.g. 1GiB.")] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Type of keys and values: auto or fp8.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
     num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None
@@ -149,6 +150,7 @@ class EngineOptions:
                 "--pool-bytes": self.pool_bytes,
                 "--arena-bytes": self.arena_bytes,
                 "--dtype": self.dtype,
+                "--kv-cache-dtype": self.kv_cache_dtype,
                 "--device": self.device,
                 "--num-threads": self.num_threads,
                 "--max-model-len": self.max_model_len,

@@ -12,6 +12,27 @@ constexpr u32 kFp8Rebias = 120u << 7;                  // 2^120 as a part of bf1
 constexpr float kMostScale = 127.5f;                   // times 2^120 is still a bf16
 constexpr float kLeastScale = 7.888609052210118e-31f;  // 2^-100: its inverse is a float
 
+// Products of two pairs of bf16.
+__device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
+#ifdef LORAPLEX_HOST
+    return pack_bf16(low_float(a) * low_float(b), high_float(a) * high_float(b));
+#else
+    u32 out;  // sm_80 has no mul.bf16x2; adding -0 changes nothing
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+    return out;
+#endif
+}
+
+__device__ __forceinline__ Pair load_weights8(const u8* from) {
+#ifdef LORAPLEX_HOST
+    return *reinterpret_cast<const Pair*>(from);
+#else
+    Pair p;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(p.x), "=r"(p.y) : "l"(from));
+    return p;
+#endif
+}
+
 // Four e4m3 (bytes 0..3) times the factor that `multiplier` (2^120 times it, in both halves) stands for: pairs of bf16 of
 // bytes (0, 2) and (1, 3). The bits of an e4m3, moved to bf16's place, are its value times 2^-120, also of a subnormal.
 __device__ __forceinline__ void widen4(u32 raw, u32 multiplier, u32& even, u32& odd) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ float softcap(float score) { return SOFTCAP * tanhf(s
 __device__ __forceinline__ float exponent_scale(const PagedKv& p) { return p.scale * (2.f * kLog2E / SOFTCAP); }
 // tanh(x) = 1 - 2 / (1 + e^2x): its error is 2^-22 of the cap, where tanh.approx has 2^-11.
 __device__ __forceinline__ float exponent(float product, float scale) {
-    return SOFTCAP * kLog2E * (1.f - __fdividef(2.f, 1.f + exp2_approx(product * scale)));
+    return SOFTCAP * kLog2E * (1.f - 2.f * reciprocal_approx(1.f + exp2_approx(product * scale)));
 }
 #else
 constexpr bool kHasSoftcap = false;
@@ -54,13 +54,13 @@ __device__ __forceinline__ const kv_elem* key_address(const PagedKv& p, int page
     return reinterpret_cast<const kv_elem*>(p.pool + page * p.page_bytes + p.layer_offset) + row * kHeadDim;
 }
 #ifdef KV_SCALES
-// The scales of K (low half) and V (high half) of one token: a layer's are as far from the first as its K, by bytes.
-__device__ __forceinline__ const u32* scale_address(const u8* pool, i64 page_bytes, i64 layer_offset, int page, i64 row) {
-    return reinterpret_cast<const u32*>(pool + page * page_bytes + KV_SCALES + layer_offset / (kHeadDim / 2)) + row;
-}
+// Bytes from a page's start to a layer's scales, four for every token and KV head: a layer's K and V take 2 HEAD_DIM of each.
+__device__ __forceinline__ i64 scales_offset(i64 layer_offset) { return KV_SCALES + layer_offset / (kHeadDim / 2); }
+// The scales of K (low half) and V (high half) of one token.
 __device__ __forceinline__ const u32* scale_address(const PagedKv& p, int page, int kv_head, int token) {
     const int in_block = token & ((1 << p.block_shift) - 1);
-    return scale_address(p.pool, p.page_bytes, p.layer_offset, page, (static_cast<i64>(kv_head) << p.block_shift) + in_block);
+    const u8* first = p.pool + page * p.page_bytes + scales_offset(p.layer_offset);
+    return reinterpret_cast<const u32*>(first) + ((static_cast<i64>(kv_head) << p.block_shift) + in_block);
 }
 #endif
 __device__ __forceinline__ i64 kv_plane(const PagedKv& p) {
@@ -92,11 +92,20 @@ __device__ __forceinline__ void store_run(elem* to, const Run& run) {
     }
 }
 
+#ifdef KV_SCALES
+__device__ __forceinline__ void store_fp8(u8* to, const Run& run, float inverse) {
+    u32 words[2] = {};
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) words[j / 4] |= fp8_bits(rounded(run.v[j]) * inverse) << j % 4 * 8;
+    *reinterpret_cast<Pair*>(to) = Pair{words[0], words[1]};
+}
+#endif
+
 // Head `head` (0..kv_heads: K; then kv_heads of V) of the token in KV slot `slot` (page * block_tokens + token in page).
-__device__ __forceinline__ elem* kv_row(const KvTarget& to, int slot, int head) {
+__device__ __forceinline__ kv_elem* kv_row(const KvTarget& to, int slot, int head) {
     const i64 page = slot / to.block_tokens, token = slot % to.block_tokens;
     const i64 row = static_cast<i64>(head) * to.block_tokens + token;
-    return reinterpret_cast<elem*>(to.pool + page * to.page_bytes + to.layer_offset) + row * kHeadDim;
+    return reinterpret_cast<kv_elem*>(to.pool + page * to.page_bytes + to.layer_offset) + row * kHeadDim;
 }
 
 // Writes two runs of a head, `distance` dims apart; its other dims are those of other lanes.
@@ -104,3 +113,24 @@ __device__ __forceinline__ void write_head(elem* to, int distance, const Run& fi
     store_run(to, first);
     store_run(to + distance, second);
 }
+
+#ifdef KV_SCALES
+// Writes two runs of a head of K or V as e4m3, `distance` dims apart, and its scale. The lanes that hold the head's other dims
+// call it, too: `lanes` are theirs, `leads` is true in one of them.
+__device__ __forceinline__ void write_fp8(const KvTarget& to, int slot, int head, int num_kv_heads, int dim, int distance,
+                                          u32 lanes, bool leads, const Run& first, const Run& second) {
+    u32 most = 0;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j)
+        most = max(most, max(magnitude_bits(rounded(first.v[j])), magnitude_bits(rounded(second.v[j]))));
+    const u32 scale = scale_of(__reduce_max_sync(lanes, most));
+    const float inverse = 1.f / low_float(scale);
+    u8* row = kv_row(to, slot, head) + dim;
+    store_fp8(row, first, inverse);
+    store_fp8(row + distance, second, inverse);
+    const i64 page = slot / to.block_tokens, token = slot % to.block_tokens;
+    u8* scales = to.pool + page * to.page_bytes + scales_offset(to.layer_offset);
+    const i64 at = (static_cast<i64>(head % num_kv_heads) * to.block_tokens + token) * 2 + head / num_kv_heads;
+    if (leads) reinterpret_cast<u16*>(scales)[at] = static_cast<u16>(scale);
+}
+#endif

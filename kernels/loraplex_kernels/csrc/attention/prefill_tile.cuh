@@ -12,7 +12,7 @@ constexpr int kM = kIsWide ? 1 : 2;  // blocks of 16 rows of a warp
 constexpr int kRows = 16 * kM * kWarps;
 constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a row of q, K or V
 constexpr bool kIsSwizzled = kChunks % 8 == 0;
-constexpr int kStride = kIsSwizzled ? kChunks : kChunks + 1;           // of rows in shared memory, in chunks
+constexpr int kStride = kIsSwizzled ? kChunks : kChunks + 1;  // of rows in shared memory, in chunks
 constexpr int kTileBytes = kIsFp8 ? 2 * 16 * kStride + 4 * kHeadDim + 8 : 4 * 16 * kStride;  // per token of a tile
 constexpr int kTokens = (SHARED_BYTES - kRows * 16 * kStride) / kTileBytes;                  // of a tile of K and V
 constexpr int kLaneTokens = kTokens > kWarp ? kTokens / kWarp : 1;                           // whose pages a lane looks up
@@ -58,12 +58,14 @@ constexpr int kRawChunks = kHeadDim / 16;  // of 16 bytes, in a row of K or V
 static_assert(2 * kTokens * kRawChunks % kThreads == 0, "all threads copy alike");
 
 // Starts the copy of tokens [first, first + kTokens) of K and V and their scales; tokens past the end are zeroed.
-__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, int stage, Shared& shared) {
+__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, int stage,
+                                          Shared& shared) {
     const i64 plane = kv_plane(kv);
 #pragma unroll 1  // the scores leave few registers
     for (int i = 0; i < 2 * kTokens * kRawChunks / kThreads; ++i) {
         const int at = threadIdx.x + i * kThreads, row = at / kRawChunks, token = row % kTokens, chunk = at % kRawChunks;
-        const u8* from = key_address(kv, __shfl_sync(kFullMask, page, token / kLaneTokens), kv_head, first + token) + chunk * 16;
+        const u8* from =
+            key_address(kv, __shfl_sync(kFullMask, page, token / kLaneTokens), kv_head, first + token) + chunk * 16;
         copy_async16(shared.raw[stage] + at * 16, from + (row < kTokens ? 0 : plane), first + token < end);
     }
     const int token = threadIdx.x % kTokens, scales_page = __shfl_sync(kFullMask, page, token / kLaneTokens);
@@ -97,7 +99,8 @@ __device__ __forceinline__ const u16* value_tile(const Shared& shared, int stage
 __device__ __forceinline__ void finish_tile(int, Shared&) {}
 
 // Starts the copy of tokens [first, first + kTokens) of K and V; tokens past the end are zeroed.
-__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, int stage, Shared& shared) {
+__device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, int stage,
+                                          Shared& shared) {
     u16 *key = shared.key[stage], *value = shared.value[stage];
     const int own_chunk = threadIdx.x % kChunks;
     const i64 plane = kv_plane(kv);

@@ -51,7 +51,15 @@ __device__ __forceinline__ void store_head(const Params& p, int token, int head,
     if (head >= p.num_heads) {
         const int slot = p.kv_slots[token];
         if (slot < 0) return;
-        to = kv_row({p.pool, p.page_bytes, p.layer_offset, p.block_tokens}, slot, head - p.num_heads) + first_dim(dim);
+        const KvTarget target{p.pool, p.page_bytes, p.layer_offset, p.block_tokens};
+#ifdef KV_SCALES
+        const u32 lanes = ((1u << kHalf / kRun) - 1) << threadIdx.x % kWarp / kHeadLanes * kHeadLanes;
+        write_fp8(target, slot, head - p.num_heads, p.num_kv_heads, first_dim(dim), run_distance(dim), lanes, dim == 0, low,
+                  high);
+        return;
+#else
+        to = kv_row(target, slot, head - p.num_heads) + first_dim(dim);
+#endif
     }
     write_head(to, run_distance(dim), low, high);
 }

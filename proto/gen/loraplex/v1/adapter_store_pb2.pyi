@@ -2003,6 +2003,7 @@ class AttachEngineRequest(_message.Message):
         MAX_RANK_FIELD_NUMBER: _builtins.int
         WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
         MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
+        TAKES_TREE_DIGESTS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -2013,6 +2014,8 @@ class AttachEngineRequest(_message.Message):
         """Largest rank of one projection that its kernels take; 0 if only the image's tiles limit it."""
         max_added_tokens: _builtins.int
         """As GetEngineInfoResponse.max_added_tokens."""
+        takes_tree_digests: _builtins.bool
+        """Whether the engine checks images by Filled.image_tree_sha256; offers then need no image_sha256."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -2048,10 +2051,11 @@ class AttachEngineRequest(_message.Message):
             max_rank: _builtins.int = ...,
             weight_norms: _abc.Iterable[_builtins.float] | None = ...,
             max_added_tokens: _builtins.int = ...,
+            takes_tree_digests: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "takes_tree_digests", b"takes_tree_digests", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2251,6 +2255,7 @@ class AttachEngineResponse(_message.Message):
         IMAGE_SHA256_FIELD_NUMBER: _builtins.int
         WANTED_FIELD_NUMBER: _builtins.int
         SPEC_FIELD_NUMBER: _builtins.int
+        EXPECTED_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
         rank: _builtins.int
@@ -2258,11 +2263,13 @@ class AttachEngineResponse(_message.Message):
         num_pages: _builtins.int
         """Pages, and so slots needed."""
         image_sha256: _builtins.str
-        """sha256 of the image's pages in order, 64 hex digits."""
+        """sha256 of the image's pages in order, 64 hex digits; empty for engines that take tree digests."""
         wanted: _builtins.bool
         """False if nobody asked for it: the engine may decline."""
         spec: _builtins.bytes
         """What the engine builds its device tables from: JSON of adapter_image.AdapterSpec."""
+        expected: _builtins.bool
+        """Whether a label is about to move to it: the engine makes room by evicting images that no request waits with."""
         def __init__(
             self,
             *,
@@ -2272,10 +2279,11 @@ class AttachEngineResponse(_message.Message):
             image_sha256: _builtins.str = ...,
             wanted: _builtins.bool = ...,
             spec: _builtins.bytes = ...,
+            expected: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "expected", b"expected", "image_sha256", b"image_sha256", "num_pages", b"num_pages", "rank", b"rank", "spec", b"spec", "wanted", b"wanted"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2323,19 +2331,25 @@ class AttachEngineResponse(_message.Message):
 
         DIGEST_FIELD_NUMBER: _builtins.int
         RANK_FIELD_NUMBER: _builtins.int
+        IMAGE_TREE_SHA256_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
         rank: _builtins.int
         """Tensor-parallel rank."""
+        image_tree_sha256: _builtins.str
+        """sha256, 64 hex digits, over the sha256 digests of the image's pieces in order. Each page is cut into pieces of 1 MiB, the
+        last of a page may be shorter. Empty from stores that know of none.
+        """
         def __init__(
             self,
             *,
             digest: _builtins.str = ...,
             rank: _builtins.int = ...,
+            image_tree_sha256: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "rank", b"rank"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "image_tree_sha256", b"image_tree_sha256", "rank", b"rank"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from typing import TYPE_CHECKING
 
 from loraplex_common.arena_file import NONCE_BYTES, open_arena_file
@@ -74,3 +75,51 @@ class SharedArena:
     def close(self) -> None:
         """Close the file; no thread may be writing to it."""
         os.close(self._descriptor)
+
+
+class SlotSink:
+    """Writes the pages of one image into their slots, from several threads and in any order, until it is closed.
+
+    Args:
+        arena: The arena; it must not be closed before this.
+        slots: Slot of each page.
+
+    Attributes:
+        is_complete: Whether all pages have been written.
+    """
+
+    def __init__(self, arena: SharedArena, slots: tuple[int, ...]) -> None:
+        self._arena = arena
+        self._slots = slots
+        self._changed = threading.Condition()
+        self._num_running = self._num_written = 0
+        self._is_closed = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all pages are in their slots."""
+        return self._num_written == len(self._slots)
+
+    def __call__(self, number: int, page: NDArray[np.uint8]) -> None:
+        """Write a page; nothing happens once it is closed, or if the file cannot be written: `is_complete` stays false."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._num_running += 1
+        try:
+            self._arena.write(self._slots[number], page)
+        except OSError as error:
+            _log.warning("a page could not be written into an arena", error=error.strerror)
+        else:
+            with self._changed:
+                self._num_written += 1
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let no thread write any more; waits for a page that is being written."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._num_running)

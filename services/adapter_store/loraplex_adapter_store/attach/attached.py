@@ -137,6 +137,13 @@ class AttachedEngines:
         session.prefetch(digest, wanted_in_ms / 1000)
         return True
 
+    def expect(self, engine_id: str, digest: str) -> bool:
+        """Offer an image that a label is about to move to; False if the engine is not attached here."""
+        if (session := self._sessions.get(engine_id)) is None:
+            return False
+        session.expect(digest)
+        return True
+
     async def drop(self, engine_id: str, digest: str) -> bool:
         """Tell an engine that an image is not wanted; False if the engine is not attached here."""
         if (session := self._sessions.get(engine_id)) is None:
@@ -242,6 +249,8 @@ class AttachedEngines:
             _log.warning("a hint names no revision", engine=session.hello.engine_id, revision=digest[:80])
         elif kind == "prefetch":
             session.prefetch(digest, _wanted_in_s(fields))
+        elif kind == "expect":
+            session.expect(digest)
         elif kind == "evict":
             await session.drop(digest)
         else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from loraplex_adapter_store.attach.arena import SharedArena
+from loraplex_adapter_store.attach.arena import SharedArena, SlotSink
 from loraplex_adapter_store.attach.messages import Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from concurrent.futures import Executor
 
     import numpy as np
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from loraplex_adapter_store.attach.messages import Hello
     from loraplex_adapter_store.attach.outbox import Outbox
-    from loraplex_adapter_store.images import Image
     from loraplex_adapter_store.metrics import StoreMetrics
+    from loraplex_adapter_store.page_image import Image
 
 MAX_CHUNK_BYTES: Final = 1024 * 1024
 STRETCH_BYTES: Final = 16 * 1024 * 1024
@@ -46,6 +47,26 @@ class ImageWriter:
     def shared_memory(self) -> list[bool]:
         """Per rank, whether pages are written straight into the arena."""
         return [arena is not None for arena in self._arenas]
+
+    @asynccontextmanager
+    async def sink(self, rank: int, slots: tuple[int, ...]) -> AsyncIterator[SlotSink | None]:
+        """Give out what writes finished pages into a rank's slots; None if its arena cannot be reached from here.
+
+        After the block, also if it is cancelled, nothing is written.
+        """
+        arena = self._arenas[rank]
+        if arena is None:
+            yield None
+            return
+        sink = SlotSink(arena, slots)
+        try:
+            yield sink
+        finally:
+            await _uninterrupted(asyncio.ensure_future(asyncio.to_thread(sink.close)))
+
+    def note_written(self, num_bytes: int) -> None:
+        """Count what a sink has written."""
+        self._metrics.push_bytes.labels("shared_memory").inc(num_bytes)
 
     async def write(
         self, digest: str, rank: int, image: Image, slots: tuple[int, ...], let_pass: Callable[[], Awaitable[None]]

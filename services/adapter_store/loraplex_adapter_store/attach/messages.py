@@ -54,6 +54,7 @@ class Hello:
         weight_norms: Frobenius norms of the base's weights, for each decoder layer and projection in the order of the
             geometry's layers; empty if the engine does not say.
         max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
+        takes_tree_digests: Whether it checks the tree digest that comes with `Filled`, and needs none with an offer.
     """
 
     engine_id: str
@@ -67,6 +68,7 @@ class Hello:
     max_rank: int = 0
     weight_norms: tuple[float, ...] = ()
     max_added_tokens: int = 0
+    takes_tree_digests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,12 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """An image is ready.
+    """An image is ready, or can be made.
 
     Attributes:
+        image_sha256: sha256 over the image's pages in order, for engines that take no tree digests; else empty.
         spec: JSON of `AdapterSpec`.
+        is_expected: Whether a label is about to move to it.
     """
 
     digest: str
@@ -124,6 +128,7 @@ class Offer:
     image_sha256: str
     is_wanted: bool
     spec: bytes
+    is_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +143,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """The last byte of an image has been written."""
+    """The last byte of an image has been written.
+
+    Attributes:
+        tree_sha256: See `loraplex_common.tree_digest`.
+    """
 
     digest: str
     rank: int
+    tree_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from loraplex_common.errors import AdapterCorruptError, InvalidParameterError, L
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_adapter_store.attach.image_writer import ImageWriter
+from loraplex_adapter_store.attach.filler import Filler
 from loraplex_adapter_store.attach.messages import (
     Ack,
     Decline,
@@ -20,7 +20,6 @@ from loraplex_adapter_store.attach.messages import (
     Grant,
     HeldImage,
     Hello,
-    Offer,
     Place,
     Refuse,
     Residency,
@@ -29,18 +28,16 @@ from loraplex_adapter_store.attach.messages import (
 )
 from loraplex_adapter_store.attach.outbox import Outbox
 from loraplex_adapter_store.attach.transfer import Transfer, TransferState
-from loraplex_adapter_store.attach.urgency import UrgencyGate
-from loraplex_adapter_store.images import Fit, Image, ImageCache, ImageKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from concurrent.futures import Executor
 
+    from loraplex_adapter_store.images import ImageCache
     from loraplex_adapter_store.metrics import StoreMetrics
 
 _log = get_logger()
 MAX_TRANSFERS: Final = 4096
-MAX_PREPARING: Final = 4
 MAX_ATTEMPTS: Final = 2
 _WORKING: Final = frozenset({TransferState.PREPARING, TransferState.FILLING})
 
@@ -65,21 +62,19 @@ class EngineSession:
         self._on_residency = on_residency
         self._images = images
         self._metrics = metrics
-        self._fit = Fit(hello.base_fingerprint, hello.max_image_pages)
         self._held = {held.digest: held for held in hello.held}
         self._sequence = hello.sequence
         self._outbox = Outbox()
-        self._writer = ImageWriter(hello, self._outbox, executor, metrics)
+        self._filler = Filler(hello, images, self._outbox, executor, metrics)
         self._transfers: dict[str, Transfer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._preparing = UrgencyGate(MAX_PREPARING)
         self._wants_changed = asyncio.Condition()
         self.changed = asyncio.Event()
 
     @property
     def shared_memory(self) -> list[bool]:
         """Per rank, whether pages are written straight into the arena."""
-        return self._writer.shared_memory
+        return self._filler.shared_memory
 
     @property
     def held(self) -> dict[str, HeldImage]:
@@ -144,13 +139,19 @@ class EngineSession:
         if transfer is not None and wanted_in_s is not None:
             transfer.foreseen_within(wanted_in_s)
 
+    def expect(self, digest: str) -> None:
+        """Offer an image that a label is about to move to; the engine makes room for it."""
+        self.prefetch(digest, 0.0)
+        if (transfer := self._transfers.get(digest)) is not None:
+            transfer.is_expected = True
+
     def fill_idle_room(self) -> None:
         """Offer recently used images of this geometry that the engine lacks, up to the number of its free slots."""
         free = min((arena.num_free for arena in self.hello.arenas), default=0)
-        for digest in self._images.recent(self.hello.geometry):
+        for digest, num_pages in self._images.recent(self.hello.geometry).items():
             if digest in self._held:
                 continue
-            free -= self._images.num_pages(digest, self.hello.geometry)
+            free -= num_pages
             if free < 0:
                 return
             self.prefetch(digest)
@@ -163,7 +164,7 @@ class EngineSession:
     async def close(self) -> None:
         """End all transfers and release the arenas."""
         await cancel_and_wait(*self._tasks)
-        self._writer.close()
+        self._filler.close()
 
     def _grant(self, grant: Grant) -> None:
         transfer = self._transfers.get(grant.digest)
@@ -251,10 +252,8 @@ class EngineSession:
         raise AdapterCorruptError(f"revision {transfer.digest}: its image arrived corrupt twice: {failure}")
 
     async def _attempt(self, transfer: Transfer) -> None:
-        transfer.offers = [
-            Offer(transfer.digest, rank, len(image.pages), image.sha256, transfer.is_wanted, image.spec.to_json())
-            for rank, image in enumerate(await self._prepare(transfer))
-        ]
+        await self._let_wants_pass(transfer)
+        transfer.offers = await self._filler.offers(transfer)
         transfer.advance(TransferState.OFFERED)
         await self._tell_waiting()
         await self._offer(transfer)
@@ -263,20 +262,15 @@ class EngineSession:
             self._metrics.churn.labels("decline").inc()
             return
         transfer.advance(TransferState.FILLING)
-        for rank, image in enumerate(await self._prepare(transfer)):
-            await self._writer.write(transfer.digest, rank, image, slots[rank], partial(self._let_wants_pass, transfer))
+        let_pass = partial(self._let_wants_pass, transfer)
+        await let_pass()
+        digests = [await self._filler.fill(transfer, rank, slots[rank], let_pass) for rank in range(len(slots))]
         transfer.advance(TransferState.SENT)
         await self._tell_waiting()
-        for rank in range(len(slots)):
-            await self._outbox.put(Filled(transfer.digest, rank))
+        for rank, digest in enumerate(digests):
+            await self._outbox.put(Filled(transfer.digest, rank, digest))
         if await transfer.wait_for_arrival() and transfer.failure is None:
             self._metrics.churn.labels("push").inc()
-
-    async def _prepare(self, transfer: Transfer) -> list[Image]:
-        await self._let_wants_pass(transfer)
-        async with self._preparing.turn(transfer):
-            wanted = [ImageKey(transfer.digest, self.hello.geometry, rank) for rank in range(len(self.hello.arenas))]
-            return [await self._images.get(key, self._fit) for key in wanted]
 
     async def _offer(self, transfer: Transfer) -> None:
         for offer in transfer.current_offers():

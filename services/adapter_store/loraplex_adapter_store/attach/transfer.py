@@ -41,6 +41,7 @@ class Transfer:
     Attributes:
         is_wanted: Whether a request waits for the image; may become true during the transfer.
         offers: One per rank, once the image is known; the pages themselves are not held while the engine decides.
+        is_expected: Whether a label is about to move to the image.
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
         needed_by_s: Time of the event loop's clock by which the first waiting request needs it; infinity without a
@@ -53,6 +54,7 @@ class Transfer:
         self.digest = digest
         self.is_wanted = is_wanted
         self.is_wanted_again = False
+        self.is_expected = False
         self.offers: list[Offer] = []
         self.failure: str | None = None
         self.needed_by_s = math.inf
@@ -96,7 +98,9 @@ class Transfer:
     def current_offers(self) -> list[Offer]:
         """Return the offers of this attempt."""
         self._has_unsolicited_offer |= not self.is_wanted
-        return [dataclasses.replace(offer, is_wanted=self.is_wanted) for offer in self.offers]
+        return [
+            dataclasses.replace(offer, is_wanted=self.is_wanted, is_expected=self.is_expected) for offer in self.offers
+        ]
 
     def grant(self, grant: Grant, num_slots: int) -> None:
         """Take an engine's slots for one rank.

@@ -23,6 +23,7 @@ from loraplex_common.text_parts import TextParts
 from loraplex_adapter_store.checkpoint.canonical_parts import (
     module_fields,
     module_names,
+    module_of,
     name_of,
     named_tensors,
     read_parts,
@@ -31,7 +32,7 @@ from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
 from loraplex_adapter_store.import_notes import ImportNotes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from loraplex_common.part_kind import Arrays, Part
 
@@ -68,18 +69,19 @@ class CanonicalForm:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""
-        buffer = bytearray()
+        parts: list[memoryview] = []
+        room = chunk_bytes
         for piece in self.pieces:
             position = 0
             while position < len(piece):
-                taken = piece[position : position + chunk_bytes - len(buffer)]
-                buffer += taken
-                position += len(taken)
-                if len(buffer) == chunk_bytes:
-                    yield bytes(buffer)
-                    buffer.clear()
-        if buffer:
-            yield bytes(buffer)
+                parts.append(piece[position : position + room])
+                position += len(parts[-1])
+                room -= len(parts[-1])
+                if not room:
+                    yield b"".join(parts)
+                    parts, room = [], chunk_bytes
+        if parts:
+            yield b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,27 +145,89 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
     Raises:
         AdapterCorruptError: If the bytes are not those of ``revision``.
     """
-    found = hashlib.sha256(data).hexdigest()
+    check_revision(revision, hashlib.sha256(data).hexdigest())
+    reader = CanonicalReader(memoryview(data), revision)
+    modules: list[ModuleSpec] = []
+    values: dict[tuple[int, str, str], Arrays] = {}
+    for layer in reader.bytes_needed:
+        found, tensors = reader.layer(layer, as_stored=False)
+        modules += found
+        values |= tensors
+    return CanonicalAdapter(reader.base_fingerprint, reader.spec_of(modules), values)
+
+
+def check_revision(revision: str, found: str) -> None:
+    """Check a canonical form's sha256.
+
+    Raises:
+        AdapterCorruptError: If it is another one's.
+    """
     if found != revision:
         raise AdapterCorruptError(
             f"revision {revision}: the stored bytes have sha256 {found}; import the adapter again"
         )
-    tensors = read_tensors(data, file=revision)
-    config = _config(data[: header_bytes(data)])
-    names = module_names(tensors)
-    modules: list[ModuleSpec] = []
-    values: dict[tuple[int, str, str], Arrays] = {}
-    for layer, projection, fields in config["modules"]:
-        parts: list[Part] = []
-        for part, arrays in read_parts(name_of(names, layer, projection), fields, tensors):
-            parts.append(part)
-            values[layer, projection, part.kind] = arrays
-        modules.append(ModuleSpec(layer, projection, tuple(parts)))
-    is_activated = bool(config.get("text_parts", {}).get("invocation_token_ids"))
-    return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules), is_activated), values)
 
 
-def header_bytes(head: bytes | bytearray) -> int:
+class CanonicalReader:
+    """Reads a canonical form layer by layer; its last bytes may still be on their way.
+
+    Args:
+        data: Room for all of it, with its header in front; the tensors' bytes are not copied.
+        revision: For messages.
+
+    Attributes:
+        base_fingerprint: The base model.
+        bytes_needed: Layer -> how many bytes must have arrived before the layer can be read, in the order of layers.
+
+    Raises:
+        AdapterCorruptUploadError: If the header is none of a safetensors file.
+    """
+
+    def __init__(self, data: memoryview, revision: str) -> None:
+        config = _config(data[: header_bytes(data)])
+        self._revision = revision
+        self._tensors = read_tensors(data, file=revision)
+        self._names = module_names(self._tensors)
+        self._is_activated = bool(config.get("text_parts", {}).get("invocation_token_ids"))
+        self._modules: dict[int, list[tuple[str, Any]]] = {}
+        for layer, projection, fields in config["modules"]:
+            self._modules.setdefault(layer, []).append((projection, fields))
+        self.base_fingerprint: str = config["base"]
+        self.bytes_needed = self._bytes_needed(header_bytes(data))
+
+    def layer(
+        self, layer: int, *, as_stored: bool = True
+    ) -> tuple[list[ModuleSpec], dict[tuple[int, str, str], Arrays]]:
+        """Return a layer's modules, and their tensors as `read_parts` gives them."""
+        modules: list[ModuleSpec] = []
+        values: dict[tuple[int, str, str], Arrays] = {}
+        for projection, fields in self._modules[layer]:
+            name = name_of(self._names, layer, projection)
+            parts: list[Part] = []
+            for part, arrays in read_parts(name, fields, self._tensors, as_stored=as_stored):
+                parts.append(part)
+                values[layer, projection, part.kind] = arrays
+            modules.append(ModuleSpec(layer, projection, tuple(parts)))
+        return modules, values
+
+    def spec_of(self, modules: Iterable[ModuleSpec]) -> AdapterSpec:
+        """Return the adapter's spec, from the modules of all layers in their order."""
+        return AdapterSpec(self._revision, tuple(modules), self._is_activated)
+
+    def _bytes_needed(self, start: int) -> dict[int, int]:
+        ends: dict[str | None, int] = {}
+        position = start
+        for name, tensor in sorted(self._tensors.items()):  # tensors lie in the order of their names
+            position += len(tensor.data)
+            ends[module_of(name)] = position
+        shared = ends.get(None, start)
+        return {
+            layer: max(shared, *(ends[name_of(self._names, layer, projection)] for projection, _ in modules))
+            for layer, modules in self._modules.items()
+        }
+
+
+def header_bytes(head: bytes | bytearray | memoryview) -> int:
     """Return how many bytes in front of the tensors a canonical form has, from its first `LENGTH_BYTES`."""
     (length,) = struct.unpack_from("<Q", head)
     return LENGTH_BYTES + int(length)
@@ -181,7 +245,7 @@ def read_text_parts(head: bytes | bytearray) -> TextParts:
     return TextParts.from_fields(_config(head[: header_bytes(head)]).get("text_parts", {}))
 
 
-def _config(head: bytes | bytearray) -> dict[str, Any]:
+def _config(head: bytes | bytearray | memoryview) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.loads(bytes(head[LENGTH_BYTES:]))["__metadata__"]["loraplex"])
     return config
 

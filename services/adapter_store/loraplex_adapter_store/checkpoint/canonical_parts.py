@@ -88,16 +88,25 @@ def name_of(names: Mapping[tuple[int, str], str], layer: int, projection: str) -
     return names[layer, projection] if (layer, projection) in names else names[_OUTSIDE, projection]
 
 
-def read_parts(module: str, fields: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, Arrays]]:
+def module_of(tensor: str) -> str | None:
+    """Return the dotted name of the module that a tensor of a canonical form belongs to; None if modules share it."""
+    match = _OWN_TENSOR.fullmatch(tensor)
+    return match["module"] if match else None
+
+
+def read_parts(
+    module: str, fields: Any, tensors: Mapping[str, Tensor], *, as_stored: bool = False
+) -> Iterator[tuple[Part, Arrays]]:
     """Yield a module's parts with their values.
 
     Args:
         module: The module's dotted name.
         fields: What `module_fields` wrote behind layer and projection.
         tensors: All tensors of the form.
+        as_stored: Whether values come in the types of the file, as `Tensor.stored` gives them, and are not widened to fp32.
     """
     if not isinstance(fields, dict):  # the scaling of plain LoRA, whose rank is in its tensors
-        a, b = (tensors[tensor_name(module, name)].values() for name in PART_TENSORS[LOW_RANK])
+        a, b = _plain(module, LOW_RANK, tensors, as_stored)
         yield LowRank(a.shape[0], fields), (a, b)
         return
     for kind in KINDS:  # in their order, as JSON sorts keys
@@ -105,12 +114,13 @@ def read_parts(module: str, fields: Any, tensors: Mapping[str, Tensor]) -> Itera
             continue
         numbers = dict(fields[kind])
         columns = numbers.pop(_COLUMNS, None)
-        arrays = _scaled(module, columns, tensors) if columns is not None else _plain(module, kind, tensors)
+        arrays = _plain(module, kind, tensors, as_stored) if columns is None else _scaled(module, columns, tensors)
         yield KINDS[kind].part(**numbers), arrays
 
 
-def _plain(module: str, kind: str, tensors: Mapping[str, Tensor]) -> Arrays:
-    return tuple(tensors[tensor_name(module, name)].values() for name in PART_TENSORS[kind])
+def _plain(module: str, kind: str, tensors: Mapping[str, Tensor], as_stored: bool) -> Arrays:
+    found = [tensors[tensor_name(module, name)] for name in PART_TENSORS[kind]]
+    return tuple(each.stored() if as_stored else each.values() for each in found)
 
 
 def _scaled(module: str, columns: int, tensors: Mapping[str, Tensor]) -> Arrays:

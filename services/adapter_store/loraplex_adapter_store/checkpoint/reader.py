@@ -182,17 +182,19 @@ def _group_tensors(
         if config.method == VERA and (slot := names.SHARED_VERA.get(name)):
             group = shared
         else:
-            part = parse_tensor_name(name, paths, slots)
+            part = parse_tensor_name(name, paths, slots, tensor.name)
             if part.layer >= base.num_layers:
                 raise AdapterIncompatibleError(
-                    f"tensor {name}: the base model {base.name} has {base.num_layers} layers"
+                    f"tensor {tensor.name}: the base model {base.name} has {base.num_layers} layers"
                 )
             if all(projection.path != part.path for projection in base.layers[part.layer]):
-                raise AdapterIncompatibleError(f"tensor {name}: layer {part.layer} of {base.name} has no {part.path}")
+                raise AdapterIncompatibleError(
+                    f"tensor {tensor.name}: layer {part.layer} of {base.name} has no {part.path}"
+                )
             group, slot = found.setdefault((part.layer, part.projection), {}), part.slot
         if slot in group:
             raise AdapterCorruptUploadError(
-                f"tensor {name} appears twice, under another spelling as {group[slot].name}"
+                f"tensor {tensor.name} appears twice, under another spelling as {group[slot].name}"
             )
         group[slot] = tensor
     return found, shared

@@ -68,10 +68,14 @@ class Tensor:
 
     def values(self) -> NDArray[Any]:
         """Return the values in fp32, exact for every dtype; integers as they are."""
-        raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        raw = self.stored()
         if self.is_integer:
             return raw
         return from_bfloat16(raw) if self.dtype == "BF16" else raw.astype(np.float32, copy=False)
+
+    def stored(self) -> NDArray[Any]:
+        """Return the values in the type that they have in the file, not copied; of bf16 the bits, uint16."""
+        return np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
     def reshaped(self, *shape: int) -> Tensor:
         """Return the same values in another shape."""

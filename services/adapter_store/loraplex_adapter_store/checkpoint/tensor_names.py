@@ -104,13 +104,16 @@ def tensor_name(module: str, slot: str) -> str:
     return f"base_model.model.{module}.{slot}"
 
 
-def parse_tensor_name(name: str, paths: Collection[str] | None = None, slots: Collection[str] = PAIR) -> TensorName:
+def parse_tensor_name(
+    name: str, paths: Collection[str] | None = None, slots: Collection[str] = PAIR, in_file: str | None = None
+) -> TensorName:
     """Read a tensor's name.
 
     Args:
-        name: In the file.
+        name: As PEFT would write it.
         paths: Paths of the base model's projections inside their layers; all paths if None.
         slots: Which tensors of a module the checkpoint's configuration announces.
+        in_file: Its name in the file, if that is another; for messages.
 
     Raises:
         AdapterIncompatibleError: If it is none that PEFT loads into one of them; the message says what it is.
@@ -118,7 +121,7 @@ def parse_tensor_name(name: str, paths: Collection[str] | None = None, slots: Co
     match = _KEY.fullmatch(name)
     slot = _slot(match) if match is not None else ""
     if match is None or slot not in slots or (paths is not None and match["path"] not in paths):
-        raise AdapterIncompatibleError(f"tensor {name[:_MAX_SHOWN]}: {_explained(name, paths or ())}")
+        raise AdapterIncompatibleError(f"tensor {(in_file or name)[:_MAX_SHOWN]}: {_explained(name, paths or ())}")
     return TensorName(int(match["layer"]), match["path"], slot)
 
 

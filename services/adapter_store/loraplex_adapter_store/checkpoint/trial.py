@@ -9,6 +9,7 @@ checksum. DoRA's magnitudes are a bound by themselves: they are the norms of the
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -118,8 +119,11 @@ def _largest(part: PartTensors | None, absent: float = 1.0) -> float:
     return absent if part is None else part.tensors[0].largest()
 
 
+@functools.lru_cache(maxsize=16)
 def _inputs(columns: int) -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal((columns, NUM_INPUTS), dtype=np.float32)
+    inputs = np.random.default_rng(0).standard_normal((columns, NUM_INPUTS), dtype=np.float32)
+    inputs.setflags(write=False)  # they serve all modules of this many inputs
+    return inputs
 
 
 def _pair_gain(pair: PartTensors) -> float:

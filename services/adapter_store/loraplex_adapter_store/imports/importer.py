@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -15,6 +15,7 @@ from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
+from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
@@ -69,6 +70,7 @@ class Importer:
 
     Args:
         told: An import ends once it has waited for this.
+        on_stored: Called with the digest of each revision that was stored, and its base's fingerprint.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Importer:
         metrics: StoreMetrics,
         *,
         told: Told,
+        on_stored: Callable[[str, str], None] = lambda digest, base_fingerprint: None,
     ) -> None:
         self._checker = checker
         self._catalog = catalog
@@ -87,6 +90,7 @@ class Importer:
         self._budget = budget
         self._metrics = metrics
         self._told = told
+        self._on_stored = on_stored
         self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
@@ -107,7 +111,11 @@ class Importer:
             ConflictError: If ``latest`` is not where it is expected; nothing is fetched if it is not before.
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        return await self._measured(self._import_from(source, fetch, target, progress))
+        # What follows the mark in an identity is the credential's name.
+        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+            outcome = await self._measured(self._import_from(source, fetch, target, progress))
+            facts |= _found(outcome, target)
+            return outcome
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
         """Import uploaded files; the caller holds room for them.
@@ -115,8 +123,11 @@ class Importer:
         Raises:
             LoraplexError: In the cases of `import_from`.
         """
-        async with self._budget.place():
-            return await self._measured(self._import_files(files, target, Progress(target.name)))
+        with audited("import", target.name, source=files.source) as facts:
+            async with self._budget.place():
+                outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
+            facts |= _found(outcome, target)
+            return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
         """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
@@ -125,13 +136,16 @@ class Importer:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
         """
         async with self._budget.place():
-            form = await self._checker.check(files, target.base_model)
-            await self._catalog.reserve(form.revision)
-            try:
-                return await self._write(form, files.source, target)
-            except BaseException:
-                await self.abandon(form.revision)
-                raise
+            with self._counted():
+                began = time.monotonic()
+                form = await self._checker.check(files, target.base_model)
+                await self._catalog.reserve(form.revision)
+                try:
+                    written = await self._write(form, files.source, target)
+                except BaseException:
+                    await self.abandon(form.revision)
+                    raise
+                return replace(written, seconds=time.monotonic() - began)
 
     async def commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         """Make written weights known under their name, once gateways have been told.
@@ -140,12 +154,18 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
+        with audited("push", target.name, source=written.revision.source) as facts:
+            outcome = await self._commit_written(written, target)
+            facts |= _found(outcome, target)
+            return outcome
+
+    async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
         digest = written.revision.revision
         await self._catalog.reserve(digest)
         try:
             if not await self._blobs.is_complete(digest):
                 raise RevisionGoneError(digest)
-            outcome = await self._measured(self._commit(written, target))
+            outcome = await self._measured(self._commit(written, target), spent_s=written.seconds)
         except RevisionGoneError:
             raise StoreUnavailableError(
                 f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
@@ -153,13 +173,19 @@ class Importer:
         await self._told(outcome.record)
         return outcome
 
-    async def _measured(self, work: Awaitable[ImportOutcome]) -> ImportOutcome:
-        began = time.monotonic()
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an import that fails in the block."""
         try:
-            outcome = await work
+            yield
         except LoraplexError as error:
             self._metrics.imports.labels(error.reason.lower()).inc()
             raise
+
+    async def _measured(self, work: Awaitable[ImportOutcome], *, spent_s: float = 0.0) -> ImportOutcome:
+        began = time.monotonic() - spent_s
+        with self._counted():
+            outcome = await work
         self._metrics.imports.labels("ok").inc()
         self._metrics.import_seconds.observe(time.monotonic() - began)
         return outcome
@@ -200,6 +226,7 @@ class Importer:
             except BaseException:
                 await self.abandon(form.revision)
                 raise
+            self._on_stored(form.revision, form.base_fingerprint)
             await self._told(outcome.record)
             return outcome
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
@@ -236,6 +263,11 @@ class Importer:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
+
+
+def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
+    """Return what an import's line says of its end."""
+    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:

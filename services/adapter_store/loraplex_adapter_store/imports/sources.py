@@ -9,43 +9,38 @@ from loraplex_common.errors import InvalidParameterError
 
 from loraplex_adapter_store import object_storage
 from loraplex_adapter_store.imports import oci
+from loraplex_adapter_store.imports.directory import ImportRoots
+from loraplex_adapter_store.imports.hub import Hub, HubSource
+from loraplex_adapter_store.imports.s3 import S3Imports
+from loraplex_adapter_store.imports.threads import DownloadThreads
 
 if TYPE_CHECKING:
+    from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
-    from loraplex_adapter_store.imports.directory import ImportRoots
-    from loraplex_adapter_store.imports.hub import Hub, HubSource
     from loraplex_adapter_store.imports.importer import Fetch
-    from loraplex_adapter_store.imports.s3 import S3Imports
 
 
 class Sources:
     """Finds out how a source is fetched.
 
     Args:
-        roots: Directories below which imports are allowed.
-        hub: The Hugging Face hub.
-        buckets: Object storage.
-        registries: Registries of the OCI distribution protocol.
+        config: What the operator allows.
         credentials: What private sources want, by name.
-        max_adapter_bytes: Largest checkpoint that is fetched.
     """
 
-    def __init__(
-        self,
-        roots: ImportRoots,
-        hub: Hub,
-        buckets: S3Imports,
-        registries: oci.OciImports,
-        credentials: Credentials,
-        *,
-        max_adapter_bytes: int,
-    ) -> None:
-        self._roots = roots
-        self._hub = hub
-        self._buckets = buckets
-        self._registries = registries
+    def __init__(self, config: StoreConfig, credentials: Credentials) -> None:
+        self._threads = DownloadThreads()
+        self._roots = ImportRoots(config.import_root)
+        self._hub = Hub(config.hf_endpoint, self._threads)
+        self._buckets = S3Imports(config.import_bucket, credentials, self._threads)
+        self._registries = oci.OciImports(config.import_registry, credentials, self._threads)
         self._credentials = credentials
-        self._max_adapter_bytes = max_adapter_bytes
+        self._max_adapter_bytes = config.max_adapter_bytes
+
+    async def close(self) -> None:
+        """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
+        await self._threads.close()
+        self._registries.close()
 
     def fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
         """Return the identity of a source, which is equal for equal ones, and what fetches it.

@@ -58,11 +58,13 @@ class Written:
 
     Attributes:
         already_existed: Whether the store had them before.
+        seconds: Time that checking and writing took.
     """
 
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ _log = get_logger()
 LOOK_S: Final = 0.25
 """Time between two looks at engines of other replicas, whose holdings are known from Valkey."""
 OFFER_S: Final = 1.0
-"""Time between two offers to an engine: it declines one that finds its arena full."""
+"""Time between two offers to an engine: it declines one whose place requests wait for too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,5 +72,5 @@ class EngineReadiness:
 
     async def _offer(self, engines: Collection[str], revision: str) -> None:
         for engine in engines:
-            if not self._attached.prefetch(engine, revision, 0):
-                await self._holdings.hint(engine, "prefetch", revision)
+            if not self._attached.expect(engine, revision):
+                await self._holdings.hint(engine, "expect", revision)

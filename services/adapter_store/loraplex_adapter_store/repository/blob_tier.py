@@ -6,12 +6,14 @@ gives, and asks the next tier if it is missing or damaged.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncGenerator, Iterable
 
 _UNLINK_BATCH: Final = 64
 
@@ -58,6 +60,15 @@ class BlobTier(Protocol):
         """
         ...
 
+    async def keep(self, digest: str, place: ChunkPlace, chunk: bytes) -> None:
+        """Take a chunk that a farther tier has given, if this tier keeps copies of what is read.
+
+        Raises:
+            StoreUnavailableError: If the tier cannot be reached.
+            SaturatedError: If the tier is full.
+        """
+        ...
+
     async def holds(self, digest: str, num_chunks: int) -> bool:
         """Return whether all chunks of a blob are there.
 
@@ -89,15 +100,21 @@ class ValkeyTier:
 
     async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
         """See `BlobTier`."""
-        for number, chunk in enumerate(chunks):
-            with keys.translated():
-                await self._client.set(keys.chunk(digest, number), chunk)
+        number = 0
+        async with aclosing(_made_ahead(chunks)) as ready:
+            async for chunk in ready:
+                with keys.translated():
+                    await self._client.set(keys.chunk(digest, number), chunk)
+                number += 1
 
     async def read(self, digest: str, place: ChunkPlace) -> bytes | None:
         """See `BlobTier`."""
         with keys.translated():
             chunk: bytes | None = await self._client.get(keys.chunk(digest, place.number))
         return chunk
+
+    async def keep(self, digest: str, place: ChunkPlace, chunk: bytes) -> None:
+        """See `BlobTier`: a copy without a bound is none of this tier's."""
 
     async def holds(self, digest: str, num_chunks: int) -> bool:
         """See `BlobTier`."""
@@ -113,3 +130,15 @@ class ValkeyTier:
             with keys.translated():
                 removed = await self._client.unlink(*batch)
             first += _UNLINK_BATCH
+
+
+async def _made_ahead(chunks: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
+    """Yield chunks that a thread makes, each while the one before is being written."""
+    iterator = iter(chunks)
+    following = asyncio.ensure_future(asyncio.to_thread(next, iterator, b""))
+    try:
+        while chunk := await following:
+            following = asyncio.ensure_future(asyncio.to_thread(next, iterator, b""))
+            yield chunk
+    finally:
+        await asyncio.wait({following})

@@ -16,6 +16,7 @@ from loraplex_common.errors import (
     AdapterCorruptError,
     AdapterIncompatibleError,
     LoraplexError,
+    SaturatedError,
     StoreUnavailableError,
 )
 from loraplex_common.log import get_logger
@@ -184,13 +185,14 @@ class Blobs:
         """Return a chunk from the nearest tier that has it undamaged."""
         problems: list[str] = []
         away: LoraplexError | None = None
-        for tier in self._tiers:
+        for number, tier in enumerate(self._tiers):
             try:
                 chunk = await tier.read(digest, place)
             except StoreUnavailableError as error:  # another tier may have it
                 away = away or error
                 continue
             if chunk is not None and crc32c.crc32c(chunk) == manifest.checksums[place.number]:
+                await self._keep(digest, place, chunk, number)
                 return chunk
             problems.append(f"{'is missing' if chunk is None else 'has a wrong crc32c'} in {tier.name}")
         if away is not None:
@@ -199,6 +201,14 @@ class Blobs:
         raise AdapterCorruptError(
             f"revision {digest}: chunk {place.number} of {len(manifest.checksums)} {', '.join(problems)}; import the adapter again"
         )
+
+    async def _keep(self, digest: str, place: ChunkPlace, chunk: bytes, num_nearer: int) -> None:
+        """Offer a chunk to the tiers that are nearer than the one that gave it; it is read whether they take it or not."""
+        for tier in self._tiers[:num_nearer]:
+            try:
+                await tier.keep(digest, place, chunk)
+            except (StoreUnavailableError, SaturatedError) as error:
+                _log.warning("a chunk is not kept nearer", revision=digest, tier=tier.name, error=error.message)
 
 
 def _noting(chunks: Iterator[bytes], checksums: list[int]) -> Iterator[bytes]:

@@ -13,15 +13,14 @@ from typing import Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
-from loraplex_common.valkey_errors import ValkeyRefusedError
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Position, Revision
 from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.commit_words import commit_words
+from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
 
 _log = get_logger()
-FSYNC_TIMEOUT_S: Final = 5.0
 MAX_ATTEMPTS: Final = 20
 RESERVATION_S: Final = 600.0
 MAX_COUNTED_AT_ONCE: Final = 500
@@ -45,6 +44,7 @@ class Catalog:
         check_name: Refuses names that no adapter may have here, by any kind of change; an adapter with one can be
             deleted.
         limit_of: Gives the bytes of adapters that a tenant may have.
+        on_disk: Waits until a change is on disk; by default on Valkey's own.
     """
 
     def __init__(
@@ -54,12 +54,13 @@ class Catalog:
         gc_grace_s: float,
         check_name: Callable[[str], None],
         limit_of: LimitOf = unlimited,
+        on_disk: OnDisk | None = None,
     ) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
         self.check_name = check_name
         self._limit_of = limit_of
-        self._has_aof = True
+        self._on_disk = on_disk or OnDisk()
 
     async def get(self, name: str) -> AdapterRecord | None:
         """Return a record, deleted ones included; None if the name was never stored."""
@@ -243,26 +244,5 @@ class Catalog:
                 script = scripts.REMOVE if new.is_deleted else scripts.COMMIT
                 status, detail = await connection.eval(script, len(names), *names, *values)
                 if status == b"ok":
-                    await self._wait_for_disk(connection)
+                    await self._on_disk.wait(connection)
         return status, detail
-
-    async def _wait_for_disk(self, connection: keys.Client) -> None:
-        if not self._has_aof:
-            return
-        try:
-            local, _ = await connection.execute_command("WAITAOF", 1, 0, round(FSYNC_TIMEOUT_S * 1000))
-        except ValkeyRefusedError as error:
-            if not error.answer.startswith(("WAITAOF", "unknown command", "ERR")):
-                raise
-            # There is no append-only file, or the server is older than WAITAOF: the operator's choice, which is logged.
-            _log.warning(
-                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=error.answer
-            )
-            self._has_aof = False
-            return
-        if local < 1:
-            raise StoreUnavailableError(
-                f"Valkey has not confirmed within {FSYNC_TIMEOUT_S:.0f} s that the change is on disk; it may or may not last: "
-                "repeat the call with the same request_id",
-                retry_after_s=FSYNC_TIMEOUT_S,
-            )

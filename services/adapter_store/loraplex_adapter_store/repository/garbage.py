@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.errors import LoraplexError
 from loraplex_common.housekeeping import keep_doing
 from loraplex_common.log import get_logger
 
@@ -86,7 +87,12 @@ class GarbageCollector:
                 scripts.BEGIN_COLLECTION, len(names), *names, digest, now, round(LOCK_S * 1000)
             ):
                 return 0
-            await self._blobs.delete(digest)
+            try:
+                await self._blobs.delete(digest)
+            except LoraplexError:
+                # A tier is away: an import of the revision need not wait for the lock's end.
+                await self._client.delete(keys.collecting(digest))
+                raise
             names = [keys.GARBAGE, keys.collecting(digest)]
             await self._client.eval(scripts.END_COLLECTION, len(names), *names, digest)
         await self._on_garbage(digest)

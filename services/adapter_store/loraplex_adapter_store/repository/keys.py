@@ -28,6 +28,12 @@ GARBAGE: Final = _PREFIX + "garbage"
 """Sorted set of revisions that may have no reference, scored by the time (unix ms) from which they may be collected."""
 COUNTED: Final = _PREFIX + "counted"
 """String that exists once the bytes of all tenants have been counted, see `tenant_bytes`."""
+COLD_TIER: Final = _PREFIX + "cold"
+"""String: the folder of the object storage that has all blobs; missing where Valkey has them."""
+HOT: Final = _PREFIX + "hot"
+"""Sorted set of the blobs with copies in Valkey, of a store with a cold tier, by their last use (unix ms)."""
+HOT_BYTES: Final = _PREFIX + "hot_bytes"
+"""String: the bytes of all these copies."""
 OPERATIONS: Final = "loraplex:store:{operations}:index"
 """Sorted set of operation ids by creation time."""
 
@@ -84,6 +90,11 @@ def manifest(digest: str) -> str:
 def chunk(digest: str, number: int) -> str:
     """One piece of a blob."""
     return f"a:{{{digest}}}:c:{number}"
+
+
+def hot_chunks(digest: str) -> str:
+    """Hash of the chunks of a blob with copies in Valkey: number -> bytes."""
+    return f"{_PREFIX}hot:{digest}"
 
 
 def held(engine_id: str) -> str:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import TenantQuotaError
 from loraplex_common.quota_failure import ExceededLimit
+from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.sizes import format_size
 
 from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from loraplex_adapter_store.records import AdapterRecord, Revision
 
@@ -34,6 +36,14 @@ LimitOf = Callable[[str], "int | None"]
 def unlimited(tenant: str) -> int | None:
     """Return no limit for any tenant."""
     return None
+
+
+def adapter_bytes(quotas_file: Path | None) -> LimitOf:
+    """Return the limits of a quotas file; it is read again when it changes."""
+    if quotas_file is None:
+        return unlimited
+    file = QuotasFile(quotas_file)
+    return lambda tenant: file.current().of(tenant).max_adapter_bytes
 
 
 @dataclass(frozen=True, slots=True)

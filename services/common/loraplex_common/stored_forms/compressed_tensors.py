@@ -35,8 +35,12 @@ FORMS: Final = {
     ("int-quantized", "int"): "scaled_int8",
     ("naive-quantized", "int"): "scaled_int8",
     ("pack-quantized", "int"): "packed_int32",
+    ("mxfp4-pack-quantized", "float"): "mxfp4",
 }
 """By format and type of number."""
+BITS: Final = {"packed_int32": (4, 8), "mxfp4": (4,)}
+"""By form; of the others 8."""
+MX_GROUP: Final = 32
 REORDERING: Final = ("group", True)
 """Values of ``actorder`` with which inputs may belong to groups out of order."""
 
@@ -83,15 +87,18 @@ def _group(group: ConfigValues, default_format: str) -> Group:
             f"quantization_config.format {stored_as!r} of {number} weights is not served; served: {served}; {SERVE_INSTEAD}"
         )
     name = FORMS[stored_as, number]
-    refuse_unless(weights, "num_bits", (4, 8) if name == "packed_int32" else (8,))
+    refuse_unless(weights, "num_bits", BITS.get(name, (8,)))
     refuse_unless(weights, "dynamic", (False,))
     symmetric = weights.flag("symmetric", default=True)
-    if name == "scaled_float8" and not symmetric:
+    if number == "float" and not symmetric:
         raise weights.unserved("symmetric", f"floating-point numbers have no zero points; {SERVE_INSTEAD}")
+    block = _block(weights)
+    if name == "mxfp4" and block != (1, MX_GROUP):
+        raise weights.unserved("group_size", f"MXFP4 has a scale for {MX_GROUP} inputs; {SERVE_INSTEAD}")
     form = StoredForm(
         name=name,
         bits=weights.integer("num_bits", 8),
-        block=_block(weights),
+        block=block,
         has_zero_points=not symmetric,
         is_reordered=_is_reordered(weights),
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraplex_common.config_values import BaseModelError, ConfigValues
-from loraplex_common.stored_forms import awq, compressed_tensors, fp8, gptq
+from loraplex_common.stored_forms import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from loraplex_common.stored_forms.quantisation import SERVE_INSTEAD, Quantisation
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ METHODS: Final[dict[str, MethodReader]] = {
     "compressed-tensors": compressed_tensors.read,
     "gptq": gptq.read,
     "awq": awq.read,
+    "bitsandbytes": bitsandbytes.read,
 }
 """By ``quant_method``."""
 QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")

@@ -2,7 +2,8 @@
 
 It belongs to the step loop's thread, as an eviction from the arena changes residency; only the allocator below is
 thread-safe. A *wanted* image waits its turn for room, the image needed first before the others. An unsolicited image
-gets room that is free now, or none.
+gets room that is free now, or none; one that is *expected*, as a label is about to move to it, also the room of images that
+no request waits with.
 
 An image that a request waits with is not evicted, so requests with several adapters could fill the arena with images that
 each wait for another. Then room is made of images whose requests still lack others; not of those of the request that waits
@@ -52,7 +53,9 @@ class ArenaGrants:
         self._numbers = itertools.count()
         self._full_at: tuple[int, int, int] | None = None  # `_now()` when the most urgent demand found no room
 
-    def ask(self, digest: str, num_pages: int, *, is_wanted: bool, future: Future[Granted]) -> None:
+    def ask(
+        self, digest: str, num_pages: int, *, is_wanted: bool, future: Future[Granted], is_expected: bool = False
+    ) -> None:
         """Resolve ``future`` to slots now or later, or to None if there is no room or the image is not needed."""
         if is_wanted and num_pages <= self._arena.num_slots:
             adds_up = any(request.adds_up for request in self._queue.of_adapter(digest))
@@ -64,6 +67,8 @@ class ArenaGrants:
             self.serve()
         elif future.set_running_or_notify_cancel():
             has_image = self._cache.states.status(digest).is_in_arena
+            if is_expected and not has_image:
+                self._make_room_for_expected(num_pages)
             future.set_result(None if has_image else self._arena.allocate(num_pages))
 
     def serve(self) -> None:
@@ -122,6 +127,11 @@ class ArenaGrants:
         if queue.oldest_adding_up is None:
             return False
         return cache.evict_images(demand.num_pages, lambda adapter: self._may_give_way(adapter.digest, demand.digest))
+
+    def _make_room_for_expected(self, num_pages: int) -> None:
+        """Evict images that no request waits with, unless wanted images wait for room themselves."""
+        if not self._demands and num_pages <= self._arena.num_slots:
+            self._cache.evict_images(num_pages, lambda adapter: not self._queue.is_awaited(adapter.digest))
 
     def _may_give_way(self, digest: str, to: str) -> bool:
         """Tell whether the requests that wait with an image all lack others, and are not the oldest.

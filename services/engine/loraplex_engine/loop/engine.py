@@ -178,18 +178,21 @@ class Engine:
         """
         return self._call(lambda: self._operations.evict(digest, require_generation))
 
-    def grant_slots(self, digest: str, num_pages: int, *, is_wanted: bool) -> Future[tuple[int, ...] | None]:
+    def grant_slots(
+        self, digest: str, num_pages: int, *, is_wanted: bool, is_expected: bool = False
+    ) -> Future[tuple[int, ...] | None]:
         """Ask for arena slots for an image on offer.
 
         A wanted image waits for room (cancel the future if the store goes away). Its future resolves to None if no
         request wants the image any more, or if it can never fit. An unwanted image's future resolves to None at once if
-        there is no idle room, or if the engine has the image. Slots granted are given back by `return_slots`, or handed
+        there is no idle room, or if the engine has the image; for an expected one, images that no request waits with
+        are evicted. Slots granted are given back by `return_slots`, or handed
         over by posting `ImageArrived`.
         """
         future: Future[tuple[int, ...] | None] = Future()
 
         def ask() -> None:
-            self._state.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
+            self._state.grants.ask(digest, num_pages, is_wanted=is_wanted, is_expected=is_expected, future=future)
 
         self._loop.post(Call(ask, failing_into(future)))
         return future

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.heap import give_back_freed
 from loraplex_common.projections import Split
 from loraplex_common.stored_forms.registry import quantisation_of
 from loraplex_common.weight_files import IGNORED_SUFFIXES, SERVED_DTYPES, find_weights
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
     from loraplex_engine.model.stored_forms.unpacker import Unpacker
 
-UNPACKED_ITEMS: Final = 1 << 18
-"""Numbers of a weight that are unpacked at once: what loading takes besides the weights is a few times as many bytes."""
+UNPACKED_ITEMS: Final = 1 << 16
+"""Numbers of a weight that are unpacked at once in host memory: loading takes about fifty times as many bytes beside the weights."""
+DEVICE_CHUNKS: Final = 4
+"""How many times as many are unpacked at once on a device, where each operation costs a launch."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -197,6 +200,7 @@ class WeightReader:
             for rows in self.rows(part, form):
                 weight[position : position + len(rows)].copy_(rows)
                 position += len(rows)
+        give_back_freed()
         return weight
 
     def place(self, part: StoredLinear) -> Place:
@@ -214,7 +218,8 @@ class WeightReader:
         Raises:
             BaseModelError: If a tensor is missing or does not fit.
         """
-        place, step = self.place(part), max(1, UNPACKED_ITEMS // part.in_features)
+        place, items = self.place(part), UNPACKED_ITEMS * (1 if self.device.type == "cpu" else DEVICE_CHUNKS)
+        step = max(1, items // part.in_features)
         whole = None if form else self._mapped(part.weight, part.weight_shape, part.split)
         unpacker = self.unpacker(part, form) if form else None
         for begin in range(place.first, place.last, step):

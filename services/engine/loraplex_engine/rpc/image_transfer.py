@@ -1,7 +1,7 @@
 """Takes images from the store into the arena: asks for room, receives the bytes, verifies them.
 
 Each offer has one task. It asks the step loop's thread for slots, grants them to the store, waits until the store
-reports that they are filled, verifies the image with sha256 and hands it over. Copies and hashes run in worker threads.
+reports that they are filled, verifies the image's digest and hands it over. Copies and hashes run in worker threads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -20,6 +19,7 @@ from loraplex_common.adapter_image import AdapterSpec, layout
 from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, LoraplexError, RequestTooLargeError
 
 from loraplex_engine.messages import ImageArrived, ImageRefused
+from loraplex_engine.rpc.image_check import ImageCheck
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -35,8 +35,9 @@ class ImageOffer:
     """An image that the store offers.
 
     Attributes:
-        image_sha256: sha256 over the image's pages in order, 64 hex digits.
+        image_sha256: sha256 over the image's pages in order, 64 hex digits; empty if the tree digest comes with `filled`.
         is_wanted: False if no request asked for the adapter.
+        is_expected: Whether a label is about to move to it, so that requests will ask for it.
         spec: JSON of `AdapterSpec`.
     """
 
@@ -46,6 +47,7 @@ class ImageOffer:
     image_sha256: str
     is_wanted: bool
     spec: bytes
+    is_expected: bool = False
 
 
 class Stage(enum.Enum):
@@ -78,7 +80,7 @@ class _Transfer:
         self.offer = offer
         self.stage = Stage.OFFERED
         self.slots: tuple[int, ...] = ()
-        self.filled = asyncio.Event()
+        self.filled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
 
 
@@ -100,6 +102,7 @@ class ImageTransfers:
         self._callbacks = callbacks
         self._transfers: dict[tuple[str, int], _Transfer] = {}
         self._quarantined: dict[tuple[int, ...], asyncio.TimerHandle] = {}
+        self._check = ImageCheck()
         self.is_shared = False
 
     @property
@@ -141,11 +144,17 @@ class ImageTransfers:
             await self.abandon(digest)
             self._callbacks.fail(digest, AdapterCorruptError(f"image {digest}: {problem}"))
 
-    def filled(self, digest: str, rank: int) -> None:
-        """Note the store's report that the last byte is in place."""
+    def filled(self, digest: str, rank: int, tree_sha256: str) -> None:
+        """Note the store's report that the last byte is in place.
+
+        Args:
+            digest: Digest of the image's adapter.
+            rank: Tensor-parallel rank of the part.
+            tree_sha256: See `loraplex_common.tree_digest`; empty from stores that know of none.
+        """
         transfer = self._transfers.get((digest, rank))
-        if transfer is not None:
-            transfer.filled.set()
+        if transfer is not None and not transfer.filled.done():
+            transfer.filled.set_result(tree_sha256)
 
     async def abandon(self, digest: str) -> None:
         """Give up an adapter's transfers; the store has stopped writing them."""
@@ -163,6 +172,7 @@ class ImageTransfers:
             timer.cancel()
             self._engine.return_slots(slots)
         self._quarantined.clear()
+        self._check.close()
 
     async def _run(self, transfer: _Transfer) -> None:
         offer = transfer.offer
@@ -174,11 +184,13 @@ class ImageTransfers:
                 return
             transfer.slots, transfer.stage = slots, Stage.FILLING
             self._callbacks.grant(offer.digest, offer.rank, slots)
-            await transfer.filled.wait()
+            expected = await transfer.filled
             transfer.stage = Stage.VERIFYING
-            found = await asyncio.to_thread(self._sha256, slots)
-            if found != offer.image_sha256:
-                raise AdapterCorruptError(f"image {offer.digest}: sha256 is {found}, expected {offer.image_sha256}")
+            found = await self._check.digest(self._engine.arena.view, slots, is_tree=bool(expected))
+            if found != (expected or offer.image_sha256):
+                raise AdapterCorruptError(
+                    f"image {offer.digest}: sha256 is {found}, expected {expected or offer.image_sha256}"
+                )
             transfer.slots = ()
             self._engine.post(ImageArrived(spec, slots))
         except (RequestTooLargeError, AdapterIncompatibleError) as error:
@@ -218,7 +230,9 @@ class ImageTransfers:
         return spec
 
     async def _granted(self, offer: ImageOffer) -> tuple[int, ...] | None:
-        future = self._engine.grant_slots(offer.digest, offer.num_pages, is_wanted=offer.is_wanted)
+        future = self._engine.grant_slots(
+            offer.digest, offer.num_pages, is_wanted=offer.is_wanted, is_expected=offer.is_expected
+        )
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -258,12 +272,6 @@ class ImageTransfers:
             return f"crc32c of {len(data)} bytes at {offset} is wrong"
         view[slots[page], start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
         return None
-
-    def _sha256(self, slots: tuple[int, ...]) -> str:
-        digest = hashlib.sha256()
-        for slot in slots:
-            digest.update(self._engine.arena.view[slot].data)
-        return digest.hexdigest()
 
 
 def _give_back(engine: Engine, future: Future[tuple[int, ...] | None]) -> None:

@@ -195,6 +195,7 @@ class AdapterClient:
             max_rank=self._attachment.max_rank,
             max_added_tokens=self._attachment.max_added_tokens,
             weight_norms=self._engine.weight_norms,
+            takes_tree_digests=True,
         )
 
     def _welcomed(self, welcome: _Response.Welcome) -> None:
@@ -228,8 +229,9 @@ class AdapterClient:
                 chunk = response.chunk
                 await self._transfers.write(chunk.digest, chunk.rank, chunk.offset, chunk.data, chunk.crc32c)
             case "filled":
-                self._silence.owes_no_more(response.filled.digest)
-                self._transfers.filled(response.filled.digest, response.filled.rank)
+                filled = response.filled
+                self._silence.owes_no_more(filled.digest)
+                self._transfers.filled(filled.digest, filled.rank, filled.image_tree_sha256)
             case "refuse":
                 await self._refused(response.refuse)
             case "drop":

@@ -25,6 +25,7 @@ def offer(message: _Response.Offer) -> ImageOffer:
         num_pages=message.num_pages,
         image_sha256=message.image_sha256,
         is_wanted=message.wanted,
+        is_expected=message.expected,
         spec=message.spec,
     )
 

@@ -20,6 +20,8 @@ from loraplex_engine.simulation.shapes import ModelShape, ShapeError, base_model
 from loraplex_engine.simulation.step_cost import StepCost
 from loraplex_engine.simulation.trace import TraceArrays, TraceError, load_trace
 
+KV_CACHE_DTYPES: Final = {"auto": "", "fp8": "fp8"}
+"""``--kv-cache-dtype``, and what `PoolGeometry` calls it."""
 MAX_ENGINES: Final = 1024
 
 
@@ -46,6 +48,7 @@ class Question:
         arena_bytes: Host memory for adapter images, per engine.
         pool_bytes: Page pool per engine; None for what the engine takes by itself.
         max_num_seqs: Most sequences of a step; ``max_num_batched_tokens`` most tokens.
+        kv_cache_dtype: ``auto`` or ``fp8``, as the engine's flag.
         text_only: Whether a multimodal model's ``config`` means its text part.
     """
 
@@ -64,11 +67,14 @@ class Question:
     pool_bytes: int | None = None
     max_num_seqs: int = GPU_STEP[0]
     max_num_batched_tokens: int = GPU_STEP[1]
+    kv_cache_dtype: str = "auto"
     text_only: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu not in DEVICES:
             raise QuestionError(f"gpu {self.gpu!r} is not one of {', '.join(DEVICES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise QuestionError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if self.targets not in TARGETS:
             raise QuestionError(f"targets {self.targets!r} is not one of {', '.join(TARGETS)}")
         if self.routing not in {routing.value for routing in Routing}:
@@ -110,7 +116,8 @@ def answer(question: Question) -> dict[str, Any]:
     shape = ModelShape(
         base_model_from_config(question.model, question.config, text_only=question.text_only)
         if question.config
-        else base_model(question.model)
+        else base_model(question.model),
+        kv_dtype=KV_CACHE_DTYPES[question.kv_cache_dtype],
     )
     adapters = Adapters(shape, question.num_adapters, question.ranks, TARGETS[question.targets])
     trace = load_trace(Path(question.trace))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -137,27 +137,21 @@ class ModelShape:
 
     Attributes:
         info: Its sizes.
-        dtype: Type of weights, KV and adapters: ``bfloat16`` or ``float32``.
+        dtype: Type of weights and adapters: ``bfloat16`` or ``float32``; of keys and values, too, unless ``kv_dtype`` says so.
         num_block_tokens: Tokens of a KV page; None for the engine's own choice.
+        kv_dtype: Type of keys and values, as `PoolGeometry` has it.
     """
 
     info: BaseModelInfo
     dtype: str = "bfloat16"
     num_block_tokens: int | None = None
+    kv_dtype: str = ""
 
     @cached_property
     def pool(self) -> PoolGeometry:
         """Geometry of the pool's pages."""
-        chosen = choose_pool_geometry(self.info, dtype=self.dtype)
-        if self.num_block_tokens is None:
-            return chosen
-        return PoolGeometry(
-            dtype=self.dtype,
-            num_layers=chosen.num_layers,
-            num_kv_heads=chosen.num_kv_heads,
-            head_dim=chosen.head_dim,
-            block_tokens=self.num_block_tokens,
-        )
+        chosen = choose_pool_geometry(self.info, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        return chosen if self.num_block_tokens is None else replace(chosen, block_tokens=self.num_block_tokens)
 
     @cached_property
     def item_bytes(self) -> int:
@@ -181,8 +175,8 @@ class ModelShape:
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token."""
-        return 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.item_bytes
+        """Bytes of keys and values of one token, and of their scales."""
+        return self.pool.token_bytes
 
     @cached_property
     def activation_bytes_per_token(self) -> int:

@@ -13,6 +13,7 @@ from loraplex_common.wake_up import WakeUp
 
 from loraplex_gateway.adapters.close_names import NameOrder
 from loraplex_gateway.adapters.name_blocks import NameBlocks
+from loraplex_gateway.adapters.split_labels import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -165,7 +166,7 @@ class NameTable:
         return (await self.resolve_all({"adapter": text}, caller=caller, patience_s=patience_s))[0]
 
     async def resolve_all(
-        self, texts: Mapping[str, str], *, caller: Principal, patience_s: float
+        self, texts: Mapping[str, str], *, caller: Principal, patience_s: float, sticky_key: str = ""
     ) -> tuple[ResolvedAdapter, ...]:
         """Return the revisions that references point at, all of them at one moment.
 
@@ -177,6 +178,7 @@ class NameTable:
             caller: The principal that asks.
             patience_s: How long an unknown name may take to appear: an import that its caller has just seen
                 acknowledged may still be on its way here.
+            sticky_key: What a split label's revision is chosen by; empty means the revision with the largest share.
 
         Raises:
             InvalidParameterError: If the reference is malformed, or several revisions begin as it says.
@@ -187,7 +189,7 @@ class NameTable:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
         while True:
-            found = {field: self._find(ref, caller, field) for field, ref in refs.items()}
+            found = {field: self._find(ref, caller, field, sticky_key) for field, ref in refs.items()}
             resolved = tuple(adapter for adapter in found.values() if adapter is not None)
             if len(resolved) == len(refs):
                 return resolved
@@ -199,7 +201,7 @@ class NameTable:
                 missing = next(refs[field] for field, adapter in found.items() if adapter is None)
                 raise self._not_found(missing, caller) from None
 
-    def _find(self, ref: AdapterRef, caller: Principal, field: str) -> ResolvedAdapter | None:
+    def _find(self, ref: AdapterRef, caller: Principal, field: str, sticky_key: str) -> ResolvedAdapter | None:
         entry = self.entry(ref.name, caller)
         if entry is None:
             return None
@@ -207,6 +209,8 @@ class NameTable:
             digest = find_revision(ref.revision, entry.base_fingerprints, field=field)
         else:
             digest = entry.labels.get(ref.label or "")
+            if sticky_key and (shares := entry.splits.get(ref.label or "")) is not None:
+                digest = share_of(shares, label=f"{ref.name}:{ref.label}", sticky_key=sticky_key)
         if digest is None or digest not in entry.base_fingerprints:
             return None
         return ResolvedAdapter(

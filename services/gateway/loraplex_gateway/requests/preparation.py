@@ -228,7 +228,10 @@ class Preparer:
         self, request: GenerationRequest, caller: Principal
     ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
         adapters = names_by_field(request.adapter, request.adapters)
-        return await select(self._catalog, self._names, model=request.model, adapters=adapters, caller=caller)
+        sticky_key = affinity_key(caller, request.affinity_key) or request.request_id
+        return await select(
+            self._catalog, self._names, model=request.model, adapters=adapters, caller=caller, sticky_key=sticky_key
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

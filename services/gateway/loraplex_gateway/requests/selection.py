@@ -18,7 +18,13 @@ NAME_PATIENCE_S: Final = 0.25
 
 
 async def select(
-    catalog: ModelCatalog, names: NameTable, *, model: str, adapters: Mapping[str, str], caller: Principal
+    catalog: ModelCatalog,
+    names: NameTable,
+    *,
+    model: str,
+    adapters: Mapping[str, str],
+    caller: Principal,
+    sticky_key: str = "",
 ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
     """Return the base model and the adapters, all labels as they are at one moment.
 
@@ -28,6 +34,7 @@ async def select(
         model: The base model's name; empty means the adapters' or, without an adapter, the only one.
         adapters: Adapters, as `NameTable.resolve_all` takes them; empty means none.
         caller: The principal that asks.
+        sticky_key: What a split label's revision is chosen by, as `NameTable.resolve_all` takes it.
 
     Raises:
         InvalidParameterError: If a name is malformed, two names mean one revision, or all names are empty and several base
@@ -38,7 +45,7 @@ async def select(
     """
     if not adapters:
         return catalog.select(model), ()
-    resolved = await names.resolve_all(adapters, caller=caller, patience_s=NAME_PATIENCE_S)
+    resolved = await names.resolve_all(adapters, caller=caller, patience_s=NAME_PATIENCE_S, sticky_key=sticky_key)
     _check_distinct(adapters, resolved)
     wanted = catalog.select(model) if model else catalog.by_fingerprint(resolved[0].base_fingerprint)
     for text, adapter in zip(adapters.values(), resolved, strict=True):

@@ -155,7 +155,13 @@ class Parent:
         port, http_port = self._ports.numbers.values()
         metrics_port = await self._metrics.start()
         setup = WorkerSetup(
-            gateway_id="", port=port, http_port=http_port, metrics_port=metrics_port, folder=self._folder
+            gateway_id="",
+            port=port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            folder=self._folder,
+            models=tuple(map(str, self._config.model)),
+            served_model_name=self._config.served_model_name,
         )
         self._workers = [Worker(self._arguments, setup) for _ in range(self._config.workers)]
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")

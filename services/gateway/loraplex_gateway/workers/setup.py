@@ -17,6 +17,8 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
         http_port: HTTP port that all workers share.
         metrics_port: Where the parent shows the metrics of all.
         folder: Where each worker's control socket is; only this user may enter.
+        models: Directories of the base models; flags may name them on a hub, where a branch may move.
+        served_model_name: As the flag.
     """
 
     gateway_id: str
@@ -24,6 +26,8 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int
     metrics_port: int
     folder: str
+    models: tuple[str, ...]
+    served_model_name: str | None
 
     @property
     def control(self) -> Path:

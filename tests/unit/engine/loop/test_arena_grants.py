@@ -31,13 +31,19 @@ class Bench:
         self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.queue)
 
     def ask(
-        self, digest: str, num_pages: int, *, is_wanted: bool = True, deadline_s: float | None = None
+        self,
+        digest: str,
+        num_pages: int,
+        *,
+        is_wanted: bool = True,
+        is_expected: bool = False,
+        deadline_s: float | None = None,
     ) -> Future[tuple[int, ...] | None]:
         self.now_s += 1
         if is_wanted and self.cache.state_of(digest) is ResidencyState.ABSENT:
             self.cache.states.want(digest, deadline_s)
         future: Future[tuple[int, ...] | None] = Future()
-        self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
+        self.grants.ask(digest, num_pages, is_wanted=is_wanted, is_expected=is_expected, future=future)
         return future
 
     def wait_with(self, digest: str, *more: str) -> Request:
@@ -245,3 +251,34 @@ def test_ending_resolves_every_demand() -> None:
 
     assert future.result(0) is None
     bench.arena.close()
+
+
+def test_an_expected_image_takes_the_room_of_images_that_no_request_waits_with() -> None:
+    bench = Bench()
+    bench.hold("idle", 2)
+    bench.hold("awaited", 2)
+    bench.wait_with("awaited")
+
+    assert bench.ask("unsolicited", 2, is_wanted=False).result(0) is None
+    slots = bench.ask("new", 2, is_wanted=False, is_expected=True).result(0)
+
+    assert slots is not None
+    assert bench.cache.state_of("idle") is ResidencyState.ABSENT
+    assert bench.cache.state_of("awaited") is ResidencyState.IN_ARENA
+    assert bench.ask("newer", 3, is_wanted=False, is_expected=True).result(0) is None
+    assert bench.ask("too large", 5, is_wanted=False, is_expected=True).result(0) is None
+    assert bench.cache.state_of("awaited") is ResidencyState.IN_ARENA
+
+
+def test_an_expected_image_takes_no_room_that_a_wanted_one_waits_for() -> None:
+    bench = Bench()
+    bench.hold("awaited", 4)
+    waiting = bench.wait_with("awaited")
+    wanted = bench.ask("wanted", 2)
+    bench.wait_with("wanted")
+    bench.queue.remove(waiting)
+
+    assert bench.ask("new", 2, is_wanted=False, is_expected=True).result(0) is None
+    assert not wanted.done()
+    bench.grants.serve()
+    assert wanted.result(0) is not None

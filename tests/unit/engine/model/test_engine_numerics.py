@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import pytest
 import torch
 from loraplex_engine import build
-from loraplex_engine.config import EngineConfig
+from loraplex_engine.config import ConfigError, EngineConfig
 from support.base_models import write_base_model
 from support.families import family_dir
 
@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+KvDtype: TypeAlias = Literal["auto", "fp8"]
 
 
-def numerics(directory: Path, *, dtype: Dtype = "auto", max_model_len: int | None = None) -> str:
+def numerics(
+    directory: Path, *, dtype: Dtype = "auto", kv_cache_dtype: KvDtype = "auto", max_model_len: int | None = None
+) -> str:
     config = EngineConfig(
-        model=directory, dtype=dtype, max_model_len=max_model_len, device="cpu", pool_bytes=2**24, arena_bytes=2**24
+        model=directory,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
+        device="cpu",
+        pool_bytes=2**24,
+        arena_bytes=2**24,
     )
     info, _ = build.read_base_model(config)
     return build.engine_limits(config, info, torch.device("cpu")).numerics
@@ -28,6 +37,12 @@ def numerics(directory: Path, *, dtype: Dtype = "auto", max_model_len: int | Non
 @pytest.mark.parametrize(("dtype", "said"), [("auto", "fp32"), ("float32", "fp32"), ("bfloat16", "bf16")])
 def test_the_type_computed_in_is_part_of_them(tmp_path: Path, dtype: Dtype, said: str) -> None:
     assert numerics(write_base_model(tmp_path), dtype=dtype) == said
+
+
+def test_keys_and_values_of_fp8_are_part_of_them_and_another_type_is_refused(tmp_path: Path) -> None:
+    assert numerics(write_base_model(tmp_path), dtype="bfloat16", kv_cache_dtype="fp8") == "bf16+kv:fp8"
+    with pytest.raises(ConfigError, match="--kv-cache-dtype 'int8' is not one of"):
+        EngineConfig(model=tmp_path, kv_cache_dtype="int8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("max_model_len", "said"), [(256, "fp32"), (257, "fp32+rope:long")])

@@ -28,10 +28,10 @@ OUTSIDE = ["lm_head", "embed_tokens"]
 
 
 def adapters_of(folder: Path, name: str) -> dict[str, Path]:
-    """Three adapters of mixed ranks: all projections, some of them, and all with embedding and lm_head."""
+    """Three adapters of mixed ranks: all projections, some, and all with the embedding, and lm_head if that is another matrix."""
     info = load_base_model(family_dir(name))
     projections = [each.name for each in info.layers[0]]
-    outside = [] if info.config.get("tie_word_embeddings") else OUTSIDE
+    outside = OUTSIDE[1:] if info.tied_embeddings else OUTSIDE
     recipes = {"all": (projections, 5), "some": (projections[::2], 16), "outside": ([*outside, *projections], 3)}
     return {
         each: write_family_adapter(folder / each, name, targets, rank=rank, seed=rank)
@@ -45,6 +45,14 @@ def test_a_family_with_adapters_of_every_projection_equals_transformers_and_peft
     oracle = Oracle(family_dir(name), adapters)
     check_runner(name, oracle, adapters)
     check_engine(name, oracle, adapters)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3 untied"])
+def test_rows_that_replace_those_of_a_scaled_embedding_equal_peft(tmp_path: Path, name: str) -> None:
+    rows = [PROMPT[1], 9, 33]
+    adapter = write_family_adapter(tmp_path, name, ["q_proj"], rank=2, seed=4, trainable_token_indices=rows)
+
+    check_runner(name, Oracle(family_dir(name), {"rows": adapter}), {"rows": adapter})
 
 
 def check_runner(name: str, oracle: Oracle, adapters: dict[str, Path]) -> None:
@@ -111,6 +119,25 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [
         ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0: expected a number greater than 0"),
         ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.3}}, "expected an even part of a head of 24"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*expected 3 of 0 and 1"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not served: only gelu_pytorch_tanh is"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is null: expected an integer"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not served"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0 is not served"),
+        (
+            "gemma3",
+            {"rope_parameters": {"rope_theta": 9.0}},
+            "expected an object with full_attention and sliding_attention",
+        ),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling is .*expected none beside rope_parameters"),
+        (
+            "olmo3",
+            {"layer_types": ["full_attention"]},
+            "layer_types is .*expected 4 of sliding_attention and full_attention",
+        ),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters is null: expected RoPE's parameters"),
+        ("granite4", {"num_local_experts": 8}, "num_local_experts 8 is not served"),
+        ("granite4", {"layer_types": ["mamba", "attention", "mamba"]}, "layer_types .* is not served"),
+        ("granite4", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi' is not served"),
         ("olmo2", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor 0.5 is not served"),
     ],
 )
@@ -121,6 +148,15 @@ def test_what_a_family_does_not_compute_is_refused_with_the_key(
 
     with pytest.raises(BaseModelError, match=message):
         model_config(config)
+
+
+@pytest.mark.parametrize(("kind", "rope"), [("rope", 0), ("nope", None), (None, None)])
+def test_granite_4_has_rope_only_where_it_says_so(kind: str | None, rope: int | None) -> None:
+    config = json.loads((family_dir("granite4") / "config.json").read_text())
+
+    read = model_config(config | {"position_embedding_type": kind})
+
+    assert [read.rope_of(layer) for layer in range(3)] == [rope] * 3
 
 
 def test_the_trial_takes_a_fused_module_for_the_projections_that_it_is(tmp_path: Path) -> None:

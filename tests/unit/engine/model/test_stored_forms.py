@@ -24,7 +24,7 @@ from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.decoder_shapes import PROJECTIONS
 from support.oracle import Comparison, Oracle, make_rig
-from support.quantised import awq, compressed_tensors, fp8, gptq, write_quantised
+from support.quantised import awq, bnb_4bit, bnb_int8, compressed_tensors, fp8, gptq, mxfp4, write_quantised
 from support.teacher_forcing import NUM_FORCED, add_sequences, compare
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ BASE = TinyBase(hidden_size=160, intermediate_size=192, num_heads=5, num_kv_head
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, "damp_percent": 0.01}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+BNB = {
+    **{"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True},
+    **{"_load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    **{"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": None},
+    **{"llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False},
+}
+"""What transformers writes."""
+MXFP4: dict[str, Any] = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def llm_compressor(stored_as: str, **weights: Any) -> dict[str, Any]:
@@ -81,6 +90,11 @@ FORMS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "gptq-desc-act": (gptq(4, 32, shuffled=True), GPTQ | {"desc_act": True}),
     "gptq-v2": (gptq(4, 32, zero_offset=0), GPTQ | {"checkpoint_format": "gptq_v2"}),
     "awq": (awq(32), AWQ | {"modules_to_not_convert": None}),
+    "ct-mxfp4": (mxfp4, llm_compressor("mxfp4-pack-quantized", **MXFP4)),
+    "bnb-nf4": (bnb_4bit("nf4", is_nested=True), BNB),
+    "bnb-nf4-flat": (bnb_4bit("nf4", is_nested=False, block=128), BNB | {"bnb_4bit_use_double_quant": False}),
+    "bnb-fp4": (bnb_4bit("fp4", is_nested=True), BNB | {"bnb_4bit_quant_type": "fp4"}),
+    "bnb-int8": (bnb_int8, BNB | {"load_in_4bit": False, "_load_in_4bit": False, "load_in_8bit": True}),
 }
 
 
@@ -154,7 +168,9 @@ def test_every_number_is_exact_however_many_rows_are_unpacked_at_once(
         assert all(torch.equal(found[name], truth[name]) for name in truth)
 
 
-@pytest.mark.parametrize("form", ["fp8-blocks", "ct-w4-asym", "gptq-desc-act", "awq"])
+@pytest.mark.parametrize(
+    "form", ["fp8-blocks", "ct-w4-asym", "gptq-desc-act", "awq", "ct-mxfp4", "bnb-nf4", "bnb-int8"]
+)
 def test_ranks_hold_parts_of_an_unpacked_weight(tmp_path: Path, whole: Path, form: str) -> None:
     pack, settings = FORMS[form]
     quantised = write_quantised(whole, tmp_path / "quantised", pack, settings)
@@ -266,7 +282,11 @@ def test_one_file_is_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes\): quantised weights are not served"),
+        ({"quant_method": "hqq", "nbits": 4}, r"\(hqq\): quantised weights are not served in this form"),
+        (BNB | {"load_in_4bit": False, "_load_in_4bit": False}, "sets neither of load_in_4bit and load_in_8bit"),
+        (BNB | {"load_in_8bit": True}, "sets both of load_in_4bit and load_in_8bit"),
+        (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "quantization_config.bnb_4bit_quant_storage 'bfloat16'"),
+        (BNB | {"llm_int8_has_fp16_weight": True}, "quantization_config.llm_int8_has_fp16_weight True"),
         (GPTQ | {"rotation": "hadamard"}, "rotation 'hadamard' is not served: the key is not known"),
         (GPTQ | {"bits": 3}, "quantization_config.bits 3 is not served: served: 4, 8"),
         (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "quantization_config.dynamic"),
@@ -284,6 +304,10 @@ def test_one_file_is_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         (
             with_scheme(W4, codebook="x"),
             "config_groups.group_0.weights.codebook 'x' is not served: the key is not known",
+        ),
+        (
+            llm_compressor("mxfp4-pack-quantized", **MXFP4 | {"group_size": 16}),
+            "weights.group_size 16 is not served: MXFP4 has a scale for 32 inputs",
         ),
         (W4 | {"config_groups": {}}, "quantization_config.config_groups is {}"),
     ],

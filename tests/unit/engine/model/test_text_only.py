@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,19 +11,27 @@ import pytest
 import torch
 from loraplex_adapter_store.checkpoint.base_weights import BaseWeights
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_engine.model.layers import TORCH_LINEARS
+from loraplex_engine.model.registry import read_model
+from loraplex_engine.model.weights import WeightReader
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.families import VOCAB_SIZE
 from support.multimodal import IN_MEMORY, MULTIMODAL, WRITTEN, multimodal_dir
 from support.oracle import Comparison, Oracle, make_rig
+from support.quantised import fp8, write_quantised
 from support.teacher_forcing import NUM_FORCED, add_sequences, compare
 from transformers import AutoModelForImageTextToText
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loraplex_engine.model.decoder_model import DecoderModel
+
+CPU = torch.device("cpu")
 TEXT = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VISION = r".*vision_tower.*\.(q_proj|fc1)"
 
@@ -108,6 +117,35 @@ def test_the_store_finds_the_base_s_tensors_by_the_text_part_s_names(spelling: s
         assert found is not None
         assert found.shape == ((VOCAB_SIZE, 64) if "layers" not in name else (96, 64))
     assert BaseWeights(directory).find("vision_tower.ln_pre.weight") is None
+
+
+def read_text_part(directory: Path) -> DecoderModel[Any]:
+    config = model_config(load_base_model(directory, text_only=True).config)
+    reader = WeightReader(directory, dtype=torch.float32, device=CPU)
+    model = read_model(config, reader, TORCH_LINEARS, max_model_len=32, device=CPU)
+    reader.close()
+    return model
+
+
+@pytest.mark.parametrize("spelling", [WRITTEN, IN_MEMORY])
+def test_a_quantised_text_part_is_unpacked_in_either_spelling(tmp_path: Path, spelling: str) -> None:
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    }
+    whole = tmp_path / "whole"
+    shutil.copytree(multimodal_dir("mistral3", spelling), whole)
+    pack = fp8(None, "weight_scale_inv", activation="activation_scale")
+    quantised = write_quantised(whole, tmp_path / "quantised", pack, settings)
+
+    found, expected = read_text_part(quantised), read_text_part(whole)
+
+    for layer, linears in enumerate(expected.linears):
+        for op, linear in linears.items():
+            torch.testing.assert_close(found.linears[layer][op].rows(0, 8), linear.rows(0, 8), rtol=1e-6, atol=0)
+    assert torch.equal(found.embedding, expected.embedding)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from loraplex_common.errors import (
     RequestTooLargeError,
     StoreUnavailableError,
 )
+from loraplex_common.tree_digest import tree_sha256
 from support.adapter_line import DIGEST, Line, Response, ScriptedStore, close, make_line
 from support.base_models import write_base_model
 from support.waiting import eventually
@@ -108,6 +109,28 @@ async def test_a_corrupt_transfer_is_reported_and_may_come_again(line: Line, fau
 
     (failure,) = [residency for residency in line.store.all_of("residency") if residency.HasField("error")]
     assert isinstance(from_status(failure.error), AdapterCorruptError)
+    assert (await line.end()).error is None
+
+
+@pytest.mark.parametrize("is_right", [True, False], ids=["right", "of another image"])
+async def test_an_image_is_checked_against_the_tree_digest_that_comes_when_it_is_filled(
+    line: Line, is_right: bool
+) -> None:
+    spec, image = line.image()
+    line.submit()
+    await line.store.next_of("want")
+
+    line.offer(spec, image, image_sha256="")
+    await line.store.next_of("grant")
+    line.send(image, tree_sha256=tree_sha256(image) if is_right else tree_sha256(image + 1))
+
+    if is_right:
+        assert (await line.end()).error is None
+        return
+    await eventually(lambda: any(residency.HasField("error") for residency in line.store.all_of("residency")))
+    line.offer(spec, image)
+    await line.store.next_of("grant", count=2)
+    line.send(image)  # from a store of an earlier version, whose digest comes with the offer
     assert (await line.end()).error is None
 
 

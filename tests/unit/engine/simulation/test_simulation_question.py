@@ -55,6 +55,19 @@ def test_an_answer_counts_every_request(trace_path: Path) -> None:
     json.dumps(answered)
 
 
+def test_pages_of_fp8_hold_as_many_tokens_in_half_the_bytes_and_take_less_time(trace_path: Path) -> None:
+    plain, fp8 = (answer(read_question(make_question(trace_path, kv_cache_dtype=each))) for each in ("auto", "fp8"))
+
+    assert plain["sizes"]["page_bytes"] == 2 * 2**20
+    assert fp8["sizes"]["page_bytes"] == 2**20 + 16 * 32 * 2 * 8 * 2
+    assert fp8["sizes"]["pool_kv_tokens"] / plain["sizes"]["pool_kv_tokens"] == pytest.approx(
+        2 / (1 + 2 / 128), rel=1e-3
+    )
+    assert fp8["engines"][0]["busy_share"] < plain["engines"][0]["busy_share"]
+    with pytest.raises(QuestionError, match="kv_cache_dtype 'int4' is not one of auto, fp8"):
+        read_question(make_question(trace_path, kv_cache_dtype="int4"))
+
+
 def test_a_pace_nobody_can_keep_is_attained_by_nobody(trace_path: Path) -> None:
     answered = answer(read_question(make_question(trace_path, slo_tpot_s=1e-6)))
 

@@ -24,7 +24,15 @@ async def never(tenant: str, request_id: str) -> bool:
 
 async def test_a_sibling_that_hangs_or_is_gone_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "LOAD_TIMEOUT_S", 0.2)
-    setup = WorkerSetup(gateway_id="own", port=0, http_port=0, metrics_port=0, folder=str(tmp_path))
+    setup = WorkerSetup(
+        gateway_id="own",
+        port=0,
+        http_port=0,
+        metrics_port=0,
+        folder=str(tmp_path),
+        models=(),
+        served_model_name=None,
+    )
     alive = msgspec.structs.replace(setup, gateway_id="alive")
     server = ControlServer(alive, CollectorRegistry(), {}, lambda: 5, never)
     await server.start()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from loraplex_engine.model.stored_forms import awq, gptq, packed_int32, scaled
+from loraplex_engine.model.stored_forms import awq, bitsandbytes, gptq, mxfp4, packed_int32, scaled
 
 if TYPE_CHECKING:
     from loraplex_common.stored_forms.quantisation import StoredForm
@@ -35,6 +35,9 @@ FORM_READERS: Final[dict[str, FormReader]] = {
     "packed_int32": FormReader(packed_int32.MARK, packed_int32.unpacker),
     "gptq": FormReader(gptq.MARK, gptq.unpacker),
     "awq": FormReader(awq.MARK, awq.unpacker),
+    "bnb_4bit": FormReader(bitsandbytes.MARK, bitsandbytes.four_bit),
+    "bnb_int8": FormReader(bitsandbytes.MARK, bitsandbytes.int8),
+    "mxfp4": FormReader(mxfp4.MARK, mxfp4.unpacker),
 }
 """By `StoredForm.name`."""
 UNUSED_SUFFIXES: Final = (

@@ -8,8 +8,7 @@ Legend: T = tokens of the step, S = sampling rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from loraplex_kernels.attention.paged_kv import KvLayout
@@ -20,96 +19,22 @@ from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.followers import Followers
-from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm, padded_rows
+from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
+from loraplex_engine.runners.cuda.workspace import Workspace
 
 if TYPE_CHECKING:
-    from loraplex_common.adapter_image import Geometry
-    from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
 
 ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
-COLUMN_STEP: Final = 64
-"""Rows of logits with tokens that adapters add begin on 128 bytes in bf16, whatever the number of tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LargestStep:
-    """Sizes of the largest step that the buffers hold; follows from `EngineLimits` and the sizes of the graphs.
-
-    Attributes:
-        max_tokens: Tokens of one step, decode bucket sizes included.
-        max_rows: Decode rows of one step, bucket sizes included; also most sampling rows.
-        max_context: Longest sequence, in tokens.
-        max_added_tokens: Tokens that adapters may add behind the base's vocabulary.
-    """
-
-    max_tokens: int
-    max_rows: int
-    max_context: int
-    max_added_tokens: int = 0
-
-    @classmethod
-    def of(cls, limits: EngineLimits, geometry: Geometry, *, max_rows: int) -> LargestStep:
-        """Return the largest step of an engine whose largest graph has so many rows."""
-        can_add = bool(limits.max_resident_adapters) and geometry.has_outside
-        return cls(
-            max_tokens=max(limits.max_num_batched_tokens, max_rows),
-            max_rows=max_rows,
-            max_context=limits.max_model_len,
-            max_added_tokens=limits.max_added_tokens if can_add else 0,
-        )
-
-    def num_columns(self, vocab_size: int) -> int:
-        """Return the columns of the buffer for logits: the vocabulary, all tokens that may be added, and what aligns rows."""
-        if self.max_added_tokens == 0:
-            return vocab_size
-        return -(-(vocab_size + self.max_added_tokens) // COLUMN_STEP) * COLUMN_STEP
-
-
-class Workspace:
-    """Activations of the largest step; smaller steps use their first rows, so addresses never change.
-
-    Attributes:
-        hidden: The residual stream.
-        x: Normed input of qkv and gate_up, and of lm_head.
-        qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down, see `scratch`.
-        logits: ``[max_rows, columns]``, see `LargestStep.num_columns`; lm_head writes the first ``vocab`` columns.
-    """
-
-    def __init__(self, config: ModelConfig, limits: LargestStep, *, dtype: torch.dtype, device: torch.device) -> None:
-        def buffer(rows: int, columns: int) -> Tensor:  # FP8 products compute a few rows more
-            return torch.zeros(padded_rows(rows), columns, dtype=dtype, device=device)
-
-        tokens, hidden = limits.max_tokens, config.hidden_size
-        self.hidden = buffer(tokens, hidden)
-        self.x = buffer(tokens, hidden)
-        self.qkv = buffer(tokens, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-        self.attended = buffer(tokens, config.num_heads * config.head_dim)
-        fits_gate_up = 2 * config.intermediate_size >= hidden
-        self.projected = buffer(limits.max_rows if fits_gate_up else tokens, hidden)
-        self.gate_up = buffer(tokens, 2 * config.intermediate_size)
-        self.act = buffer(tokens, config.intermediate_size)
-        self.logits = buffer(limits.max_rows, limits.num_columns(config.vocab_size))
-
-    def scratch(self, tokens: int) -> Tensor:
-        """Return the scratch of o and down, ``[tokens, hidden]``.
-
-        More tokens than decode steps have take gate_up's memory: from o's product to the norm behind it, and from down's to the
-        next layer's, nothing else is in it.
-        """
-        if tokens <= len(self.projected):
-            return self.projected[:tokens]
-        hidden = self.projected.shape[1]
-        return self.gate_up.view(-1)[: tokens * hidden].view(tokens, hidden)
 
 
 class CudaDecoder(ABC, Generic[ModelT]):
@@ -150,6 +75,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
                 num_kv_heads=geometry.num_kv_heads,
                 head_dim=config.head_dim,
                 window=window or 0,
+                scales_offset=geometry.values_bytes if geometry.is_fp8 else None,
             )
             for window in dict.fromkeys(config.windows)
         }
@@ -158,12 +84,19 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self.followers = self._make_followers(library, layouts[config.windows[0]])
         self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
         self._norm = self._make_norm(library)
-        scale, softcap = config.attention_scale, config.traits.score_softcap
-        attention = {
-            window: PagedAttention(library, layout, limits, scale=scale, softcap=softcap)
-            for window, layout in layouts.items()
-        }
+        attention = {window: self._make_attention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
+
+    def _make_attention(self, library: KernelLibrary, layout: KvLayout, limits: LargestStep) -> PagedAttention:
+        config = self._model.config
+        return PagedAttention(
+            library,
+            layout,
+            max_rows=limits.max_rows,
+            max_context=limits.max_context,
+            scale=config.attention_scale,
+            softcap=config.traits.score_softcap,
+        )
 
     def _make_followers(self, library: KernelLibrary, layout: KvLayout) -> Followers:
         """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from loraplex_engine.model.layers import RmsNorm
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.followers import FinishesQkv
     from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
 
 GATES: Final[dict[Activation, type[SiluMul]]] = {"silu": SiluMul, "gelu_tanh": GeluMul}
 
@@ -134,7 +134,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x = work.hidden[:tokens], work.x[:tokens]
+        hidden, x, scratch = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
         qkv, attended = work.qkv[:tokens], work.attended[:tokens]
         gate_up, act = work.gate_up[:tokens], work.act[:tokens]
         self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
@@ -145,22 +145,28 @@ class DenseDecoder(CudaDecoder[DenseModel]):
             path.project(index, "qkv", layer.qkv, x, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
-            rest = self._branch(path, index, "o", layer.o, attended, step)
+            rest = self._branch(path, index, "o", layer.o, attended, hidden, scratch, step)
             self._join(rest, layer.after_attention, hidden, layer.before_mlp, x)
             path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
-            rest = self._branch(path, index, "down", layer.down, act, step)
+            rest = self._branch(path, index, "down", layer.down, act, hidden, scratch, step)
             joining = layer.after_mlp
         return rest
 
     def _branch(
-        self, path: LayerPath, layer: int, op: str, linear: Linear, x: Tensor, step: StepInputs
+        self,
+        path: LayerPath,
+        layer: int,
+        op: str,
+        linear: Linear,
+        x: Tensor,
+        hidden: Tensor,
+        scratch: Tensor,
+        step: StepInputs,
     ) -> Tensor | None:
         """Compute o's or down's product; returns what `_join` is still to add to the residual stream."""
-        tokens = x.shape[0]
-        scratch = self.work.scratch(tokens)
         if self._adds_products:
-            return path.add_to_residual(layer, op, linear, x, self.work.hidden[:tokens], scratch, step)
+            return path.add_to_residual(layer, op, linear, x, hidden, scratch, step)
         path.project_branch(layer, op, linear, x, scratch, step)
         return scratch
 

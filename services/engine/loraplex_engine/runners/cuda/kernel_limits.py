@@ -43,4 +43,4 @@ def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> i
     # A and e of each op; B, c and b of each projection, of a sparse delta the values, columns and starts, FLoRA's A and B.
     num_matrices = sum(8 * len(layer) + 2 * len({each.op for each in layer}) for layer in geometry.layers)
     small = min(max_adapters, num_pages) * num_matrices
-    return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)
+    return small + num_pages * (2 * geometry.page_bytes // tile_bytes)

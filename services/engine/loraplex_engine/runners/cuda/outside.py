@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.outside_kernels import OutsideDecoder
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
     from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.step import StepPlan
 

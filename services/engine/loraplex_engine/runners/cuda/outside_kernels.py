@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep, Workspace
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep, Workspace
 
 LAYER: Final = 0  # the tables of one op outside of the layers have no others
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
 
@@ -24,7 +23,8 @@ class PagedAttention:
     Args:
         library: Kernels.
         layout: Place of K and V in pages, and the window.
-        limits: Largest step.
+        max_rows: Decode rows of the largest step.
+        max_context: Longest sequence, in tokens.
         scale: Factor of the scores.
         softcap: Their cap, if they have one.
     """
@@ -33,8 +33,9 @@ class PagedAttention:
         self,
         library: KernelLibrary,
         layout: KvLayout,
-        limits: LargestStep,
         *,
+        max_rows: int,
+        max_context: int,
         scale: float | None = None,
         softcap: float | None = None,
     ) -> None:
@@ -45,8 +46,8 @@ class PagedAttention:
         self._decode = AttentionDecode(
             library,
             layout,
-            max_rows=limits.max_rows,
-            max_context=limits.max_context,
+            max_rows=max_rows,
+            max_context=max_context,
             scale=scale,
             softcap=softcap,
         )

@@ -21,7 +21,6 @@ from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weight_norms import weight_norms
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.drawing import Drawing, PromptLogprobs
 from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.fp8_linear import linear_forms
@@ -38,6 +37,7 @@ from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.step_results import take_over_slots
 from loraplex_engine.runners.token_rows import TokenRows
@@ -83,23 +83,17 @@ class CudaRunner:
         make_decoder = forward_of(model)
         self._library = make_library(config, device)
         sizes = bucket_sizes(limits.max_num_seqs)
-        self._largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
-        forms, inputs = linear_forms(config.weight_form, self._library, model, max_tokens=self._largest.max_tokens)
+        self._largest = largest = LargestStep.of(limits, self.geometry, max_rows=sizes[-1])
+        forms, inputs = linear_forms(config.weight_form, self._library, model, max_tokens=largest.max_tokens)
         self._model = read_model(model, weights, forms, max_model_len=limits.max_model_len, device=device)
         weights.close()
         self.weight_norms = weight_norms(self.geometry, self._model.linears)
         self._pool = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=device)
         self._decoder = make_decoder(
-            self._model,
-            self._library,
-            self._pool,
-            limits.pool,
-            self._largest,
-            num_slots=limits.max_num_seqs,
-            inputs=inputs,
+            self._model, self._library, self._pool, limits.pool, largest, num_slots=limits.max_num_seqs, inputs=inputs
         )
         self._tables = make_tables(config, self.geometry, device)
-        num_added = self._largest.max_added_tokens
+        num_added = largest.max_added_tokens
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=num_added)
         self._base_path, self._num_variants = BasePath(self._decoder.followers), 1
         self._outside: OutsideModules | None = None

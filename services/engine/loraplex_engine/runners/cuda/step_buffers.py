@@ -17,8 +17,8 @@ from loraplex_engine.runners.cuda.step_input import TILE_INTS, InputLayout, Inpu
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.cuda.workspace import LargestStep
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.step import StepPlan
 

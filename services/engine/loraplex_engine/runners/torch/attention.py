@@ -140,7 +140,7 @@ class PagedPool:
     def write(self, layer: int, write_index: Tensor, keys_values: Tensor) -> None:
         """Write a step's keys and values of one layer, ``[T, 2 * kv_heads, head_dim]``, to `AttentionStep.write_index`.
 
-        Of FP8, they become what was kept of them: a chunk attends to its own tokens as later ones will.
+        What is stored as FP8 is read back here: a chunk attends to its own tokens as later chunks will.
         """
         index = write_index + layer * self._heads_per_layer * self.geometry.block_tokens
         kept = self._store.write(index, keys_values.reshape(-1, self.geometry.head_dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_kernels.attention.paged_kv import KvLayout
 
@@ -93,11 +93,36 @@ def test_prefill_mixed_and_padded_decode_steps_draw_what_the_torch_backend_draws
     oracle.close()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
+def test_fp8_keys_and_values_draw_what_they_draw_in_the_torch_backend(tmp_path: Path) -> None:
+    """Eight KV heads, since pages below a tile's 32 KiB are refused on a GPU."""
+    model_dir = write_base_model(tmp_path / "base", replace(BASE, num_heads=8, num_kv_heads=8))
+    own = HostRunner(model_dir, HostLibrary(torch.float32, tmp_path), kv_dtype="fp8")
+    oracle, drawn = make_oracle(model_dir, own.pool_geometry), []
+
+    for runner in (own, oracle):
+        harness = Harness(runner, own.pool_geometry, NUM_PAGES)
+        sequences = add_sequences(harness, load_all(harness, model_dir, runner))
+        harness.step(sequences)
+        harness.step(sequences)
+        harness.step(sequences)
+        drawn.append([sequence.drawn for sequence in sequences])
+
+    assert drawn[0] == drawn[1]
+    kept = own.pool_geometry.values_bytes
+    pages = (oracle._pool.pages != 0).any(-1) & (own.pool != 0).any(-1)
+    assert pages.any()
+    same = own.pool[pages][:, :kept] == oracle._pool.pages[pages][:, :kept]
+    assert same.float().mean() > 0.999, "the same bytes but where a sum's last bit decides a rounding"
+    oracle.close()
+
+
 class ScalarAttention:
     """Attention in bf16 by the kernel of fp32, as that of decode rows does not run on a CPU."""
 
-    def __init__(self, library: HostLibrary, layout: KvLayout, limits: LargestStep) -> None:
-        del limits
+    def __init__(self, library: HostLibrary, layout: KvLayout, **sizes: object) -> None:
+        del sizes
         self._kernel = AttentionScalar(library, layout)
 
     def launch(

@@ -17,8 +17,8 @@ from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.runners.cuda import outside
-from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.outside import plain_ids, terms_of
+from loraplex_engine.runners.cuda.workspace import LargestStep
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.top_tokens import likeliest_tokens
 from loraplex_engine.runners.torch.runner import TorchRunner

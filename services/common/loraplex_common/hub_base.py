@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loraplex_client.demo.errors import FetchError
+from loraplex_common.config_values import BaseModelError
+from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 HUB_BASE: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
 ALLOWED: Final = (
@@ -32,6 +33,12 @@ ALLOWED: Final = (
 )
 """Files of a repository's top folder that are fetched: no pickle, no code, no second copy of the weights."""
 DEFAULT_BRANCH: Final = "main"
+
+_log = get_logger()
+
+
+class HubBaseError(BaseModelError):
+    """A base model of the hub cannot be had; the message says why, and what to do."""
 
 
 def hub_base(name: str | Path | None) -> re.Match[str] | None:
@@ -52,14 +59,14 @@ def fetch_hub_base(name: str, *, out_dir: Path | None = None) -> tuple[Path, str
         The directory, and the commit.
 
     Raises:
-        FetchError: If the name is none, the repository or commit is not there, not allowed or cannot be reached, it has
+        HubBaseError: If the name is none, the repository or commit is not there, not allowed or cannot be reached, it has
             no safetensors weights, or the disk is full; the message has the remedy.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if (parts := HUB_BASE.fullmatch(name)) is None:
-        raise FetchError(f"{name}: expected org/name, or org/name@COMMIT with 40 hex digits: branches and tags move")
+        raise HubBaseError(f"{name}: expected org/name, or org/name@COMMIT with 40 hex digits: branches and tags move")
     repo, commit = parts["repo"], parts["commit"]
     with _told(name, repo):
         if out_dir is not None and commit is None:
@@ -67,7 +74,7 @@ def fetch_hub_base(name: str, *, out_dir: Path | None = None) -> tuple[Path, str
             try:
                 commit = HfApi().model_info(repo).sha
             except OfflineModeIsEnabled as error:
-                raise FetchError(f"{name}: offline (HF_HUB_OFFLINE), so --out needs a commit") from error
+                raise HubBaseError(f"{name}: offline (HF_HUB_OFFLINE), so --out needs a commit") from error
         folder = Path(
             snapshot_download(
                 repo,
@@ -78,10 +85,39 @@ def fetch_hub_base(name: str, *, out_dir: Path | None = None) -> tuple[Path, str
             )
         )
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
-        raise FetchError(
+        raise HubBaseError(
             f"{name}: has no config.json with model*.safetensors beside it; pickled weights are not fetched"
         )
     return folder, commit or folder.name
+
+
+def local_base(model: Path) -> tuple[Path, str | None]:
+    """Return the directory of a service's ``--model``, and its repository's name if it is one of the hub's.
+
+    What is not on this machine is fetched, which takes as long as the download.
+
+    Args:
+        model: A directory, or ``org/name[@commit]``.
+
+    Raises:
+        HubBaseError: In the cases of `fetch_hub_base`.
+    """
+    if (parts := hub_base(model)) is None:
+        return model, None
+    directory, commit = fetch_hub_base(os.fspath(model))
+    _log.info("base model of the hub", model=parts["repo"], commit=commit, directory=str(directory))
+    if parts["commit"] is None:
+        _log.warning(
+            "the base model is not pinned: a service that starts after its repository has changed serves another one",
+            remedy=f"--model {parts['repo']}@{commit}",
+        )
+    return directory, parts["repo"]
+
+
+def local_bases(models: Sequence[Path]) -> tuple[tuple[Path, ...], str | None]:
+    """Return the directories of several base models, and the first one's name on the hub; raises as `local_base` does."""
+    found = [local_base(model) for model in models]
+    return tuple(directory for directory, _ in found), found[0][1]
 
 
 @contextmanager
@@ -90,7 +126,7 @@ def _told(name: str, repo: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # the library's own are both
-        raise FetchError(f"{name}: {_remedy(error, repo)}") from error
+        raise HubBaseError(f"{name}: {_remedy(error, repo)}") from error
 
 
 def _remedy(error: Exception, repo: str) -> str:

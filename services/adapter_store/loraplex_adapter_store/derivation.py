@@ -1,0 +1,188 @@
+"""Derives one page image from its canonical form, while that arrives: read, hash and pack side by side.
+
+The event loop reads; threads do all else. A chunk is copied to its place and hashed while the next one is read. A layer is
+packed as soon as its bytes have arrived, a page hashed as soon as the layers in it are packed, by the thread that packed the
+last of them: the page is in that core's cache then. The same thread hands the page on, to the arena of the engine that waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from contextlib import aclosing
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from loraplex_common.adapter_image import ImagePacker
+from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadError
+from loraplex_common.tree_digest import piece_digests, tree_root
+
+from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalReader, check_revision, header_bytes
+from loraplex_adapter_store.thread_work import ThreadWork
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncGenerator, Callable
+    from concurrent.futures import Executor
+
+    from loraplex_common.adapter_image import Geometry, ModuleSpec
+    from numpy.typing import NDArray
+
+    from loraplex_adapter_store.repository.blobs import Manifest
+
+    PageSink: TypeAlias = Callable[[int, NDArray[np.uint8]], None]
+    """Takes a finished page with its number, in a thread; what it raises ends the derivation."""
+
+
+class Derivation:
+    """One image in the making.
+
+    Args:
+        digest: The revision.
+        manifest: Describes its canonical form.
+        geometry: Geometry of the image.
+        rank: The tensor-parallel rank.
+        executor: Its threads do the work.
+        sink: Is given each page as soon as it is finished; None if nothing waits for pages.
+
+    Attributes:
+        pages: ``[num_pages, page_bytes]``, uint8; complete once `run` has ended.
+
+    Raises:
+        ImageError: If the adapter cannot be laid out.
+    """
+
+    def __init__(
+        self,
+        digest: str,
+        manifest: Manifest,
+        geometry: Geometry,
+        rank: int,
+        executor: Executor,
+        sink: PageSink | None = None,
+    ) -> None:
+        self._digest = digest
+        self._manifest = manifest
+        self._executor = executor
+        self._sink = sink
+        self._packer = ImagePacker(geometry, manifest.spec, rank)
+        self._data = np.empty(manifest.num_bytes, dtype=np.uint8)
+        self._sha256 = hashlib.sha256()
+        self._reader: CanonicalReader | None = None
+        self._waiting: list[tuple[int, int]] = []  # (bytes needed, layer), the earliest last
+        self._modules: dict[int, list[ModuleSpec]] = {}
+        self._lock = threading.Lock()
+        self._layers_left = _layers_by_page(self._packer)
+        self._digests: list[bytes] = [b""] * self._packer.num_pages
+        self.pages = self._packer.empty_image()
+
+    @property
+    def canonical(self) -> NDArray[np.uint8]:
+        """The canonical form; complete and checked once `run` has returned."""
+        return self._data
+
+    async def run(self, chunks: AsyncGenerator[bytes, None]) -> str:
+        """Derive the image; when this ends, also with an error, no thread works on it any more.
+
+        Args:
+            chunks: The canonical form, each chunk checked.
+
+        Returns:
+            The image's tree digest.
+
+        Raises:
+            AdapterCorruptError: If the bytes are not those of the revision.
+            ImageError: If a value is not finite in the image's dtype.
+        """
+        work = ThreadWork(self._executor)
+        try:
+            await self._read(chunks, work)
+            await work.done()
+        finally:
+            await work.quiet()
+        check_revision(self._digest, self._sha256.hexdigest())
+        self._check_spec()
+        return tree_root(self._digests)
+
+    async def _read(self, chunks: AsyncGenerator[bytes, None], work: ThreadWork) -> None:
+        """Read all chunks; start the packing of each layer that has arrived."""
+        position = arrived = 0
+        taking: asyncio.Future[None] | None = None
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if taking is not None:
+                    await taking
+                    arrived = position
+                taking = work.start(self._take, position, chunk)
+                position += len(chunk)
+                self._start_layers(work, arrived)
+        if position != len(self._data):
+            raise AdapterCorruptError(f"revision {self._digest}: {position} bytes are stored, not {len(self._data)}")
+        if taking is not None:
+            await taking
+        self._start_layers(work, position)
+
+    def _start_layers(self, work: ThreadWork, arrived: int) -> None:
+        if self._reader is None and not self._read_header(arrived):
+            return
+        while self._waiting and self._waiting[-1][0] <= arrived:
+            work.start(self._pack, self._waiting.pop()[1])
+
+    def _read_header(self, arrived: int) -> bool:
+        """Read the header once it has arrived; return whether it has."""
+        view = self._data.data
+        if arrived < LENGTH_BYTES or arrived < min(header_bytes(view), len(view)):
+            return False
+        try:
+            self._reader = CanonicalReader(view, self._digest)
+        except (AdapterCorruptUploadError, ValueError, KeyError, TypeError) as error:
+            raise AdapterCorruptError(f"revision {self._digest}: its stored header is unreadable: {error}") from error
+        self._waiting = sorted(((needed, layer) for layer, needed in self._reader.bytes_needed.items()), reverse=True)
+        if {layer for _, layer in self._waiting} != set(self._packer.pages_of):
+            raise self._other_spec()
+        return True
+
+    def _take(self, position: int, chunk: bytes) -> None:
+        self._data[position : position + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+        self._sha256.update(chunk)
+
+    def _pack(self, layer: int) -> None:
+        assert self._reader is not None
+        modules, tensors = self._reader.layer(layer)
+        self._packer.pack_layer(layer, tensors, self.pages)
+        self._modules[layer] = modules
+        for page in self._finished(layer):
+            self._digests[page] = piece_digests(self.pages[page].data)
+            if self._sink is not None:
+                self._sink(page, self.pages[page])
+
+    def _finished(self, layer: int) -> list[int]:
+        """Return the pages to which a layer was the last to write."""
+        finished: list[int] = []
+        with self._lock:
+            for page in self._packer.pages_of[layer]:
+                self._layers_left[page] -= 1
+                if not self._layers_left[page]:
+                    finished.append(page)
+        return finished
+
+    def _check_spec(self) -> None:
+        assert self._reader is not None
+        modules = (module for layer in self._reader.bytes_needed for module in self._modules[layer])
+        is_same_base = self._reader.base_fingerprint == self._manifest.base_fingerprint
+        if not is_same_base or self._reader.spec_of(modules) != self._manifest.spec:
+            raise self._other_spec()
+
+    def _other_spec(self) -> AdapterCorruptError:
+        return AdapterCorruptError(
+            f"revision {self._digest}: its manifest describes another adapter than its weights; import the adapter again"
+        )
+
+
+def _layers_by_page(packer: ImagePacker) -> list[int]:
+    """Return by page how many layers have tiles in it."""
+    counts = [0] * packer.num_pages
+    for pages in packer.pages_of.values():
+        for page in pages:
+            counts[page] += 1
+    return counts
