@@ -212,6 +212,7 @@ def runner_factory(
         weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device, form=choice.form)
         choice.tell()
         runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
+        choice.tell_error(weights.added_error.relative)
         if state_of_files(config.model, text_only=config.text_only) != files:
             runner.close()
             raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")

@@ -90,6 +90,12 @@ class WeightChoice:
                 **({} if self._why_not is None else {"why_not_fp8": self._why_not}),
             )
 
+    @staticmethod
+    def tell_error(relative: float | None) -> None:
+        """Say what quantising on load has added: the norm of all changes over the norm of all weights."""
+        if relative is not None:
+            _log.info("weights were quantised to FP8 on load", added_relative_error=round(relative, 4))
+
 
 def _why_no_fp8(info: BaseModelInfo, device: torch.device, quantisation: Quantisation | None, dtype: str) -> str | None:
     """Return why our kernels cannot compute a model's FP8 products, with the remedy; None if they can."""
