@@ -39,6 +39,19 @@ class WantedAdapter:
     labels: Mapping[str, Pointer] | None = None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which yaml would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands here twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_manifest(path: Path) -> tuple[WantedAdapter, ...]:
     """Return the adapters of a file, in its order.
 
@@ -46,7 +59,7 @@ def read_manifest(path: Path) -> tuple[WantedAdapter, ...]:
         InvalidParameterError: If the file cannot be read, or has anything that is not understood; the message names it.
     """
     try:
-        read = yaml.safe_load(path.read_text())
+        read = yaml.load(path.read_text(), _Loader)  # a SafeLoader
     except OSError as error:
         raise InvalidParameterError(f"{path}: {error.strerror}", field="file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -180,7 +180,7 @@ class AdapterRecord:
         labels = dict(self.labels)
         splits = {name: kept for name, kept in self.splits.items() if name != label}
         if shares:
-            # Of revisions with equal weights the lowest digest, so that a rollback answers the same.
+            # Equal weights leave the lowest digest, so that a rollback answers the same.
             labels[label] = max(sorted(shares), key=lambda revision: shares[revision])
             if len(shares) > 1:
                 splits[label] = dict(shares)

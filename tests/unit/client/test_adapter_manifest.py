@@ -47,6 +47,8 @@ adapters:
         ("[1, 2]", "it is no table"),
         ("adapter: {}", "adapter is not one of adapters"),
         ("adapters: {a: {from: x}}", "adapters.yaml: a: from is not one of description, labels, source, tenants"),
+        ("adapters: {a: {}, b: {}, a: {}}", "'a' stands here twice"),
+        ("adapters: {a: {source: /x, source: /y}}", "'source' stands here twice"),
         ("adapters: {'a b': {}}", "is no adapter name"),
         ("adapters: {a: {tenants: x}}", "a: tenants is no list of names"),
         ("adapters: {a: {source: 'hf:org/x'}}", "hf:ORG/REPO"),
