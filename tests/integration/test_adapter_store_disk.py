@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from loraplex_adapter_store.disk.disk_index import DiskIndex
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.valkey import connect
 from support.adapters import Recipe
@@ -217,6 +220,22 @@ async def test_a_directory_that_another_store_uses_is_refused_by_name(stored: St
         with pytest.raises(ValueError, match=r"--disk-cache-dir .*cache is used by another adapter store"):
             async with running_rig(stored.config):
                 pass
+
+
+def test_a_service_ends_with_that_name_and_no_traceback(redis_url: str, tmp_path: Path) -> None:
+    holder = DiskIndex(tmp_path, 1)
+    arguments = ["--model", str(tiny_base_dir()), "--disk-cache-dir", str(tmp_path)]
+    environment = {**os.environ, "LORAPLEX_ADAPTER_STORE_REDIS_URL": redis_url}
+    command = [sys.executable, "-m", "loraplex_adapter_store", "--port", "0", "--metrics-port", "0", *arguments]
+
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert holder.directory == tmp_path
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f"loraplex-adapter-store: --disk-cache-dir {tmp_path} is used by another adapter store: give each its own"
+    )
+    assert "Traceback" not in ended.stderr
 
 
 async def test_the_files_of_a_deleted_adapter_go_with_it(stored: Stored) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from dataclasses import replace
+from typing import Final
 
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
@@ -19,6 +20,7 @@ from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import CredentialsFileError
+from loraplex_adapter_store.disk.disk_index import DirectoryInUseError
 from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
 
@@ -34,6 +36,17 @@ async def run(config: StoreConfig) -> None:
     store.check_integrity()
 
 
+_NAMED: Final = (
+    BaseModelError,
+    KeysFileError,
+    CredentialsFileError,
+    QuotasFileError,
+    ColdTierError,
+    DirectoryInUseError,
+)
+"""What is wrong with flags or files, in a message for the operator."""
+
+
 def main() -> None:
     """Read the configuration and run the service; exits 2 if it cannot start with it."""
     config = load(StoreConfig, service="adapter_store")
@@ -46,7 +59,7 @@ def main() -> None:
         directories, hub_name = local_bases(config.model)
         name = config.served_model_name or hub_name
         asyncio.run(run(replace(config, model=directories, served_model_name=name)))
-    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, ColdTierError, OSError) as error:
+    except (*_NAMED, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)
         sys.exit(2)
 

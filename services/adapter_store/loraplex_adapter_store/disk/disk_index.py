@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class DirectoryInUseError(ValueError):
+    """Another store has the directory."""
+
+
 class DiskIndex:
     """Files of one directory under a byte budget; the least recently used go first. From any thread.
 
@@ -23,7 +27,7 @@ class DiskIndex:
         max_bytes: Bytes of all files.
 
     Raises:
-        ValueError: If another store uses the directory.
+        DirectoryInUseError: If another store uses the directory.
         OSError: If it cannot be used.
     """
 
@@ -107,5 +111,6 @@ def _exclusively(directory: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"--disk-cache-dir {directory} is used by another adapter store: give each its own") from None
+        message = f"--disk-cache-dir {directory} is used by another adapter store: give each its own"
+        raise DirectoryInUseError(message) from None
     return descriptor
