@@ -74,6 +74,19 @@ async def test_wanted_ones_go_before_unsolicited_and_the_earliest_deadline_first
     assert await bench.finish() == ["soon", "later", "whenever", "unsolicited"]
 
 
+async def test_a_transfer_cancelled_just_before_a_turn_is_given_away_does_not_take_it_along() -> None:
+    bench = Bench()
+    await bench.hold()
+    await bench.queue(make_transfer("cancelled", time_left_s=1))
+    await bench.queue(make_transfer("next", time_left_s=5))
+    bench.release.set()
+    bench.tasks["cancelled"].cancel()  # it leaves the queue when it runs, which is after the holder
+
+    assert await bench.finish() == ["next"]
+    async with asyncio.timeout(5), bench.gate.turn(make_transfer("later")):
+        pass
+
+
 async def test_urgency_that_rises_while_waiting_counts() -> None:
     bench = Bench()
     prefetched, wanted = make_transfer("prefetched", is_wanted=False), make_transfer("wanted", time_left_s=60)

@@ -45,11 +45,13 @@ class UrgencyGate:
         except asyncio.CancelledError:
             if entry in self._waiting:
                 self._waiting.remove(entry)
-            else:
+            if not entry[1].cancelled():
                 self._give_away()  # cancelled after it had been given a turn
             raise
 
     def _give_away(self) -> None:
+        # A transfer that was cancelled in this turn of the event loop has not run to leave the queue yet.
+        self._waiting = [entry for entry in self._waiting if not entry[1].cancelled()]
         if not self._waiting:
             self._num_free += 1
             return
