@@ -108,7 +108,7 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
-	@$(BIN)/python -m support.push_campaign $(PUSH_ARGS)
+	@$(BIN)/python -m support.push_campaign --results benchmarks/results $(PUSH_ARGS)
 
 .PHONY: structured-campaign
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"

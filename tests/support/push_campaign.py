@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -224,12 +225,17 @@ def main() -> None:
     parser.add_argument("--pushes", type=int, default=200)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where to write what came of it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loraplex-push-") as directory:
         tally = run_push_campaign(
             Path(directory), num_pushes=options.pushes, num_streams=options.streams, seed=options.seed
         )
-    print(json.dumps(asdict(tally), indent=2))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    text = json.dumps({"commit": commit, **asdict(tally)}, indent=2)
+    print(text)
+    if options.results is not None:
+        (options.results / f"pushes_{commit[:12]}_{options.seed}.json").write_text(text + "\n")
     sys.exit(not tally.is_good)
 
 
