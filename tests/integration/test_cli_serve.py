@@ -130,7 +130,7 @@ def test_an_adapter_is_imported_used_listed_and_deleted(stack: ServeProcess, cli
     )
     assert with_adapter.stdout != without.stdout
     assert "first" in listed.stdout
-    assert "torch float32" in status.stdout
+    assert "torch fp32" in status.stdout
     assert "device on 1" in status.stdout
     assert refused.returncode == 1
     assert "ADAPTER_NOT_FOUND" in refused.stderr

@@ -159,7 +159,7 @@ def test_the_command_line_of_the_same_user_needs_no_flags(stack: ServeProcess, a
     assert [(result.returncode, result.stderr) for result in results[1:]] == [(0, "")] * 4
     assert results[0].returncode == 0, results[0].stderr
     assert "first" in results[1].stdout
-    assert "torch float32" in results[3].stdout
+    assert "torch fp32" in results[3].stdout
     with Client(stack.grpc) as client:
         assert client.adapters.get("first").name == "first"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
 from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
 from loraplex_common.low_rank import LOW_RANK, PAIR_DTYPE
-from loraplex_kernels.attention.decode import num_splits
+from loraplex_kernels.attention.decode import ctas_per_sm, num_splits
 from loraplex_kernels.attention.prefill import TILE_ROWS, make_tiles
 from loraplex_kernels.lora.items import (
     BLOCK_ROWS,
@@ -361,7 +361,10 @@ def test_attention_tiles_cover_every_row_and_start_with_the_longest(chunks: list
 
 
 def test_splits_fill_the_gpu_once_and_never_starve() -> None:
-    assert num_splits(512, 132, 2048) == 1
-    assert num_splits(64, 132, 2048) == 8
-    assert num_splits(8, 132, 256) == 2
-    assert num_splits(1, 132, 1 << 20) == 64
+    ctas = 132 * ctas_per_sm(128)
+
+    assert num_splits(512, ctas, 2048) == 1
+    assert num_splits(64, ctas, 2048) == 8
+    assert num_splits(64, 132 * ctas_per_sm(256), 2048) == 4
+    assert num_splits(8, ctas, 256) == 2
+    assert num_splits(1, ctas, 1 << 20) == 64
