@@ -112,13 +112,24 @@ class Importer:
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         # What follows the mark in an identity is the credential's name.
-        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+        with audited(target.kind, target.name, source=source.partition("#")[0]) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
             facts |= _found(outcome, target)
             return outcome
 
+    @asynccontextmanager
+    async def counted(self, target: ImportTarget) -> AsyncIterator[None]:
+        """Count an import for the tenants of its name; the block's failure gives it back.
+
+        Raises:
+            TenantQuotaError: If one of them has no import left.
+        """
+        tenants = target.tenants_of(await self._catalog.get(target.name))
+        async with self._catalog.imports.one(target.name, tenants):
+            yield
+
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
-        """Import uploaded files; the caller holds room for them.
+        """Import uploaded files; the caller holds room for them, inside of `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`.
@@ -130,7 +141,8 @@ class Importer:
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
-        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
+        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`,
+        all of it inside of `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
@@ -154,7 +166,7 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
-        with audited("push", target.name, source=written.revision.source) as facts:
+        with audited(target.kind, target.name, source=written.revision.source) as facts:
             outcome = await self._commit_written(written, target)
             facts |= _found(outcome, target)
             return outcome
@@ -193,8 +205,8 @@ class Importer:
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
-        work = partial(self._checked, fetch, target.base_model, progress)
-        async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
+        work, key = partial(self._checked, fetch, target.base_model, progress), (source, target.base_model)
+        async with self.counted(target), self._shared.use(key, work, name=f"fetch {source}") as (form, origin):
             return await self._store(form, origin, target, progress)
 
     @asynccontextmanager

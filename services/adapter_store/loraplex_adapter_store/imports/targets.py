@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex_common.ids import DEFAULT_LABEL
 
@@ -22,6 +22,9 @@ class ImportTarget:
         expected: Where `expected_label` must point when the import is stored; empty means nowhere, None anywhere.
         expected_label: The label that `expected` is about.
         kind: The call, as answers and moves of labels name it.
+        tenants: Tenants that a new name is for, and one that comes back after its deletion; none leaves the name's own. One
+            that is there keeps its own in any case.
+        description: Description of a name that gets `tenants`.
         release: Takes revisions out of the record as it is after the import; None takes out none.
     """
 
@@ -34,12 +37,20 @@ class ImportTarget:
     expected: str | None = None
     expected_label: str = DEFAULT_LABEL
     kind: str = "import"
+    tenants: tuple[str, ...] = ()
+    description: str = ""
     release: Callable[[AdapterRecord], AdapterRecord] | None = None
 
     @property
     def asked(self) -> Answer:
         """What the request asks for; compared with what an earlier request of this id asked for."""
         return Answer(self.kind, self.name, content=self.content)
+
+    def tenants_of(self, record: AdapterRecord | None) -> tuple[str, ...]:
+        """Return the tenants of the name, once its import is stored; none if it is for all."""
+        if record is None or (record.is_deleted and self.tenants):
+            return self.tenants
+        return record.allowed_tenants
 
     def applied(self, old: AdapterRecord, revision: str, now: float) -> AdapterRecord:
         """Return a record after the import of a revision.
@@ -48,6 +59,8 @@ class ImportTarget:
             ConflictError: If the label is not where it is expected.
         """
         old.expect(self.expected_label, self.expected)
+        if self.tenants and (not old.version or old.is_deleted):
+            old = replace(old, allowed_tenants=self.tenants, description=self.description)
         new = old.with_import(revision, self.label, now, is_staged=self.is_staged)
         return new if self.release is None else self.release(new)
 

@@ -19,6 +19,7 @@ from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.commit_words import commit_words
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
+from loraplex_adapter_store.repository.tenant_imports import TenantImports
 
 _log = get_logger()
 MAX_ATTEMPTS: Final = 20
@@ -45,6 +46,10 @@ class Catalog:
             deleted.
         limit_of: Gives the bytes of adapters that a tenant may have.
         on_disk: Waits until a change is on disk; by default on Valkey's own.
+        imports: Counts tenants' imports; by default none is limited.
+
+    Attributes:
+        imports: As given.
     """
 
     def __init__(
@@ -55,12 +60,14 @@ class Catalog:
         check_name: Callable[[str], None],
         limit_of: LimitOf = unlimited,
         on_disk: OnDisk | None = None,
+        imports: TenantImports | None = None,
     ) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
         self.check_name = check_name
         self._limit_of = limit_of
         self._on_disk = on_disk or OnDisk()
+        self.imports = imports or TenantImports(client, unlimited)
 
     async def get(self, name: str) -> AdapterRecord | None:
         """Return a record, deleted ones included; None if the name was never stored."""

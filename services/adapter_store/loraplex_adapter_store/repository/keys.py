@@ -72,6 +72,11 @@ def tenant_bytes(tenant: str) -> str:
     return f"{_PREFIX}bytes:{tenant}"
 
 
+def tenant_imports(tenant: str) -> str:
+    """String: Unix milliseconds at which all of a tenant's imports are free again, see `tenant_imports`."""
+    return f"{_PREFIX}imports:{tenant}"
+
+
 def collecting(digest: str) -> str:
     """Lock held while a revision's blob is being deleted."""
     return f"{_PREFIX}collecting:{digest}"
