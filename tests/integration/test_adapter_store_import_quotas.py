@@ -92,7 +92,10 @@ async def test_of_imports_at_once_on_two_replicas_as_many_are_taken_as_there_are
     redis_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "quotas.toml"
-    async with limited(redis_url, tmp_path, 3) as one, running_rig(store_config(redis_url, quotas_file=file)) as (_, two):
+    async with (
+        limited(redis_url, tmp_path, 3) as one,
+        running_rig(store_config(redis_url, quotas_file=file)) as (_, two),
+    ):
         names = [f"n-{number}" for number in range(8)]
         await create(one, *names)
 
