@@ -145,7 +145,11 @@ def _refusal(tenant: str, limit: int, name: str, used_ms: float, wait_ms: float)
         wait_ms: When the next import is free.
     """
     if not limit:
-        text, remedy, retry_after_s = "0 imports a day are allowed", "a retry does not help: ask for a larger quota", None
+        text, remedy, retry_after_s = (
+            "0 imports a day are allowed",
+            "a retry does not help: ask for a larger quota",
+            None,
+        )
     else:
         share_s, retry_after_s = DAY_MS / limit / 1000, max(1.0, math.ceil(wait_ms / 1000))
         text = (
