@@ -11,7 +11,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.errors import LoraplexError, StoreUnavailableError, TenantQuotaError
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
@@ -112,7 +112,7 @@ class Importer:
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         # What follows the mark in an identity is the credential's name.
-        with audited(target.kind, target.name, source=source.partition("#")[0]) as facts:
+        with audited(target.kind, target.name, source=source.partition("#")[0], **target.facts) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
             facts |= _found(outcome, target)
             return outcome
@@ -141,8 +141,7 @@ class Importer:
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
-        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`,
-        all of it inside of `counted`.
+        """Check files and write them without a name; the caller holds room, then calls `commit` or `abandon`, all `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
@@ -166,7 +165,7 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
-        with audited(target.kind, target.name, source=written.revision.source) as facts:
+        with audited(target.kind, target.name, source=written.revision.source, **target.facts) as facts:
             outcome = await self._commit_written(written, target)
             facts |= _found(outcome, target)
             return outcome
@@ -235,6 +234,11 @@ class Importer:
                 outcome = await self._commit(await self._write(form, source, target), target)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
+            except TenantQuotaError:
+                await self.abandon(form.revision)
+                if target.make_room is None or not await target.make_room(form.num_bytes):
+                    raise
+                continue
             except BaseException:
                 await self.abandon(form.revision)
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from loraplex_common.ids import DEFAULT_LABEL
@@ -25,6 +25,7 @@ class ImportTarget:
         tenants: Tenants that a new name is for, and one that comes back after its deletion; none leaves the name's own. One
             that is there keeps its own in any case.
         description: Description of a name that gets `tenants`.
+        make_room: Deletes adapters of the tenants to free so many bytes, and returns whether it freed some; None never does.
         release: Takes revisions out of the record as it is after the import; None takes out none.
     """
 
@@ -39,12 +40,18 @@ class ImportTarget:
     kind: str = "import"
     tenants: tuple[str, ...] = ()
     description: str = ""
+    make_room: Callable[[int], Awaitable[bool]] | None = None
     release: Callable[[AdapterRecord], AdapterRecord] | None = None
 
     @property
     def asked(self) -> Answer:
         """What the request asks for; compared with what an earlier request of this id asked for."""
         return Answer(self.kind, self.name, content=self.content)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a line of the log says of the request besides its name."""
+        return {"tenants": ", ".join(self.tenants)} if self.tenants else {}
 
     def tenants_of(self, record: AdapterRecord | None) -> tuple[str, ...]:
         """Return the tenants of the name, once its import is stored; none if it is for all."""

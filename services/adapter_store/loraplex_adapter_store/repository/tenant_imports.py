@@ -141,6 +141,9 @@ def _refusal(tenant: str, limit: int, name: str, used_ms: float, wait_ms: float)
     """Return the error of a tenant without an import left.
 
     Args:
+        tenant: The tenant.
+        limit: Its quota.
+        name: The adapter.
         used_ms: The part of its day that is used.
         wait_ms: When the next import is free.
     """
