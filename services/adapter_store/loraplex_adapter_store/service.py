@@ -38,6 +38,7 @@ from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
+from loraplex_adapter_store.resolve.assembly import make_resolver
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
@@ -87,11 +88,17 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
         operations = _operations(core, stack)
-        intake = _intake(core, importer, operations, stack)
+        sources = _sources(core, stack)
+        intake = Intake(
+            importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=config.max_adapter_bytes
+        )
+        lifecycle = _lifecycle(core, aliases, attached)
+        resolver, sweeper = make_resolver(core, sources, importer, lifecycle, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=_lifecycle(core, aliases, attached),
+            lifecycle=lifecycle,
             intake=intake,
             pusher=make_pusher(core, intake, importer, attached, hints),
+            resolver=resolver,
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -102,6 +109,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
         _spawn(supervisor, core, aliases, hints, preparer)
+        supervisor.spawn(sweeper.run(), name="resolved adapters")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -153,11 +161,10 @@ def _importer(
     )
 
 
-def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
+def _sources(core: Core, stack: AsyncExitStack) -> Sources:
     sources = Sources(core.config, core.credentials)
     stack.push_async_callback(sources.close)
-    max_bytes = core.config.max_adapter_bytes
-    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
+    return sources
 
 
 def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:

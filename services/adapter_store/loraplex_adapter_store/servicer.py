@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.imports.intake import Intake
     from loraplex_adapter_store.lifecycle import Lifecycle
     from loraplex_adapter_store.push.pusher import Pusher
+    from loraplex_adapter_store.resolve.resolver import Resolver
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -48,12 +49,13 @@ class AdapterStoreServicer(ImportRpcs):
         lifecycle: Lifecycle,
         intake: Intake,
         pusher: Pusher,
+        resolver: Resolver,
         aliases: AliasTable,
         attached: AttachedEngines,
         hints: Hints,
         contents: Contents,
     ) -> None:
-        super().__init__(intake, pusher, contents.revisions)
+        super().__init__(intake, pusher, resolver, contents.revisions)
         self._store_id = f"store-{uuid.uuid4().hex[:12]}"
         self._lifecycle = lifecycle
         self._aliases = aliases

@@ -973,6 +973,66 @@ class ImportAdapterRequest(_message.Message):
 Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
 
 @_typing.final
+class ResolveAdapterRequest(_message.Message):
+    """ResolveAdapterRequest names a source that a request has named in the place of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """`hf:org/name[/folder][@commit]`, `s3://bucket/folder` or `oci://registry/repository@sha256:...`."""
+    tenant: _builtins.str
+    """The tenant of the request, by its credential."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterRequest: _TypeAlias = ResolveAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ResolveAdapterResponse(_message.Message):
+    """ResolveAdapterResponse is the adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    IS_NEW_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, which only this tenant may use."""
+    source: _builtins.str
+    """The source with the commit that it was pinned to."""
+    revision: _builtins.str
+    """Digest of its weights."""
+    is_new: _builtins.bool
+    """Whether this call, or one that it shared the work with, has made the name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        is_new: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_new", b"is_new", "name", b"name", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterResponse: _TypeAlias = ResolveAdapterResponse  # noqa: Y015
+
+@_typing.final
 class ImportAdapterMetadata(_message.Message):
     """ImportAdapterMetadata is the progress of an import Operation."""
 

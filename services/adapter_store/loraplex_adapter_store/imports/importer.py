@@ -114,7 +114,7 @@ class Importer:
         # What follows the mark in an identity is the credential's name.
         with audited(target.kind, target.name, source=source.partition("#")[0], **target.facts) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     @asynccontextmanager
@@ -137,7 +137,7 @@ class Importer:
         with audited("import", target.name, source=files.source) as facts:
             async with self._budget.place():
                 outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
@@ -167,7 +167,7 @@ class Importer:
         """
         with audited(target.kind, target.name, source=written.revision.source, **target.facts) as facts:
             outcome = await self._commit_written(written, target)
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
@@ -279,11 +279,6 @@ class Importer:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
-
-
-def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
-    """Return what an import's line says of its end."""
-    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:

@@ -95,3 +95,7 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+
+    def facts(self, target: ImportTarget) -> dict[str, str]:
+        """Return what a line of the log says of an import's end."""
+        return {"revision": self.revision.revision, "label": target.label}
