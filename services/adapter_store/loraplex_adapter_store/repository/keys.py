@@ -44,8 +44,6 @@ REFUSED: Final = _PREFIX + "resolve:refused"
 """Hash of sources that could not be resolved: key of the source -> serialised google.rpc.Status."""
 REFUSED_UNTIL: Final = _PREFIX + "resolve:refused:until"
 """Sorted set of the same keys, by the time (unix ms) until which the refusal is remembered."""
-SWEEPING: Final = _PREFIX + "resolved:sweeping"
-"""Lock of the replica that looks for resolved adapters to delete."""
 OPERATIONS: Final = "loraplex:store:{operations}:index"
 """Sorted set of operation ids by creation time."""
 

@@ -199,11 +199,6 @@ class ResolvedRecords:
         with keys.translated():
             return int(await self._client.get(keys.RESOLVED_BYTES) or 0)
 
-    async def is_first_to_sweep(self, every_s: float) -> bool:
-        """Return whether no replica has looked for adapters to delete for so long, and take the turn."""
-        with keys.translated():
-            return bool(await self._client.set(keys.SWEEPING, b"1", nx=True, px=max(1, round(every_s * 1000))))
-
     @asynccontextmanager
     async def lease(self, source: str) -> AsyncIterator[None]:
         """Be the only one, of all replicas, that fetches a source; wait until no other does.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.imports.sources import Sources
     from loraplex_adapter_store.lifecycle import Lifecycle
 
-MAX_PAUSE_S: Final = 30.0
+MAX_PAUSE_S: Final = 10.0
 
 
 def make_resolver(

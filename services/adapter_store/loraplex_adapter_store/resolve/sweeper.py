@@ -41,7 +41,7 @@ class ResolvedBudget:
     Attributes:
         max_bytes: Canonical bytes of all resolved adapters.
         idle_s: An adapter that no request has named for so long is deleted.
-        every_s: Time between two looks, of all replicas together.
+        every_s: Time between two looks. Replicas look beside each other: what one has deleted, another finds deleted.
     """
 
     max_bytes: int
@@ -70,15 +70,14 @@ class ResolvedSweeper:
         self._is_checked = False
 
     async def run(self) -> None:
-        """Look for ever, one replica at a time."""
+        """Look for ever."""
         await keep_doing(self._turn, name="deleting resolved adapters")
 
     async def _turn(self) -> None:
         if not self._is_checked:  # rules change with a restart alone
             await self._delete_forbidden()
             self._is_checked = True
-        if await self._records.is_first_to_sweep(self._budget.every_s):
-            await self.sweep()
+        await self.sweep()
         await asyncio.sleep(self._budget.every_s)
 
     async def sweep(self) -> None:
