@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.repository.engines import EngineHoldings
+    from loraplex_adapter_store.resolve.sweeper import ResolvedSweeper
 
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
@@ -87,11 +88,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
-        operations = _operations(core, stack)
-        sources = _sources(core, stack)
-        intake = Intake(
-            importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=config.max_adapter_bytes
-        )
+        operations, sources = _operations(core, stack), _sources(core, stack)
+        intake = _intake(core, importer, operations, sources)
         lifecycle = _lifecycle(core, aliases, attached)
         resolver, sweeper = make_resolver(core, sources, importer, lifecycle, stack)
         servicer = AdapterStoreServicer(
@@ -104,12 +102,11 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             hints=hints,
             contents=_contents(core, aliases, attached, stack),
         )
-        server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
-        _spawn(supervisor, core, aliases, hints, preparer)
-        supervisor.spawn(sweeper.run(), name="resolved adapters")
+        _spawn(supervisor, core, aliases, hints, preparer, sweeper)
+        server = _server(core, servicer, operations)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -161,6 +158,11 @@ def _importer(
     )
 
 
+def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
+    max_bytes = core.config.max_adapter_bytes
+    return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
+
+
 def _sources(core: Core, stack: AsyncExitStack) -> Sources:
     sources = Sources(core.config, core.credentials)
     stack.push_async_callback(sources.close)
@@ -184,7 +186,14 @@ def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning)
     return server
 
 
-def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints, preparer: ImagePreparer) -> None:
+def _spawn(
+    supervisor: Supervisor,
+    core: Core,
+    aliases: AliasTable,
+    hints: Hints,
+    preparer: ImagePreparer,
+    sweeper: ResolvedSweeper,
+) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -197,6 +206,7 @@ def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints
     supervisor.spawn(core.authenticator.follow(), name="credentials")
     supervisor.spawn(collector.run(), name="garbage collector")
     supervisor.spawn(preparer.run(), name="image preparer")
+    supervisor.spawn(sweeper.run(), name="resolved adapters")
 
 
 async def _serve_metrics(core: Core, replicas: ReplicaFactorCollector, stack: AsyncExitStack) -> int:

@@ -37,6 +37,7 @@ class GatewayConfig(ServiceSettings):
             and metrics.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
+        max_resolving_requests: Most requests that wait for an adapter which they name by its source.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
@@ -81,6 +82,9 @@ class GatewayConfig(ServiceSettings):
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
+    max_resolving_requests: int = setting(
+        256, help="most requests that wait for an adapter which they name by its source; half of them of one tenant"
+    )
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
     max_connections: int = setting(8192, help="most connections at once, of gRPC and of HTTP each")
     max_connection_age_s: float = setting(
@@ -121,6 +125,7 @@ class GatewayConfig(ServiceSettings):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         positive = (
             "max_concurrent_requests",
+            "max_resolving_requests",
             "max_stream_s",
             "max_buffered_tokens",
             "slow_client_s",

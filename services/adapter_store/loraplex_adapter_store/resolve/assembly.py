@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_adapter_store.repository.resolved import ResolvedRecords
-from loraplex_adapter_store.resolve.resolver import ResolvePolicy, Resolver
+from loraplex_adapter_store.resolve.policy import ResolvePolicy
+from loraplex_adapter_store.resolve.resolver import Resolver
 from loraplex_adapter_store.resolve.sweeper import ResolvedBudget, ResolvedSweeper
 
 if TYPE_CHECKING:

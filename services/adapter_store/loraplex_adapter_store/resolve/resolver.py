@@ -15,24 +15,15 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_sources import resolved_name
 from loraplex_common.answer_by import answering_within
-from loraplex_common.errors import (
-    AdapterCorruptUploadError,
-    AdapterForbiddenError,
-    AdapterIncompatibleError,
-    AdapterNotFoundError,
-    DeadlineError,
-    InvalidParameterError,
-    LoraplexError,
-    SaturatedError,
-    StoreUnavailableError,
-)
+from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailableError
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_adapter_store.imports.importer import Progress
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.repository.resolved import PINNED_TTL_S, ResolvedInfo
-from loraplex_adapter_store.resolve.rules import AskedSource, ResolveRule, find_rule
+from loraplex_adapter_store.resolve.refusals import PASSING, Refusals
+from loraplex_adapter_store.resolve.rules import AskedSource, find_rule
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,45 +33,13 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.metrics import StoreMetrics
     from loraplex_adapter_store.repository.catalog import Catalog
     from loraplex_adapter_store.repository.resolved import ResolvedRecords
+    from loraplex_adapter_store.resolve.policy import ResolvePolicy
+    from loraplex_adapter_store.resolve.rules import ResolveRule
 
 FOLDER_TTL_S: Final = 600.0
 """How long a folder of object storage is taken for what it was, for a further tenant."""
 CROWDED_RETRY_S: Final = 2.0
-FINAL: Final = (
-    AdapterCorruptUploadError,
-    AdapterForbiddenError,
-    AdapterIncompatibleError,
-    AdapterNotFoundError,
-    InvalidParameterError,
-)
-"""Refusals that are the source's, and stay until it changes."""
-PASSING: Final = (StoreUnavailableError, DeadlineError)
-PASSING_S: Final = 5.0
-"""How long a source that cannot be read now is not asked again."""
-
 _log = get_logger()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResolvePolicy:
-    """What may be resolved, and how much at once.
-
-    Attributes:
-        rules: What may be resolved; none turns resolution off.
-        max_running: Sources that are being pinned and imported at once on this replica; a tenant has half of them at most.
-        refusal_s: How long a refusal is remembered.
-        pin_s: How long a source without a commit stays at the one that it had when it was looked up.
-    """
-
-    rules: tuple[ResolveRule, ...]
-    max_running: int
-    refusal_s: float
-    pin_s: float
-
-    @property
-    def max_running_of_tenant(self) -> int:
-        """Sources of one tenant at once."""
-        return max(1, self.max_running // 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +89,7 @@ class Resolver:
         self._records = records
         self._metrics = metrics
         self._make_room = make_room
+        self._refusals = Refusals(records, policy.refusal_s)
         self._running: dict[tuple[str, str], asyncio.Task[Resolved]] = {}
 
     @property
@@ -203,13 +163,16 @@ class Resolver:
         if (known := await self._known(name, pinned, tenant)) is not None:
             return known
         key = _key(rule, pinned)
-        await self._check_refusal(key)
+        await self._refusals.check(key)
         async with self._records.lease(key):
-            await self._check_refusal(key)  # by the import that had the lease before
+            # What the holder of the lease before has found: another spelling of the source may be the same adapter.
+            if (known := await self._known(name, pinned, tenant)) is not None:
+                return known
+            await self._refusals.check(key)
             try:
                 return await self._import(rule, pinned, tenant, name)
             except LoraplexError as error:
-                await self._refuse(key, error)
+                await self._refusals.remember(key, error)
                 raise
 
     async def _pinned(self, rule: ResolveRule, source: AskedSource) -> AskedSource:
@@ -219,18 +182,18 @@ class Resolver:
         key = _key(rule, source)
         if (commit := await self._records.pin(key)) is not None:
             return AskedSource.of(replace(source.hub, revision=commit))
-        await self._check_refusal(key)
+        await self._refusals.check(key)
         async with self._records.lease(key):
             if (commit := await self._records.pin(key)) is not None:
                 return AskedSource.of(replace(source.hub, revision=commit))
-            await self._check_refusal(key)
+            await self._refusals.check(key)
             try:
                 hub = await self._sources.pin(source.hub, rule.credential)
             except LoraplexError as error:
                 if isinstance(error, PASSING) and (last := await self._records.pin(_last(key))) is not None:
                     _log.warning("a source stays at its last commit", source=source.text, error=error.message)
                     return AskedSource.of(replace(source.hub, revision=last))
-                await self._refuse(key, error)
+                await self._refusals.remember(key, error)
                 raise
             await self._records.set_pin(key, hub.revision, self._policy.pin_s)
             await self._records.set_pin(_last(key), hub.revision, PINNED_TTL_S)
@@ -277,20 +240,6 @@ class Resolver:
                 return await self._importer.commit(Written(known[0], already_existed=True), target)
         except StoreUnavailableError:
             return None  # collected just now, or Valkey is away, which the import meets too
-
-    async def _check_refusal(self, key: str) -> None:
-        if (error := await self._records.refusal(key)) is not None:
-            raise error
-
-    async def _refuse(self, key: str, error: LoraplexError) -> None:
-        """Remember what is the source's fault; what is the tenant's or the store's is another matter the next time."""
-        if not isinstance(error, FINAL + PASSING):
-            return
-        ttl_s = self._policy.refusal_s if isinstance(error, FINAL) else error.retry_after_s or PASSING_S
-        try:
-            await self._records.refuse(key, error, ttl_s)
-        except LoraplexError as trouble:
-            _log.warning("a refusal cannot be remembered", reason=error.reason, error=trouble.message)
 
 
 def _key(rule: ResolveRule, source: AskedSource) -> str:
