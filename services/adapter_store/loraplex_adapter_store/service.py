@@ -17,6 +17,7 @@ from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
+from loraplex_adapter_store.arrivals import Arrivals
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.contents import Contents
@@ -94,9 +95,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         resolver, sweeper = make_resolver(core, sources, importer, lifecycle, stack)
         servicer = AdapterStoreServicer(
             lifecycle=lifecycle,
-            intake=intake,
-            pusher=make_pusher(core, intake, importer, attached, hints),
-            resolver=resolver,
+            arrivals=Arrivals(intake, make_pusher(core, intake, importer, attached, hints), resolver),
             aliases=aliases,
             attached=attached,
             hints=hints,

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from google.longrunning import operations_pb2
 
-    from loraplex_adapter_store.imports.intake import Intake
-    from loraplex_adapter_store.push.pusher import Pusher
-    from loraplex_adapter_store.resolve.resolver import Resolver
+    from loraplex_adapter_store.arrivals import Arrivals
     from loraplex_adapter_store.revisions import RevisionFinder
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,10 +34,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     """A part of `AdapterStoreServicer`."""
 
-    def __init__(self, intake: Intake, pusher: Pusher, resolver: Resolver, revisions: RevisionFinder) -> None:
-        self._intake = intake
-        self._resolver = resolver
-        self._pusher = pusher
+    def __init__(self, arrivals: Arrivals, revisions: RevisionFinder) -> None:
+        self._intake, self._pusher, self._resolver = arrivals.intake, arrivals.pusher, arrivals.resolver
         self._revisions = revisions
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
