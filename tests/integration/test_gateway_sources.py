@@ -135,6 +135,12 @@ async def test_a_burst_over_both_faces_fetches_once_and_runs_on_the_pinned_revis
         kept = (await all_of.store.get(name)).adapter
         assert list(kept.allowed_tenants) == ["red"]
         assert answer.started.adapter_revision == kept.latest.revision
+        assert list(answer.started.adapter_sources) == [SOURCE]
+        by_branch = await all_of.generate(unpinned)
+        assert (by_branch.started.adapter_revision, *by_branch.started.adapter_sources) == (
+            kept.latest.revision,
+            SOURCE,
+        )
         assert kept.description == f"resolved from {SOURCE}"
         assert {submit.adapter_digest for submit in all_of.rig.engine.submits} == {kept.latest.revision}
 

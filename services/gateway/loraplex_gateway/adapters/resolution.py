@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -43,13 +43,16 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
     from loraplex_common.peers import PeerChannel
 
-    from loraplex_gateway.adapters.names import NameTable
+    from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.metrics.gateway import GatewayMetrics
 
 HEARD_S: Final = 5.0
 """How long the name table may take to hear of an adapter that the store has made."""
+PATIENCE_S: Final = 60.0
+"""How long a call waits that only tokenises."""
 REFRESH_S: Final = 60.0
+"""How long what is known of a source is not asked for again."""
 REFUSED_S: Final = 5.0
 """How long a refusal of the store is repeated without asking; the store remembers it longer."""
 LOADING_RETRY_S: Final = 2.0
@@ -126,14 +129,19 @@ class SourceResolver:
         return self._waiting.total()
 
     async def names_of(
-        self, adapters: Mapping[str, str], *, caller: Principal, give_up_at: float, fail_fast: bool = False
+        self,
+        adapters: Mapping[str, str],
+        *,
+        caller: Principal,
+        give_up_at: float | None = None,
+        fail_fast: bool = False,
     ) -> Mapping[str, str]:
         """Return adapters with the names of the tenant's own in the place of sources.
 
         Args:
             adapters: Names and sources, by the field of the request that holds each.
             caller: The principal that asks.
-            give_up_at: When the request's time is over; the imports go on.
+            give_up_at: When the request's time is over; None for `PATIENCE_S` from now. The imports go on.
             fail_fast: Whether the request rather fails than waits for an import.
 
         Raises:
@@ -145,30 +153,31 @@ class SourceResolver:
         if not any(map(is_source, adapters.values())):
             return adapters
         found = dict(adapters)
+        give_up_at = self._clock() + PATIENCE_S if give_up_at is None else give_up_at
         for field, text in adapters.items():
             if is_source(text):
                 with self._counted(field):
                     found[field] = await self._name_of(text, caller, give_up_at, fail_fast=fail_fast)
         return found
 
-    def known_name(self, text: str, caller: Principal) -> str:
-        """Return the name of a source's adapter if it is there; nothing is imported.
+    def marked(
+        self, adapters: Mapping[str, str], resolved: tuple[ResolvedAdapter, ...], caller: Principal
+    ) -> tuple[ResolvedAdapter, ...]:
+        """Return adapters with the pinned sources of those that were named by their source.
 
-        Raises:
-            AdapterNotFoundError: If it is not.
+        Args:
+            adapters: As of `names_of`.
+            resolved: The adapters, in this order.
+            caller: The principal that asks.
         """
-        known = self._known.get((caller.name, text))
-        if known is None or not self._is_there(known.name, caller):
-            raise AdapterNotFoundError(
-                f"{text!r} has not been resolved for {caller.name!r} yet: a request that names it does that",
-                metadata={"adapter": text},
-            )
-        return known.name
-
-    def pinned(self, text: str, caller: Principal) -> str:
-        """Return what a source is pinned to; the text itself if that is not known."""
-        known = self._known.get((caller.name, text))
-        return text if known is None else known.source
+        pinned = [
+            known.source if is_source(text) and (known := self._known.get((caller.name, text))) else ""
+            for text in adapters.values()
+        ]
+        return tuple(
+            replace(adapter, source=source) if source else adapter
+            for adapter, source in zip(resolved, pinned, strict=True)
+        )
 
     async def close(self) -> None:
         """Ask the store no more."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
-# How long a call that only tokenises waits for an adapter that it names by its source.
-VOICE_PATIENCE_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +211,7 @@ class Preparer:
             caller: The principal that asks.
             prompt: What is to be tokenised; None if nothing is.
         """
-        found, resolved = await self._selected(model, adapters, caller, give_up_at=time.monotonic() + VOICE_PATIENCE_S)
+        found, resolved = await self._selected(model, adapters, caller)
         return await self._voices.of_all(found, resolved, TextNeeds.of_prompt(prompt))
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
@@ -244,7 +241,8 @@ class Preparer:
     ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
         local = await self._sources.names_of(adapters, caller=caller, **waits)
         named: dict[str, Any] = {"model": model, "adapters": adapters, "local_names": local, "caller": caller}
-        return await select(self._catalog, self._names, sticky_key=sticky_key, **named)
+        found, resolved = await select(self._catalog, self._names, sticky_key=sticky_key, **named)
+        return found, self._sources.marked(adapters, resolved, caller) if local is not adapters else resolved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
