@@ -42,6 +42,7 @@ class Stack:
 
     Attributes:
         import_root: Directory from which the store imports.
+        further_stores: Addresses that engines and gateways are given besides the store's.
     """
 
     model: Path
@@ -52,6 +53,12 @@ class Stack:
     store: ServiceProcess = field(init=False)
     gateway: ServiceProcess = field(init=False)
     engines: list[ServiceProcess] = field(default_factory=list)
+    further_stores: list[str] = field(default_factory=list)
+
+    @property
+    def store_target(self) -> str:
+        """What engines and gateways that start now are given."""
+        return ",".join((self.store.grpc, *self.further_stores))
 
     def start(self) -> None:
         """Start everything; the services load side by side."""
@@ -67,15 +74,18 @@ class Stack:
     def start_engine(self, *flags: str) -> ServiceProcess:
         """Start one more engine and wait until it is ready."""
         common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url, *ENGINE_FLAGS)
-        peers = ("--store-target", self.store.grpc, "--metrics-port", "0")
+        peers = ("--store-target", self.store_target, "--metrics-port", "0")
         engine = self._spawn("loraplex_engine", (*FREE_PORTS, *common, *peers, *self.flags.engine, *flags))
         self.engines.append(engine)
         return engine.wait_ready()
 
     def restart_store(self) -> None:
         """Start the store again on its ports; the old process must have ended."""
-        self.store = self._spawn_store(("--port", self.store.grpc.rpartition(":")[2]))
-        self.store.wait_ready()
+        self.store = self.start_store(port=self.store.grpc.rpartition(":")[2])
+
+    def start_store(self, *, port: str = "0") -> ServiceProcess:
+        """Start one more store on the same Valkey and wait until it is ready; the caller ends it."""
+        return self._spawn_store(("--port", port)).wait_ready()
 
     def stop(self) -> list[str]:
         """End everything and return the processes that did not end well."""
@@ -111,7 +121,7 @@ class Stack:
     def start_gateway(self, *, port: str = "0") -> ServiceProcess:
         """Start one more gateway and wait until it is ready; the caller ends it."""
         ports = ("--port", port, "--http-port", "0", "--metrics-port", "0")
-        flags = ("--store-target", self.store.grpc, "--redis-url", self.valkey.url)
+        flags = ("--store-target", self.store_target, "--redis-url", self.valkey.url)
         gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway))
         return gateway.wait_ready()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,3 +76,4 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    visibility: Visibility = field(default_factory=Visibility)
