@@ -36,6 +36,7 @@ WHAT: Final = {
     "profile": "where a step's time goes, kernel by kernel",
     "pushes": "a trainer's pushes under streams, every token compared with peft's of its revision",
     "quotas": "a gateway with limits on everything beside one without",
+    "replicas": "two stores, one of which is killed every few seconds under streams",
     "request_campaign": "random requests against one engine",
     "sampling": "sampling on the device",
     "soak": "random faults against a fleet, every answer checked",

@@ -164,8 +164,7 @@ async def test_all_parts_of_a_large_change_are_there_when_its_position_is(redis_
         await first.upload_recipe("a", Recipe(seed=1))
         start = await Gateway(first, first, "").read()
         for number in range(120):
-            request = pb.CreateAdapterRequest(adapter=adapter_pb2.Adapter(name=f"n{number}"))
-            await first.stub.CreateAdapter(request)
+            await first.stub.CreateAdapter(pb.CreateAdapterRequest(adapter=adapter_pb2.Adapter(name=f"n{number}")))
         request = pb.WatchAliasesRequest(start_sequence=start.sequence, start_history_id=start.history_id)
         watch = first.stub.WatchAliases(request)
         sequences = [(await watch.read()).sequence for _ in range(3)]

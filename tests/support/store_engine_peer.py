@@ -39,6 +39,7 @@ class EnginePeer:
         accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
         takes_tree_digests: Whether it is an engine that checks the digest that comes last, and none of an earlier version.
         num_to_spoil: That many of the next images are reported corrupt.
+        num_to_drop: That many of the next images are dropped, and wanted again, before their arrival is reported.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
         log: Every message of the store.
     """
@@ -48,6 +49,7 @@ class EnginePeer:
         self.auto_grant = True
         self.accept_unsolicited = True
         self.num_to_spoil = 0
+        self.num_to_drop = 0
         self.takes_tree_digests = True
         self.images: dict[str, NDArray[np.uint8]] = {}
         self.log: list[pb.AttachEngineResponse] = []
@@ -200,6 +202,12 @@ class EnginePeer:
             self.num_to_spoil -= 1
             self._free += self._granted.pop(digest)
             self.report(digest, adapter_pb2.TIER_STORE, error=status_pb2.Status(code=15, message="sha256 is wrong"))
+            return
+        if self.num_to_drop:
+            self.num_to_drop -= 1
+            self._free += self._granted.pop(digest)
+            self.report(digest, adapter_pb2.TIER_STORE)
+            self.want(digest)
             return
         self.images[digest] = image
         self.report(digest, adapter_pb2.TIER_ARENA)

@@ -85,8 +85,8 @@ class Peers:
 class PeerChannel:
     """A channel to one peer for as long as the service runs; it is replaced once the identity has changed.
 
-    Calls under way end on the channel that they began on. Of several addresses those that answer are used in turn; a call
-    that cannot be made at one is made at another.
+    Calls under way end on the channel that they began on. Calls go to several addresses in turn, as far as they answer; if
+    a call cannot be made at one address, it is made at another.
 
     Args:
         peers: Opens the channel.
