@@ -110,6 +110,7 @@ campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
 	@$(BIN)/python -m support.push_campaign --results benchmarks/results $(PUSH_ARGS)
 	@$(BIN)/python -m support.replica_campaign --results benchmarks/results $(REPLICA_ARGS)
+	@$(BIN)/python -m support.store_kills --results benchmarks/results $(STORE_KILL_ARGS)
 
 .PHONY: structured-campaign
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"

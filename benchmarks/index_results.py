@@ -42,6 +42,7 @@ WHAT: Final = {
     "soak": "random faults against a fleet, every answer checked",
     "steps": "single steps, to which the simulator is fitted",
     "sparse-kernel": "the kernel of sparse deltas alone, ways to build it",
+    "store-kills": "store and Valkey killed at any step of imports, pushes, moves, deletions and deliveries",
     "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
     "tools": "random strict functions through adapters of every tool format, every call validated",

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from google.longrunning import operations_pb2
 from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store import aliases, watchers
+from loraplex_adapter_store.imports.intake import _ID_CHARS
 from loraplex_adapter_store.records import Position
+from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.watchers import Watchers
-from loraplex_common.errors import InvalidParameterError
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import InvalidParameterError, StoreUnavailableError
 from loraplex_common.valkey import connect
-from support.adapters import Recipe
-from support.store_rig import StoreClient, new_id, refused, running_rig, set_alias, store_config, translated
+from support.adapters import Recipe, write_adapter
+from support.store_rig import (
+    StoreClient,
+    new_id,
+    refused,
+    running_rig,
+    set_alias,
+    store_config,
+    tiny_base_dir,
+    translated,
+)
+from support.valkey import running_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.integration
 
@@ -170,6 +186,28 @@ async def test_all_parts_of_a_large_change_are_there_when_its_position_is(redis_
         sequences = [(await watch.read()).sequence for _ in range(3)]
         watch.cancel()
         assert sequences[0] == sequences[1] == start.sequence < sequences[2]
+
+
+async def test_an_import_that_an_outage_of_valkey_has_failed_is_done_when_it_is_repeated_at_another_replica(
+    tmp_path: Path,
+) -> None:
+    folder = write_adapter(tmp_path / "root" / "a", tiny_base_dir(), Recipe(seed=1))
+    with running_server(tmp_path / "valkey") as server:
+        valkey: Any = connect(server.url)
+        configs = [store_config(server.url, import_root=(tmp_path / "root",)) for _ in range(2)]
+        async with running_rig(configs[0]) as (_, first), running_rig(configs[1]) as (_, second):
+            request = pb.ImportAdapterRequest(name="a", uri=folder.as_uri(), request_id=new_id())
+            await first.wait(await first.stub.ImportAdapter(request))
+            failed = pb.ImportAdapterRequest(name="b", uri=folder.as_uri(), request_id=new_id())
+            name = hashlib.sha256(failed.request_id.encode()).hexdigest()[:_ID_CHARS]
+            error = to_status(StoreUnavailableError("Valkey was away", retry_after_s=1.0))
+            ended = operations_pb2.Operation(name=f"operations/{name}", done=True, error=error)
+            await valkey.set(keys.operation(name), ended.SerializeToString())
+            again = await asyncio.gather(first.stub.ImportAdapter(failed), second.stub.ImportAdapter(failed))
+            results = [await first.wait(each) for each in again]
+            assert results[0].revision == results[1].revision
+            assert await second.names() == ["a", "b"]
+        await valkey.aclose()
 
 
 @pytest.mark.parametrize("name", ["a b", "x" * 129, "a/b", "ü", "a\n"])
