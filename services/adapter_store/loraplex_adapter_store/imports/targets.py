@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +96,7 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    visibility: Visibility = field(default_factory=Visibility)
 
     def facts(self, target: ImportTarget) -> dict[str, str]:
         """Return what a line of the log says of an import's end."""
