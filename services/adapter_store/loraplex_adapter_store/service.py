@@ -147,14 +147,14 @@ def _importer(
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
+    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor, core.signatures)
     return Importer(
         checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
     )
 
 
 def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
-    sources = Sources(core.config, core.credentials)
+    sources = Sources(core.config, core.credentials, core.signatures)
     stack.push_async_callback(sources.close)
     max_bytes = core.config.max_adapter_bytes
     return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)

@@ -240,8 +240,8 @@ class Importer:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
-            await self._blobs.note_if_missing(form.revision, form.notes)
-        return Written(revision, exists, form.warnings)
+            await self._blobs.note_again(form.revision, form.notes)
+        return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
     async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
@@ -255,7 +255,7 @@ class Importer:
         _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
         for warning in written.warnings:
             _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
-        return ImportOutcome(record, revision, exists, written.warnings)
+        return ImportOutcome(record, revision, exists, written.warnings, written.signer)
 
     async def abandon(self, digest: str) -> None:
         """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""
@@ -267,7 +267,8 @@ class Importer:
 
 def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
     """Return what an import's line says of its end."""
-    return {"revision": outcome.revision.revision, "label": target.label}
+    signer = {"signer": outcome.signer} if outcome.signer else {}
+    return {"revision": outcome.revision.revision, "label": target.label} | signer
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:

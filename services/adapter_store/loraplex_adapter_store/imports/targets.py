@@ -59,12 +59,14 @@ class Written:
     Attributes:
         already_existed: Whether the store had them before.
         seconds: Time that checking and writing took.
+        signer: Name of the signer of the files; may be empty.
     """
 
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    signer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +77,4 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    signer: str = ""
