@@ -154,7 +154,7 @@ def _importer(
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
+    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor, core.signatures)
     return Importer(
         checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
     )
@@ -166,7 +166,7 @@ def _intake(core: Core, importer: Importer, operations: LongRunning, sources: So
 
 
 def _sources(core: Core, stack: AsyncExitStack) -> Sources:
-    sources = Sources(core.config, core.credentials)
+    sources = Sources(core.config, core.credentials, core.signatures)
     stack.push_async_callback(sources.close)
     return sources
 

@@ -233,10 +233,15 @@ class AdapterReport(_message.Message):
         FOLDED_FIELD_NUMBER: _builtins.int
         WARNINGS_FIELD_NUMBER: _builtins.int
         NUM_OMITTED_FIELD_NUMBER: _builtins.int
+        SIGNER_FIELD_NUMBER: _builtins.int
         method: _builtins.str
         """`peft_type`, for example `LORA`."""
         num_omitted: _builtins.int
         """Notes left out, as they exceed the room of a revision."""
+        signer: _builtins.str
+        """Who signed the files: the store operator's name of the key, and the subject of the certificate if there is one. Empty if
+        no trusted signature was found or looked for.
+        """
         @_builtins.property
         def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """The rules of dialects by which the file was read; empty for PEFT's own form."""
@@ -257,10 +262,11 @@ class AdapterReport(_message.Message):
             folded: _abc.Iterable[_builtins.str] | None = ...,
             warnings: _abc.Iterable[_builtins.str] | None = ...,
             num_omitted: _builtins.int = ...,
+            signer: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "warnings", b"warnings"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "signer", b"signer", "warnings", b"warnings"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -254,8 +254,8 @@ class Importer:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
-            await self._blobs.note_if_missing(form.revision, form.notes)
-        return Written(revision, exists, form.warnings)
+            await self._blobs.note_again(form.revision, form.notes)
+        return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
     async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
@@ -269,7 +269,7 @@ class Importer:
         _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
         for warning in written.warnings:
             _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
-        return ImportOutcome(record, revision, exists, written.warnings)
+        return ImportOutcome(record, revision, exists, written.warnings, signer=written.signer)
 
     async def known(self, outcome: ImportOutcome) -> ImportOutcome:
         """Return a finished import once gateways know of it, or the time for that is over."""

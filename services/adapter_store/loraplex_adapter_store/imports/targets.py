@@ -80,12 +80,14 @@ class Written:
     Attributes:
         already_existed: Whether the store had them before.
         seconds: Time that checking and writing took.
+        signer: Name of the signer of the files; may be empty.
     """
 
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    signer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,9 @@ class ImportOutcome:
     already_existed: bool
     warnings: tuple[str, ...] = ()
     visibility: Visibility = field(default_factory=Visibility)
+    signer: str = ""
 
     def facts(self, target: ImportTarget) -> dict[str, str]:
         """Return what a line of the log says of an import's end."""
-        return {"revision": self.revision.revision, "label": target.label}
+        signer = {"signer": self.signer} if self.signer else {}
+        return {"revision": self.revision.revision, "label": target.label} | signer
