@@ -213,6 +213,9 @@ class Ended:
     Attributes:
         stop_token_id: The stop token that was drawn, for FinishReason.STOP; it is the output's last token.
         queue_s: Time until the request got a place in a batch, ``adapter_load_s``, the wait for the adapter, included.
+        kv_page_s: Page-seconds that its sequence held pages of the pool; a page's seconds are shared equally by the
+            sequences that hold it.
+        adapter_page_s: Page-seconds of its adapters while it ran, shared equally by the requests that used them.
     """
 
     session_slot: int
@@ -223,6 +226,8 @@ class Ended:
     adapter_load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    kv_page_s: float = 0.0
+    adapter_page_s: float = 0.0
 
 
 SessionEvent = Started | Loading | TokenWithLogprobs | PromptLogprobs | Ended

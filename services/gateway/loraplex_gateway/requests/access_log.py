@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
+from loraplex_common.usage_records import UsageRecord
 from loraplex_common.vllm_metrics import FinishedRequest
 
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, GenerationRequest
+    from loraplex_gateway.usage.ledger import UsageLedger
 
 # A client hangs up at its deadline, which by our clock may still be to come.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -38,11 +41,13 @@ class RequestRecord:
         metrics: Where it is counted.
         times: When it came, and what happened since.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.
+        ledger: Where what it uses is written; None for nowhere.
 
     Attributes:
         request: The request.
         times: When what happened to it.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.
+        account: What it uses; None without a ledger.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class RequestRecord:
         metrics: GatewayMetrics,
         times: RequestTimes,
         time_left_s: float | None,
+        ledger: UsageLedger | None = None,
     ) -> None:
         self._prepared: PreparedRequest | None = None
         self._model = ""
@@ -67,11 +73,16 @@ class RequestRecord:
         self._finished: Finished | None = None
         self._num_tokens = 0
         self._num_resumed: int | None = None
+        self._ledger = ledger
+        self.account = ledger.open() if ledger is not None else None
 
-    def resumes(self, request_id: str, *, num_tokens: int) -> None:
+    def resumes(self, request_id: str, *, num_tokens: int, usage_id: str = "") -> None:
         """Note that this goes on with a stream that gave so many tokens: they and the prompt were counted there."""
         self.request = replace(self.request, request_id=request_id)
         self._num_tokens = self._num_resumed = num_tokens
+        if self.account is not None:
+            self.account.num_resumed = num_tokens
+            self.account.usage_id = usage_id or self.account.usage_id
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +126,7 @@ class RequestRecord:
         self._count(code, reason)
         first_token_at = times.first_token_at
         started, finished = self._started, self._finished
+        page_seconds = self.account.page_seconds if self.account is not None else None
         _log.info(
             "request",
             request_id=self.request.request_id,
@@ -134,7 +146,36 @@ class RequestRecord:
             queue_s=round(finished.timings.queue_s, 4) if finished else None,
             ttft_s=round(first_token_at - times.arrived_at, 4) if first_token_at is not None else None,
             duration_s=round(duration_s, 4),
+            usage_id=self.account.usage_id if self.account is not None else None,
+            kv_page_s=round(page_seconds[0], 6) if page_seconds is not None else None,
+            adapter_page_s=round(page_seconds[1], 6) if page_seconds is not None else None,
         )
+        self._write_usage(code, reason, duration_s)
+
+    def _write_usage(self, code: str, reason: str, duration_s: float) -> None:
+        """Hand the request's part of its record to the ledger, unless no engine has heard of it."""
+        account, started, prepared = self.account, self._started, self._prepared
+        if self._ledger is None or account is None or not (account.num_attempts or started is not None):
+            return
+        finished = self._finished
+        record = UsageRecord(
+            usage_id=account.usage_id,
+            request_id=self.request.request_id,
+            trace_id=self.request.trace_id or self.request.request_id,
+            tenant=self._tenant,
+            model=self._model,
+            adapter=self.request.adapter or with_weights(self.request.adapters),
+            revision=", ".join(prepared.adapter_digests) if prepared is not None else "",
+            input_tokens=started.prompt_tokens if started is not None else 0,
+            cached_tokens=started.cached_tokens if started is not None else 0,
+            output_tokens=self._num_tokens,
+            queue_s=round(finished.timings.queue_s, 4) if finished is not None else 0.0,
+            duration_s=round(duration_s, 4),
+            code=code,
+            reason=reason,
+            ended_at=round(time.time(), 3),
+        )
+        self._ledger.finish(account, record)
 
     def _see_tokens(self, num_tokens: int) -> None:
         times, seen_at = self.times, self._seen_at
