@@ -17,6 +17,7 @@ from loraplex_common.ids import new_request_id
 from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.requests.access_log import RequestRecord
 from loraplex_gateway.requests.relay import EngineRelay
+from loraplex_gateway.requests.request_span import begin_span
 from loraplex_gateway.requests.run import RequestRun
 from loraplex_gateway.requests.tap import Tap
 from loraplex_gateway.requests.times import RequestTimes
@@ -177,8 +178,13 @@ class GatewayCore:
         """Return the record of a request that comes at this moment."""
         if request.resume is None:  # else the token knows it
             request = replace(request, request_id=request.request_id or new_request_id())
+        request, span = begin_span(request)
         times, metrics, ledger = RequestTimes(), self._metrics, self.ledger
-        return RequestRecord(request, caller.name, metrics=metrics, times=times, time_left_s=time_left_s, ledger=ledger)
+        record = RequestRecord(
+            request, caller.name, metrics=metrics, times=times, time_left_s=time_left_s, ledger=ledger
+        )
+        record.span = span
+        return record
 
     async def _begin(self, record: RequestRecord, share: QuotaShare, caller: Principal) -> RequestRun:
         """Return a request that is ready to ask for a place: all that can be refused before has been."""
