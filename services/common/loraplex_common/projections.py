@@ -40,6 +40,10 @@ class Section(NamedTuple):
         """Return a rank's first output in the section."""
         return tp_rank * self._shares(tp_degree) // tp_degree * self.local_width(tp_degree)
 
+    def is_first_holder(self, tp_rank: int, tp_degree: int) -> bool:
+        """Tell whether a rank is the first of those that compute its outputs of the section."""
+        return tp_rank == 0 or self.first(tp_rank - 1, tp_degree) != self.first(tp_rank, tp_degree)
+
     def can_be_split(self, tp_degree: int) -> bool:
         """Tell whether each rank gets as many outputs as the others."""
         if tp_degree <= 0 or (self.units % tp_degree and tp_degree % self.units):

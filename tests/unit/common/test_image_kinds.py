@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, ImageError, ModuleSpec, layout, pack, tile_values
+from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, ModuleSpec, layout, pack, tile_values
 from loraplex_common.adapter_parts import KINDS
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
 from loraplex_common.flora import KIND_FLORA_B, Flora

@@ -91,7 +91,7 @@ def test_sections_travel_and_are_left_out_where_nothing_is_divided(layer: tuple[
 def test_sections_that_make_no_sense_are_refused(sections: tuple[Section, ...]) -> None:
     layer = (replace(projection(LAYER, "k_proj"), sections=sections),)
 
-    with pytest.raises(ImageError, match="sections of other|cannot be split over tp_degree 4"):
+    with pytest.raises(ImageError, match=r"sections of other|cannot be split over tp_degree 4"):
         Geometry.of([layer], dtype="float32", page_bytes=4096, tp_degree=4)
 
 
