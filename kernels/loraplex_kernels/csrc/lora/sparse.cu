@@ -158,10 +158,6 @@ __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, int
         __syncwarp();
         const int behind = mine.starts[num], last = (behind + kRun - 1) / kRun;
         float totals[kEach][kWidth] = {};
-        if constexpr (kWidth == 1) {  // y is on its way while the runs are added up
-            const int row = p.lora.groups[shared.items[number].group].tokens[first];
-            if (lane < num) prefetch_to_l1(p.y + static_cast<i64>(row) * p.width + shared.slices[number].fused + at + lane);
-        }
 #pragma unroll 1
         for (int window = mine.starts[0] / kRun; window < last; window += kWindow<kWidth>) {
             const int window_stop = min(window + kWindow<kWidth>, last);

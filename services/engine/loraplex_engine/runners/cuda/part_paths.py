@@ -124,9 +124,10 @@ class _PartPath(BasePath):
         if needs.has_pairs or needs.scales_inputs or needs.finishes or needs.has_flora:
             self.project(layer, op, linear, x, scratch, step)
             return scratch
-        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
-        self._finish(layer, op, linear, x, residual, step)
-        return rest
+        self._finish(
+            layer, op, linear, x, residual, step
+        )  # S x alone: behind a kernel of ours, whose end hides its start
+        return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
 
     def _finish(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor, step: StepInputs) -> None:
         needs, parts = self._needs(layer, op), self._parts
