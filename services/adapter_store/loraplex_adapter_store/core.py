@@ -24,6 +24,7 @@ from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
+from loraplex_adapter_store.repository.tenant_imports import TenantImports, imports_per_day
 from loraplex_adapter_store.signatures.check import Signatures
 from loraplex_adapter_store.tiers import tiers_of
 
@@ -74,6 +75,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
             check_name=bases.check_adapter_name,
             limit_of=adapter_bytes(config.quotas_file),
             on_disk=OnDisk(config.num_replicas),
+            imports=TenantImports(client, imports_per_day(config.quotas_file)),
         ),
         credentials=credentials,
         signatures=Signatures.from_file(config.trusted_signers),

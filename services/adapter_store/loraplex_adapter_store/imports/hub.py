@@ -111,25 +111,20 @@ class Hub:
             SaturatedError: If there is no memory for the bytes.
             StoreUnavailableError: If the hub cannot be reached.
         """
-        try:
+        with _hub_errors(source):
             return self._read(source, token, max_adapter_bytes, take)
-        except GatedRepoError as error:
-            raise AdapterForbiddenError(f"{source}: the repository is gated; name a credential with access") from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise AdapterNotFoundError(
-                f"{source}: no such repository or commit, or not visible with this credential"
-            ) from error
-        except HFValidationError as error:
-            raise InvalidParameterError(f"{source}: {error}", field="hf.repo") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if status in (401, 403):
-                raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
-            raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise StoreUnavailableError(
-                f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
-            ) from error
+
+    async def pin(self, source: HubSource, token: str | None) -> HubSource:
+        """Return a source at the commit where its default branch is; one with a commit as it is.
+
+        Raises:
+            LoraplexError: In the cases of `read`.
+        """
+        return source if source.revision else await self._threads.run(partial(self._pin, source, token))
+
+    def _pin(self, source: HubSource, token: str | None) -> HubSource:
+        with _hub_errors(source):
+            return _pinned(source, self._listing(source, token))
 
     def _read(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
@@ -162,6 +157,30 @@ class Hub:
 
 def _download(url: str, token: str | None, **options: Any) -> Download:
     return Download(url, f"Bearer {token}" if token else None, protocol=_HUB, **options)
+
+
+@contextmanager
+def _hub_errors(source: HubSource) -> Iterator[None]:
+    """Turn the failures of the hub inside the block into errors of the contract."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise AdapterForbiddenError(f"{source}: the repository is gated; name a credential with access") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise AdapterNotFoundError(
+            f"{source}: no such repository or commit, or not visible with this credential"
+        ) from error
+    except HFValidationError as error:
+        raise InvalidParameterError(f"{source}: {error}", field="hf.repo") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
+        raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise StoreUnavailableError(
+            f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
+        ) from error
 
 
 @contextmanager

@@ -46,6 +46,16 @@ class Sources:
         await self._threads.close()
         self._registries.close()
 
+    async def pin(self, source: HubSource, credential: str) -> HubSource:
+        """Return a repository of the hub at the commit where its default branch is, unless it has one.
+
+        Raises:
+            InvalidParameterError: If the credential is unknown.
+            LoraplexError: If the hub refuses, or cannot be reached.
+        """
+        found = self._credentials.get(credential)
+        return await self._hub.pin(source, None if found is None else found.token)
+
     def fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
         """Return the identity of a source, which is equal for equal ones, and what fetches it.
 

@@ -140,3 +140,10 @@ redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
 return 1
 """
+
+START_AGAIN: Final = """
+-- Replaces an operation that nothing else has replaced.  KEYS: operation.  ARGV: as it was read, as it begins, seconds to live
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+return 1
+"""

@@ -123,6 +123,7 @@ class RequestRecord:
             model=self._model,
             adapter=self.request.adapter or with_weights(self.request.adapters),
             adapter_revision=_revisions(started),
+            adapter_source=", ".join(started.adapter_sources) if started else "",
             engine_id=started.engine_id if started else "",
             code=code,
             reason=reason,
