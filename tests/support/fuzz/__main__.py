@@ -218,8 +218,8 @@ def main() -> int:
     if options.child:
         print(json.dumps(asdict(read_inputs(options))))
         return 0
-    tally = fuzz(seed=options.seed, cases=options.cases, seconds=options.seconds, first=options.first)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    tally = fuzz(seed=options.seed, cases=options.cases, seconds=options.seconds, first=options.first)
     text = json.dumps({"commit": commit, **tally}, indent=2)
     print(text)
     if options.results is not None:
