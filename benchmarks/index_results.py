@@ -34,6 +34,7 @@ WHAT: Final = {
     "policies": "scheduling and memory policies, mostly simulated",
     "prefill-cuts": "prefill LoRA, each way to cut its work",
     "profile": "where a step's time goes, kernel by kernel",
+    "fuzz": "mutated files and streams at all that reads what strangers send, by target and outcome",
     "pushes": "a trainer's pushes under streams, every token compared with peft's of its revision",
     "quotas": "a gateway with limits on everything beside one without",
     "replicas": "two stores, one of which is killed every few seconds under streams",
