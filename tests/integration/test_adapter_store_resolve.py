@@ -231,7 +231,7 @@ async def test_a_bad_adapter_is_fetched_once_and_refused_by_name(redis_url: str,
         assert await client.names() == []
 
 
-async def test_a_caller_that_gives_up_ends_nobodys_import(redis_url: str, slow: SlowHub) -> None:
+async def test_a_caller_that_gives_up_leaves_the_import_to_others(redis_url: str, slow: SlowHub) -> None:
     async with resolving(redis_url, slow) as client:
         with pytest.raises(LoraplexError):
             await resolve(client, timeout=0.3)
