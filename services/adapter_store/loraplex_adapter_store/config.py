@@ -116,6 +116,11 @@ class StoreConfig(ServiceSettings):
     credentials_file: Path | None = setting(
         None, help="credentials of private sources: NAME TOKEN, NAME USER PASSWORD or NAME ACCESS_KEY SECRET_KEY lines"
     )
+    trusted_signers: Path | None = setting(
+        None,
+        help="what is asked of adapters' signatures, and who is trusted, TOML; see docs/signatures.md",
+        metavar="FILE",
+    )
     quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     max_connection_age_s: float = setting(
         1800.0, help="time after which a connection takes no further calls, so that clients dial anew; 0 for never"

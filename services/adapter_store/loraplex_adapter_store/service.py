@@ -43,6 +43,7 @@ from loraplex_adapter_store.resolve.assembly import make_resolver
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
+from loraplex_adapter_store.watchers import Watchers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,7 +86,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         core = make_core(config, bases, stack)
         images = make_images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
-        aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
+        watchers = Watchers(core.client)
+        aliases = AliasTable(core.client, core.catalog, bases.fingerprints, watchers)
         hints = Hints(attached, core.holdings, core.catalog, images)
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
@@ -104,6 +106,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
+        supervisor.spawn(watchers.run(), name="leases of watches")
         _spawn(supervisor, core, aliases, hints, preparer, sweeper)
         server = _server(core, servicer, operations)
         grpc_port = await server.start()
@@ -151,7 +154,7 @@ def _importer(
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
+    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor, core.signatures)
     return Importer(
         checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
     )
@@ -163,7 +166,7 @@ def _intake(core: Core, importer: Importer, operations: LongRunning, sources: So
 
 
 def _sources(core: Core, stack: AsyncExitStack) -> Sources:
-    sources = Sources(core.config, core.credentials)
+    sources = Sources(core.config, core.credentials, core.signatures)
     stack.push_async_callback(sources.close)
     return sources
 

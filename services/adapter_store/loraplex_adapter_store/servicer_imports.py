@@ -84,6 +84,7 @@ class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             revision=outcome.revision,
             already_existed=outcome.already_existed,
             warnings=outcome.warnings,
+            visibility=outcome.visibility,
         )
 
     async def PushAdapter(

@@ -77,6 +77,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "PrefetchAdapter": _WATCHERS,
         STORE + "EvictAdapter": _WATCHERS,
         STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
+        STORE + "AcknowledgeAliases": _WATCHERS,
         STORE + "AttachEngine": _ENGINE,
         _OPERATIONS + "ListOperations": _ADMIN,
         _OPERATIONS + "GetOperation": _ADMIN,

@@ -148,7 +148,7 @@ class GatewayApp:
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
         if self._store is not None:
-            feed = AliasFeed(self._store, [self.names, self._adapter_names])
+            feed = AliasFeed(self._store, [self.names, self._adapter_names], watcher_id=self.gateway_id)
             self._supervisor.spawn(feed.run(), name="alias-feed")
             self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")

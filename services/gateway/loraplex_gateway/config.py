@@ -26,7 +26,7 @@ class GatewayConfig(ServiceSettings):
         model_alias: Other names of the first model, e.g. its hub id.
         text_only: Serve the text part of a multimodal model; without it, one is refused.
         redis_url: Valkey or Redis with the engine registry and the request claims.
-        store_target: ``host:port`` of the adapter store; None serves base models alone.
+        store_target: ``host:port`` of the adapter store, or of its replicas separated by commas; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
@@ -62,7 +62,9 @@ class GatewayConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
     text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
-    store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    store_target: str | None = setting(
+        None, help="adapter store, or its replicas separated by commas", metavar="HOST:PORT"
+    )
     engine_tls_name: str | None = setting(
         None, help="name in engines' certificates (default: the host dialled)", metavar="NAME"
     )
@@ -117,6 +119,7 @@ class GatewayConfig(ServiceSettings):
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
         self.check_identity(self.redis_url)
+        self.check_store(self.store_target, self.store_tls_name)
         for origin in self.cors_allow_origin:
             if origin != ANY_ORIGIN and ORIGIN.fullmatch(origin) is None:
                 raise ValueError(f"--cors-allow-origin {origin!r}: write scheme://host[:port] without a path, or *")

@@ -122,6 +122,11 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeAliases = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/AcknowledgeAliases',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.FromString,
+                _registered_method=True)
         self.DownloadAdapter = channel.unary_stream(
                 '/loraplex.v1.AdapterStoreService/DownloadAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterRequest.SerializeToString,
@@ -265,6 +270,13 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeAliases(self, request, context):
+        """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadAdapter(self, request, context):
         """DownloadAdapter streams the canonical form from an offset.
         """
@@ -373,6 +385,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.WatchAliases,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.SerializeToString,
+            ),
+            'AcknowledgeAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeAliases,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.SerializeToString,
             ),
             'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadAdapter,
@@ -851,6 +868,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/WatchAliases',
             loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/AcknowledgeAliases',
+            loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

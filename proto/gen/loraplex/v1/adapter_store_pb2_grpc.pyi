@@ -74,6 +74,8 @@ class AdapterStoreServiceStub:
     """EvictAdapter hints that an adapter will not be wanted. Always OK."""
     WatchAliases: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.WatchAliasesRequest, _adapter_store_pb2.WatchAliasesResponse]
     """WatchAliases streams the whole name table, then every change to it."""
+    AcknowledgeAliases: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.AcknowledgeAliasesRequest, _adapter_store_pb2.AcknowledgeAliasesResponse]
+    """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]
     """DownloadAdapter streams the canonical form from an offset."""
     GetTextParts: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]
@@ -126,6 +128,8 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """EvictAdapter hints that an adapter will not be wanted. Always OK."""
     WatchAliases: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.WatchAliasesRequest, _adapter_store_pb2.WatchAliasesResponse]  # type: ignore[assignment]
     """WatchAliases streams the whole name table, then every change to it."""
+    AcknowledgeAliases: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.AcknowledgeAliasesRequest, _adapter_store_pb2.AcknowledgeAliasesResponse]  # type: ignore[assignment]
+    """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
     """DownloadAdapter streams the canonical form from an offset."""
     GetTextParts: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]  # type: ignore[assignment]
@@ -277,6 +281,14 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_store_pb2.WatchAliasesResponse], _abc.AsyncIterator[_adapter_store_pb2.WatchAliasesResponse]]:
         """WatchAliases streams the whole name table, then every change to it."""
+
+    @_abc_1.abstractmethod
+    def AcknowledgeAliases(
+        self,
+        request: _adapter_store_pb2.AcknowledgeAliasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.AcknowledgeAliasesResponse, _abc.Awaitable[_adapter_store_pb2.AcknowledgeAliasesResponse]]:
+        """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
 
     @_abc_1.abstractmethod
     def DownloadAdapter(

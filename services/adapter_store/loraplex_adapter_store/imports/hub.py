@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from loraplex_common.adapter_folder import check_present
+from loraplex_common.adapter_folder import check_present_signed
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterForbiddenError,
@@ -75,9 +75,13 @@ class Hub:
     Args:
         endpoint: URL of the hub; None for the public one.
         threads: Where downloads run.
+        reads_signature: Tells whether signatures are wanted.
     """
 
-    def __init__(self, endpoint: str | None, threads: DownloadThreads) -> None:
+    def __init__(
+        self, endpoint: str | None, threads: DownloadThreads, reads_signature: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._reads_signature = reads_signature
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._threads = threads
 
@@ -127,7 +131,7 @@ class Hub:
     ) -> CheckpointFiles:
         listing = self._listing(source, token)
         source, sizes = _pinned(source, listing), _sizes(source, listing)
-        names = check_present(sizes)
+        names = check_present_signed(sizes, signature=self._reads_signature())
         for name in names:
             check_size(name, sizes[name] or 0, max_adapter_bytes)
         contents: dict[str, bytes | bytearray] = {}

@@ -181,8 +181,7 @@ class Importer:
             raise StoreUnavailableError(
                 f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
             ) from None
-        await self._told(outcome.record)
-        return outcome
+        return await self.known(outcome)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -243,8 +242,7 @@ class Importer:
                 await self.abandon(form.revision)
                 raise
             self._on_stored(form.revision, form.base_fingerprint)
-            await self._told(outcome.record)
-            return outcome
+            return await self.known(outcome)
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _write(self, form: CanonicalForm, source: str, target: ImportTarget) -> Written:
@@ -256,8 +254,8 @@ class Importer:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
-            await self._blobs.note_if_missing(form.revision, form.notes)
-        return Written(revision, exists, form.warnings)
+            await self._blobs.note_again(form.revision, form.notes)
+        return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
     async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
@@ -271,7 +269,11 @@ class Importer:
         _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
         for warning in written.warnings:
             _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
-        return ImportOutcome(record, revision, exists, written.warnings)
+        return ImportOutcome(record, revision, exists, written.warnings, signer=written.signer)
+
+    async def known(self, outcome: ImportOutcome) -> ImportOutcome:
+        """Return a finished import once gateways know of it, or the time for that is over."""
+        return replace(outcome, visibility=await self._told(outcome.record))
 
     async def abandon(self, digest: str) -> None:
         """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""

@@ -110,4 +110,4 @@ class Intake:
         known = await self._catalog.get_revisions([answer.revision])
         if record is None or not known:
             raise AdapterNotFoundError(f"adapter {answer.name} has been deleted since this request was answered")
-        return ImportOutcome(record, known[0], already_existed=True, warnings=answer.warnings)
+        return await self._importer.known(ImportOutcome(record, known[0], True, answer.warnings))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
     from loraplex_adapter_store.imports.importer import Fetch
+    from loraplex_adapter_store.signatures.check import Signatures
 
 
 class Sources:
@@ -26,14 +27,17 @@ class Sources:
     Args:
         config: What the operator allows.
         credentials: What private sources want, by name.
+        signatures: Tells of which sources a signature is wanted.
     """
 
-    def __init__(self, config: StoreConfig, credentials: Credentials) -> None:
+    def __init__(self, config: StoreConfig, credentials: Credentials, signatures: Signatures) -> None:
         self._threads = DownloadThreads()
-        self._roots = ImportRoots(config.import_root)
-        self._hub = Hub(config.hf_endpoint, self._threads)
-        self._buckets = S3Imports(config.import_bucket, credentials, self._threads)
-        self._registries = oci.OciImports(config.import_registry, credentials, self._threads)
+        self._roots = ImportRoots(config.import_root, partial(signatures.reads, "dir"))
+        self._hub = Hub(config.hf_endpoint, self._threads, partial(signatures.reads, "hf"))
+        self._buckets = S3Imports(config.import_bucket, credentials, self._threads, partial(signatures.reads, "s3"))
+        self._registries = oci.OciImports(
+            config.import_registry, credentials, self._threads, partial(signatures.reads, "oci")
+        )
         self._credentials = credentials
         self._max_adapter_bytes = config.max_adapter_bytes
 

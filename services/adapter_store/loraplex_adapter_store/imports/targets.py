@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +82,14 @@ class Written:
     Attributes:
         already_existed: Whether the store had them before.
         seconds: Time that checking and writing took.
+        signer: Name of the signer of the files; may be empty.
     """
 
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    signer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,10 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    visibility: Visibility = field(default_factory=Visibility)
+    signer: str = ""
 
     def facts(self, target: ImportTarget) -> dict[str, str]:
         """Return what a line of the log says of an import's end."""
-        return {"revision": self.revision.revision, "label": target.label}
+        signer = {"signer": self.signer} if self.signer else {}
+        return {"revision": self.revision.revision, "label": target.label} | signer

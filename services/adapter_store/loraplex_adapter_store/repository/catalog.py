@@ -20,6 +20,7 @@ from loraplex_adapter_store.repository.commit_words import commit_words
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
 from loraplex_adapter_store.repository.tenant_imports import TenantImports
+from loraplex_adapter_store.visibility import Visibility
 
 _log = get_logger()
 MAX_ATTEMPTS: Final = 20
@@ -29,8 +30,8 @@ MAX_COUNTED_AT_ONCE: Final = 500
 Change = Callable[[AdapterRecord], AdapterRecord]
 """Maps a record (version 0 if the name is new) to the record after the change; raises if it refuses the change."""
 
-Told = Callable[[AdapterRecord], Awaitable[None]]
-"""Waits until gateways have been told of a record's state after a change."""
+Told = Callable[[AdapterRecord], Awaitable[Visibility]]
+"""Waits until gateways know of a record's state after a change, and returns which do."""
 
 
 class RevisionGoneError(Exception):
