@@ -220,7 +220,8 @@ class Resolver:
         return Resolved(name=name, source=pinned.text, revision=digest, is_new=False)
 
     async def _import(self, rule: ResolveRule, pinned: AskedSource, tenant: str, name: str) -> Resolved:
-        key = source_key(rule, pinned)
+        # What was imported without a look at its signature is none that may be taken once signatures count.
+        key = source_key(rule, pinned) + (":signed" if self._sources.wants_signature(pinned.text) else "")
         target = ImportTarget(
             name=name,
             base_model=rule.base,

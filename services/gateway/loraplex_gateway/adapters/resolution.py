@@ -24,6 +24,7 @@ from loraplex_common.errors import (
     AdapterIncompatibleError,
     AdapterLoadingError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     DeadlineError,
     InvalidParameterError,
     LoraplexError,
@@ -66,6 +67,7 @@ FINAL: Final = (
     AdapterForbiddenError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     InvalidParameterError,
     NotSupportedError,
 )
