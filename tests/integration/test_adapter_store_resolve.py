@@ -18,6 +18,7 @@ from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterForbiddenError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     InvalidParameterError,
     LoraplexError,
     SaturatedError,
@@ -26,6 +27,7 @@ from loraplex_common.errors import (
 )
 from support.adapters import Recipe, adapter_files
 from support.hub_double import HubDouble, running_hub
+from support.model_signatures import key, trust_text
 from support.store_rig import StoreClient, refused, running_rig, store_config, tiny_base_dir, translated
 from support.waiting import eventually
 
@@ -375,3 +377,15 @@ async def test_what_is_there_is_found_while_all_places_are_taken(redis_url: str,
         assert not (await resolve(client)).is_new
         slow.may_send.set()
         await waiting
+
+
+async def test_weights_from_before_signatures_were_asked_for_are_given_to_no_further_tenant(
+    redis_url: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    async with resolving(redis_url, hub) as client:
+        await resolve(client)
+    trusted = tmp_path / "trusted.toml"
+    trusted.write_text(trust_text({"default": "require"}, release=key("release")))
+    async with resolving(redis_url, hub, trusted_signers=trusted) as client:
+        with refused(AdapterUntrustedError, "not signed"):
+            await resolve(client, tenant="blue")
