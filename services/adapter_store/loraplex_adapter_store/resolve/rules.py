@@ -122,7 +122,7 @@ class ResolveRule:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(mark))
         if unknown := {name for name, _ in options}.difference(_OPTIONS):
             raise ValueError(f"{text!r}: {', '.join(sorted(unknown))}: only {', '.join(_OPTIONS)} are known")
-        if any(not value for _, value in options):
+        if (mark and not options) or any(not value for _, value in options):
             raise ValueError(f"{text!r}: an option has no value")
         single = dict(options)
         if len(options) != len(single) + sum(name == "tenant" for name, _ in options) - ("tenant" in single):
