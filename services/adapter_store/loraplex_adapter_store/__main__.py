@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Final
 
+from loraplex_common import tracing
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
 from loraplex_common.heap import keep_heap_small
@@ -28,12 +29,14 @@ from loraplex_adapter_store.signatures.trust import TrustFileError
 
 async def run(config: StoreConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tracing.configure("adapter_store", config.otlp_endpoint, config.trace_sample_ratio)
     stop = stop_on_signals()
     async with running_store(config) as store:
         announce_ready(
             "adapter_store", grpc=f"{config.host}:{store.grpc_port}", metrics=f"{config.host}:{store.metrics_port}"
         )
         await store.supervisor.run_until(stop)
+    tracing.shut_down()
     store.check_integrity()
 
 
@@ -45,6 +48,7 @@ _NAMED: Final = (
     ColdTierError,
     DirectoryInUseError,
     TrustFileError,
+    tracing.TracingError,
 )
 """What is wrong with flags or files, in a message for the operator."""
 

@@ -47,6 +47,7 @@ class GatewayConfig(ServiceSettings):
         resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
             Read again when it changes. None: the gateways agree on a key in Valkey.
         resume_window_s: How long after its start a client may resume a broken stream; 0 turns that off.
+        usage_records: About how many records of requests' usage Valkey keeps for `loraplex usage`; 0 keeps none.
         engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
         failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
         max_buffered_tokens: Unread output of one client at which its request is ended.
@@ -102,6 +103,7 @@ class GatewayConfig(ServiceSettings):
     resume_window_s: float = setting(
         3600.0, help="how long after its start a broken stream may be resumed, 0 for never"
     )
+    usage_records: int = setting(100_000, help="records of requests' usage to keep in Valkey, 0 for none")
     engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
     allow_mixed_numerics: bool = setting(
         False,
@@ -139,6 +141,7 @@ class GatewayConfig(ServiceSettings):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in (
             "max_queued_requests",
+            "usage_records",
             "resume_window_s",
             "failover_wait_s",
             "max_connection_age_s",

@@ -2270,8 +2270,11 @@ class AttachEngineRequest(_message.Message):
 
         DIGEST_FIELD_NUMBER: _builtins.int
         TIME_LEFT_FIELD_NUMBER: _builtins.int
+        TRACEPARENT_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
+        traceparent: _builtins.str
+        """W3C trace context of that request; empty without."""
         @_builtins.property
         def time_left(self) -> _duration_pb2.Duration:
             """Time until the request that needs it gives up; unset means none."""
@@ -2281,10 +2284,11 @@ class AttachEngineRequest(_message.Message):
             *,
             digest: _builtins.str = ...,
             time_left: _duration_pb2.Duration | None = ...,
+            traceparent: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
 from loraplex_gateway.metrics.tally import TallyHistogram
+from loraplex_gateway.metrics.top_usage import TopUsage
 from loraplex_gateway.metrics.vllm import VllmMetrics
 from loraplex_gateway.types import Priority
 
@@ -129,6 +130,7 @@ class GatewayMetrics:
         self.quota_refusals = counter(
             "quota_refusals_total", "Calls refused because of a tenant's quota.", ("tenant", "limit")
         )
+        self.usage = TopUsage(registry)
         jains_index = Gauge(prefix + "jains_index", "Fairness among tenants, last minutes.", registry=registry)
         jains_index.set_function(self.shares.jains_index)
 

@@ -83,6 +83,7 @@ class Resumption:
             issued_at=now,
             more_adapters=tuple(named[1:]),
             numerics=run.numerics,
+            usage_id=run.account.usage_id if run.account is not None else "",
         )
         return seal(point, self._keys.sealing)
 
