@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from loraplex_adapter_store.disk.cache_file import CacheFile
 from loraplex_adapter_store.disk.disk_index import DiskIndex
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.valkey import connect
@@ -150,6 +151,25 @@ async def test_a_damaged_file_is_named_deleted_and_made_anew(
         assert "damaged and deleted" in said
         assert path.name in said
         await eventually(lambda: path.exists() and path.stat().st_size > stored.image.nbytes)
+
+
+@pytest.mark.parametrize("num_gone", [1, 2])
+async def test_a_file_that_is_deleted_while_it_is_opened_costs_no_image(
+    stored: Stored, base: BaseModelInfo, monkeypatch: pytest.MonkeyPatch, num_gone: int
+) -> None:
+    body = CacheFile.body
+    gone: list[Path] = []
+
+    def vanish(file: CacheFile) -> NDArray[np.uint8]:
+        if len(gone) < num_gone:
+            gone.append(file.path)
+            file.path.unlink(missing_ok=True)
+        return body(file)
+
+    monkeypatch.setattr(CacheFile, "body", vanish)
+    async with running_rig(stored.config) as (_, client):
+        assert (await fetch(client, base, stored.digest) == stored.image).all()
+    assert len(gone) == num_gone
 
 
 async def test_a_damaged_canonical_form_is_read_from_valkey(stored: Stored, base: BaseModelInfo) -> None:

@@ -59,16 +59,18 @@ class DiskTier:
     async def image(self, key: ImageKey) -> Image | None:
         """Return an image, its pages mapped; None if there is none, or it was damaged and is deleted now."""
         file = await self._open(_image_name(key))
-        if file is None:
+        body = None if file is None else _body_of(file)
+        if file is None or body is None:
             return None
         fields = file.fields
         spec = AdapterSpec.from_json(fields["spec"].encode())
-        return Image(spec, fields["base"], file.body(), tree_root([file.digests]))
+        return Image(spec, fields["base"], body, tree_root([file.digests]))
 
     async def canonical(self, digest: str) -> AsyncGenerator[bytes, None] | None:
         """Return a canonical form in pieces; None as in `image`."""
         file = await self._open(f"{digest}.canonical")
-        return None if file is None else _pieces(file.body().reshape(-1)[: file.fields["bytes"]])
+        body = None if file is None else _body_of(file)
+        return None if file is None or body is None else _pieces(body.reshape(-1)[: file.fields["bytes"]])
 
     def keep_image(self, key: ImageKey, image: Image) -> None:
         """Write an image in the background."""
@@ -167,6 +169,14 @@ class DiskTier:
             self._index.remove(name)
         except OSError as error:
             self._trouble.warn("a file of the disk cache cannot be deleted", file=name, error=error.strerror)
+
+
+def _body_of(file: CacheFile) -> NDArray[np.uint8] | None:
+    """Return a file's pages; None if it has been deleted since it was checked, for its room or with its revision."""
+    try:
+        return file.body()
+    except FileNotFoundError:
+        return None
 
 
 async def _pieces(data: NDArray[np.uint8]) -> AsyncGenerator[bytes, None]:
