@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from loraplex.v1.adapter_pb2 import Alias
 
     from loraplex_adapter_store.aliases import AliasTable
+    from loraplex_adapter_store.arrivals import Arrivals
     from loraplex_adapter_store.attach.attached import AttachedEngines
     from loraplex_adapter_store.contents import Contents
     from loraplex_adapter_store.hints import Hints
-    from loraplex_adapter_store.imports.intake import Intake
     from loraplex_adapter_store.lifecycle import Lifecycle
-    from loraplex_adapter_store.push.pusher import Pusher
     from loraplex_adapter_store.visibility import Changed
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,14 +47,13 @@ class AdapterStoreServicer(ImportRpcs):
         self,
         *,
         lifecycle: Lifecycle,
-        intake: Intake,
-        pusher: Pusher,
+        arrivals: Arrivals,
         aliases: AliasTable,
         attached: AttachedEngines,
         hints: Hints,
         contents: Contents,
     ) -> None:
-        super().__init__(intake, pusher, contents.revisions)
+        super().__init__(arrivals, contents.revisions)
         self._store_id = f"store-{uuid.uuid4().hex[:12]}"
         self._lifecycle = lifecycle
         self._aliases = aliases

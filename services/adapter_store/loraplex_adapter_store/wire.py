@@ -219,7 +219,7 @@ def _arena(message: adapter_store_pb2.AttachEngineRequest.Arena) -> ArenaInfo:
 def _want(message: adapter_store_pb2.AttachEngineRequest.Want) -> Want:
     left = message.time_left
     time_left_s = left.seconds + left.nanos * 1e-9 if message.HasField("time_left") else None
-    return Want(_digest(message.digest, "want.digest"), time_left_s)
+    return Want(_digest(message.digest, "want.digest"), time_left_s, message.traceparent)
 
 
 def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:

@@ -66,6 +66,8 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "DeleteAdapter": _ADMIN,
         STORE + "SetAlias": _ADMIN,
         STORE + "ImportAdapter": _ADMIN,
+        # A gateway names the tenant of its request; what tenants may name is the operator's list.
+        STORE + "ResolveAdapter": _WATCHERS,
         STORE + "UploadAdapter": _ADMIN,
         STORE + "PushAdapter": _ADMIN,
         STORE + "RollBackAlias": _ADMIN,

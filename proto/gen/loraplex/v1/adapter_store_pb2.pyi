@@ -233,10 +233,15 @@ class AdapterReport(_message.Message):
         FOLDED_FIELD_NUMBER: _builtins.int
         WARNINGS_FIELD_NUMBER: _builtins.int
         NUM_OMITTED_FIELD_NUMBER: _builtins.int
+        SIGNER_FIELD_NUMBER: _builtins.int
         method: _builtins.str
         """`peft_type`, for example `LORA`."""
         num_omitted: _builtins.int
         """Notes left out, as they exceed the room of a revision."""
+        signer: _builtins.str
+        """Who signed the files: the store operator's name of the key, and the subject of the certificate if there is one. Empty if
+        no trusted signature was found or looked for.
+        """
         @_builtins.property
         def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """The rules of dialects by which the file was read; empty for PEFT's own form."""
@@ -257,10 +262,11 @@ class AdapterReport(_message.Message):
             folded: _abc.Iterable[_builtins.str] | None = ...,
             warnings: _abc.Iterable[_builtins.str] | None = ...,
             num_omitted: _builtins.int = ...,
+            signer: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "warnings", b"warnings"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "signer", b"signer", "warnings", b"warnings"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1037,6 +1043,66 @@ class ImportAdapterRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ResolveAdapterRequest(_message.Message):
+    """ResolveAdapterRequest names a source that a request has named in the place of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """`hf:org/name[/folder][@commit]`, `s3://bucket/folder` or `oci://registry/repository@sha256:...`."""
+    tenant: _builtins.str
+    """The tenant of the request, by its credential."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterRequest: _TypeAlias = ResolveAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ResolveAdapterResponse(_message.Message):
+    """ResolveAdapterResponse is the adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    IS_NEW_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, which only this tenant may use."""
+    source: _builtins.str
+    """The source with the commit that it was pinned to."""
+    revision: _builtins.str
+    """Digest of its weights."""
+    is_new: _builtins.bool
+    """Whether this call, or one that it shared the work with, has made the name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        is_new: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_new", b"is_new", "name", b"name", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterResponse: _TypeAlias = ResolveAdapterResponse  # noqa: Y015
 
 @_typing.final
 class ImportAdapterMetadata(_message.Message):
@@ -2204,8 +2270,11 @@ class AttachEngineRequest(_message.Message):
 
         DIGEST_FIELD_NUMBER: _builtins.int
         TIME_LEFT_FIELD_NUMBER: _builtins.int
+        TRACEPARENT_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
+        traceparent: _builtins.str
+        """W3C trace context of that request; empty without."""
         @_builtins.property
         def time_left(self) -> _duration_pb2.Duration:
             """Time until the request that needs it gives up; unset means none."""
@@ -2215,10 +2284,11 @@ class AttachEngineRequest(_message.Message):
             *,
             digest: _builtins.str = ...,
             time_left: _duration_pb2.Duration | None = ...,
+            traceparent: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,11 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
                 response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
+        self.ResolveAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/ResolveAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.FromString,
+                _registered_method=True)
         self.UploadAdapter = channel.stream_unary(
                 '/loraplex.v1.AdapterStoreService/UploadAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.SerializeToString,
@@ -221,6 +226,14 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveAdapter(self, request, context):
+        """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+        call that ends early ends no import.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadAdapter(self, request_iterator, context):
         """UploadAdapter is ImportAdapter with the files in the stream.
         """
@@ -342,6 +355,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.ImportAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.FromString,
                     response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'ResolveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.SerializeToString,
             ),
             'UploadAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadAdapter,
@@ -688,6 +706,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/ImportAdapter',
             loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
             google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/ResolveAdapter',
+            loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,10 @@ class AdapterStoreServiceStub:
     """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
+    ResolveAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ResolveAdapterRequest, _adapter_store_pb2.ResolveAdapterResponse]
+    """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+    call that ends early ends no import.
+    """
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]
     """UploadAdapter is ImportAdapter with the files in the stream."""
     PushAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]
@@ -108,6 +112,10 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
+    ResolveAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ResolveAdapterRequest, _adapter_store_pb2.ResolveAdapterResponse]  # type: ignore[assignment]
+    """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+    call that ends early ends no import.
+    """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """UploadAdapter is ImportAdapter with the files in the stream."""
     PushAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]  # type: ignore[assignment]
@@ -221,6 +229,16 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
         """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
+
+    @_abc_1.abstractmethod
+    def ResolveAdapter(
+        self,
+        request: _adapter_store_pb2.ResolveAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.ResolveAdapterResponse, _abc.Awaitable[_adapter_store_pb2.ResolveAdapterResponse]]:
+        """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+        call that ends early ends no import.
+        """
 
     @_abc_1.abstractmethod
     def UploadAdapter(

@@ -6,11 +6,14 @@ import asyncio
 import dataclasses
 import math
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_adapter_store.attach.messages import Grant, Offer, Place
+
+if TYPE_CHECKING:
+    from loraplex_common.tracing import Span
 
 
 class TransferState(Enum):
@@ -42,6 +45,7 @@ class Transfer:
         is_wanted: Whether a request waits for the image; may become true during the transfer.
         offers: One per rank, once the image is known; the pages themselves are not held while the engine decides.
         is_expected: Whether a label is about to move to the image.
+        span: Traces the transfer for the first request of a trace that waits for the image; None without one.
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
         needed_by_s: Time of the event loop's clock by which the first waiting request needs it; infinity without a
@@ -54,6 +58,7 @@ class Transfer:
         self.digest = digest
         self.is_wanted = is_wanted
         self.is_wanted_again = False
+        self.span: Span | None = None
         self.is_expected = False
         self.offers: list[Offer] = []
         self.failure: str | None = None

@@ -93,7 +93,7 @@ class Intake:
             return earlier
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
-        async with self._budget.arrival(num_bytes) as arrival:
+        async with self._importer.counted(target), self._budget.arrival(num_bytes) as arrival:
             return await self._importer.import_files(await receive(files, parts, arrival.take), target)
 
     async def repeated(self, target: ImportTarget) -> ImportOutcome | None:

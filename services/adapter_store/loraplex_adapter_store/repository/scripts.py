@@ -128,10 +128,10 @@ return 1
 """
 )
 
-ADD_FIELD: Final = """
--- Sets a field of a hash that exists and lacks it.  KEYS: hash.  ARGV: field, value
+CHANGE_FIELD: Final = """
+-- Sets a field of a hash that exists.  KEYS: hash.  ARGV: field, value
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 """
 
 END_COLLECTION: Final = """
