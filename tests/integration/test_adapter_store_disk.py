@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
-from loraplex_adapter_store.disk.cache_file import MAGIC
+from loraplex_adapter_store.disk.cache_file import MAGIC, CacheFile
 from loraplex_adapter_store.disk.disk_index import DiskIndex
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.valkey import connect
@@ -206,6 +206,23 @@ async def test_budgets_of_one_byte_cost_time_only(redis_url: str, base: BaseMode
         np.testing.assert_array_equal(await fetch(client, base, digest), await fetch(client, base, digest))
 
     assert kinds(tmp_path) == []
+@pytest.mark.parametrize("num_gone", [1, 2])
+async def test_a_file_that_is_deleted_while_it_is_opened_costs_no_image(
+    stored: Stored, base: BaseModelInfo, monkeypatch: pytest.MonkeyPatch, num_gone: int
+) -> None:
+    body = CacheFile.body
+    gone: list[Path] = []
+
+    def vanish(file: CacheFile) -> NDArray[np.uint8]:
+        if len(gone) < num_gone:
+            gone.append(file.path)
+            file.path.unlink(missing_ok=True)
+        return body(file)
+
+    monkeypatch.setattr(CacheFile, "body", vanish)
+    async with running_rig(stored.config) as (_, client):
+        assert (await fetch(client, base, stored.digest) == stored.image).all()
+    assert len(gone) == num_gone
 
 
 async def test_a_damaged_canonical_form_is_read_from_valkey(stored: Stored, base: BaseModelInfo) -> None:

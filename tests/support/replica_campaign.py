@@ -102,9 +102,11 @@ class _Campaign:
             self._tally.num_fetches += round(read_metrics(store).get("loraplex_store_fetch_total", 0))
 
     async def _kill(self) -> None:
-        end_at = time.monotonic() + self._tally.seconds
-        while time.monotonic() + self._tally.every_s <= end_at:
-            await asyncio.sleep(self._tally.every_s * self._rng.uniform(0.8, 1.0))
+        began_at = time.monotonic()
+        for number in range(1, int(self._tally.seconds / self._tally.every_s) + 1):
+            # By the clock: a store needs some seconds to start again.
+            due_at = began_at + self._tally.every_s * (number - self._rng.uniform(0, 0.2))
+            await asyncio.sleep(max(0.0, due_at - time.monotonic()))
             stores = (self._stack.store, self._stack.more_stores[0])
             # The one that the engine is attached to, mostly: that is where a kill is felt.
             attached = [read_metrics(each)["loraplex_store_engines"] for each in stores]
@@ -205,11 +207,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where to write what came of it")
     options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="loraplex-replicas-") as directory:
         tally = run_replica_campaign(
             Path(directory), seconds=options.seconds, every_s=options.every_s, seed=options.seed
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     text = json.dumps({"commit": commit, **asdict(tally)}, indent=2)
     print(text)
     if options.results is not None:

@@ -334,9 +334,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where to write what came of it")
     options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="loraplex-kills-") as directory:
         tally = run_kill_campaign(Path(directory), kills=options.kills, seed=options.seed)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     text = json.dumps({"commit": commit, **asdict(tally)}, indent=2)
     print(text)
     if options.results is not None:

@@ -101,6 +101,7 @@ def import_result(
         revision=revision(message.revision),
         already_existed=message.already_existed,
         warnings=tuple(message.warnings),
+        late_gateways=tuple(message.visibility.late_gateways),
     )
 
 

@@ -21,6 +21,7 @@ from loraplex_adapter_store.metrics import StoreMetrics
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
+from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
@@ -98,5 +99,6 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
         disk = DiskTier(DiskIndex(config.disk_cache_dir, config.disk_cache_bytes), executor, core.metrics)
         stack.push_async_callback(disk.close)
     budget = ByteBudget(config.image_work_bytes)
-    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor)
+    leases = DerivationLeases(core.client)
+    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor, leases)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)
