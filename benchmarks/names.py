@@ -2,8 +2,8 @@
 
     python benchmarks/names.py [--names 100000] [--rate 500] [--seconds 20] [--out benchmarks/results]
 
-A real Valkey, store and gateway, each a process; the load comes from this one. The names are written through the script
-that an import commits with, two revisions each, without weights: nothing here reads them. Latency counts from when a
+A real Valkey, store and gateway, each a process; the load comes from this one. The names are written as imports
+leave them, two revisions each, without weights: nothing here reads them. Latency counts from when a
 call was due. Memory is the resident set (RSS) less that of the same process on an empty catalog.
 """
 

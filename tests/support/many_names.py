@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
-from loraplex_adapter_store.repository import keys, scripts
-from loraplex_adapter_store.repository.commit_words import commit_words
+from loraplex_adapter_store.records import AdapterRecord, Revision
+from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from loraplex_common.base_model import BaseModelInfo
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +42,7 @@ def revision_of(number: int, version: int, base: BaseModelInfo) -> Revision:
 
 
 async def write_names(client: keys.Client, base: BaseModelInfo, count: int, *, revisions: int = 1) -> None:
-    """Write adapters through the script that an import commits with, many in each round trip.
+    """Write adapters into an empty catalog as it is after their imports; the stream of changes is left out.
 
     Args:
         client: Of the store's Valkey.
@@ -53,24 +50,20 @@ async def write_names(client: keys.Client, base: BaseModelInfo, count: int, *, r
         count: Adapters 0 to ``count`` - 1.
         revisions: Revisions of each, 1 or 2.
     """
-    commit = await client.script_load(scripts.COMMIT)
+    await client.set(keys.SEQUENCE, count * revisions)
     for start in range(0, count, BATCH):
+        numbers = range(start, min(start + BATCH, count))
         async with client.pipeline(transaction=False) as pipeline:
-            for number in range(start, min(start + BATCH, count)):
-                for names, values in commits(number, base, revisions):
-                    pipeline.evalsha(commit, len(names), *names, *values)
-            for status, detail in await pipeline.execute():
-                assert status == b"ok", (status, detail)
-
-
-def commits(number: int, base: BaseModelInfo, revisions: int) -> Sequence[tuple[list[str], list[object]]]:
-    """Return keys and values of the commits of an adapter's imports."""
-    found = []
-    record = AdapterRecord(name=name_of(number))
-    for version in range(revisions):
-        revision = revision_of(number, version, base)
-        new = record.with_import(revision.revision, "", revision.create_time, is_staged=False)
-        answer = Answer("import", record.name, revision.revision)
-        found.append(commit_words(record, new, revision, "", answer, 0))
-        record = AdapterRecord.from_json(new.to_json())
-    return found
+            pipeline.zadd(keys.INDEX, {name_of(number): 0 for number in numbers})
+            imported = [revision_of(number, version, base) for number in numbers for version in range(revisions)]
+            pipeline.mset({keys.revision(revision.revision): revision.to_json() for revision in imported})
+            for revision in imported:
+                pipeline.sadd(keys.references(revision.revision), revision.name)
+            for at, number in enumerate(numbers):
+                record = AdapterRecord(name=name_of(number))
+                for revision in imported[at * revisions : (at + 1) * revisions]:
+                    record = record.with_import(revision.revision, "", revision.create_time, is_staged=False)
+                pipeline.hset(
+                    keys.adapter(record.name), mapping={"version": record.version, "record": record.to_json()}
+                )
+            await pipeline.execute()

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError, ConflictError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 from loraplex_common.text_parts import TextPartsInfo
@@ -60,7 +61,7 @@ class Revision:
     @classmethod
     def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None) -> Revision:
         """Decode what `to_json` wrote, and what is said of the text parts if there are any."""
-        fields: dict[str, Any] = json.loads(data)
+        fields: dict[str, Any] = msgspec.json.decode(data)
         info = TextPartsInfo.from_json(text_parts) if text_parts else None
         # A hundred thousand revisions have a few base models and sets of modules: these are kept once.
         shared = {
@@ -103,7 +104,7 @@ class AdapterRecord:
     @classmethod
     def from_json(cls, data: str | bytes) -> AdapterRecord:
         """Decode what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(data)
+        fields: dict[str, Any] = msgspec.json.decode(data)
         # JSON has a text anew wherever it occurs; in memory labels refer to the texts of `revisions`.
         digests = {digest: digest for digest in fields["revisions"]}
         own = {
