@@ -45,7 +45,7 @@ async def write_names(client: keys.Client, base: BaseModelInfo, count: int, *, r
     """Write adapters into an empty catalog as it is after their imports; the stream of changes is left out.
 
     Args:
-        client: Of the store's Valkey.
+        client: Connection to the store's Valkey.
         base: Their base model.
         count: Adapters 0 to ``count`` - 1.
         revisions: Revisions of each, 1 or 2.

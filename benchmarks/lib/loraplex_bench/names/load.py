@@ -28,7 +28,7 @@ class Load:
     Args:
         client: The store.
         num_names: Names 0 to ``num_names`` - 1 have two revisions each.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Attributes:
         seconds: Kind -> latencies, from when the call was due.

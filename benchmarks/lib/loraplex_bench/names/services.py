@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from contextlib import asynccontextmanager
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.grpc_channel import open_channel
 from support.processes import ServiceProcess
-from support.store_rig import StoreClient
+from support.store_rig import StoreClient, translated
 
 from loraplex_bench.store.rig import cpu_seconds
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 FREE_PORTS = ("--port", "0", "--metrics-port", "0")
 TABLE_S = 120.0
+MAX_ASKED = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +93,17 @@ def _wait_for_table(process: ServiceProcess) -> None:
 
 
 async def whole_table(client: StoreClient) -> int:
-    """Follow a store's names until the whole table has come; return how many there are."""
+    """Follow a store's names until the whole table has come; return how many there are.
+
+    A store that has not read its table within five seconds says so; it is asked again, as gateways do.
+    """
+    for _ in range(MAX_ASKED):
+        with contextlib.suppress(StoreUnavailableError), translated():
+            return await _whole_table(client)
+    raise TimeoutError("the store does not read its table of names")
+
+
+async def _whole_table(client: StoreClient) -> int:
     call: Any = client.stub.WatchAliases(pb.WatchAliasesRequest(uses_text_parts=True), wait_for_ready=True)
     received = 0
     async for update in call:
