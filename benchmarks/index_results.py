@@ -31,6 +31,7 @@ WHAT: Final = {
     "layers": "LoRA inside a decode layer: time added to a step",
     "merging": "what merging an adapter into the base wins at most, and what it changes in answers",
     "mixed-steps": "steps with decode rows beside prompts",
+    "names": "very many names: a store and a gateway under calls at a steady rate, memory, restarts",
     "policies": "scheduling and memory policies, mostly simulated",
     "prefill-cuts": "prefill LoRA, each way to cut its work",
     "profile": "where a step's time goes, kernel by kernel",

@@ -81,10 +81,7 @@ class Catalog:
         if not names:
             return []
         with keys.translated():
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for name in names:
-                    pipeline.hget(keys.adapter(name), "record")
-                found = await pipeline.execute()
+            found = await self._client.eval(scripts.READ, len(names), *(keys.adapter(name) for name in names))
         return [AdapterRecord.from_json(data) for data in found if data]
 
     async def list_names(self, *, after: str, prefix: str, count: int) -> list[str]:
