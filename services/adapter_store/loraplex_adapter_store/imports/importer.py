@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
@@ -17,6 +18,7 @@ from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
+from loraplex_adapter_store.imports.further_bases import NO_COUNTERPARTS, Counterparts, FurtherBases
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.records import Revision
@@ -91,7 +93,8 @@ class Importer:
         self._metrics = metrics
         self._told = told
         self._on_stored = on_stored
-        self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
+        self._further = FurtherBases(checker, catalog)
+        self._shared: SharedWork[tuple[CanonicalForm, str, Counterparts]] = SharedWork()
 
     @property
     def budget(self) -> ImportBudget:
@@ -114,7 +117,7 @@ class Importer:
         # What follows the mark in an identity is the credential's name.
         with audited("import", target.name, source=source.partition("#")[0]) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
@@ -126,7 +129,7 @@ class Importer:
         with audited("import", target.name, source=files.source) as facts:
             async with self._budget.place():
                 outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
@@ -156,7 +159,7 @@ class Importer:
         """
         with audited("push", target.name, source=written.revision.source) as facts:
             outcome = await self._commit_written(written, target)
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
@@ -193,14 +196,15 @@ class Importer:
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
-        work = partial(self._checked, fetch, target.base_model, progress)
-        async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
-            return await self._store(form, origin, target, progress)
+        work = partial(self._checked, fetch, target, progress)
+        async with self._shared.use((source, *target.shares_work), work, name=f"fetch {source}") as checked:
+            form, origin, counterparts = checked
+            return await self._store(form, origin, target, progress, counterparts)
 
     @asynccontextmanager
     async def _checked(
-        self, fetch: Fetch, base_model: str, progress: Progress
-    ) -> AsyncIterator[tuple[CanonicalForm, str]]:
+        self, fetch: Fetch, target: ImportTarget, progress: Progress
+    ) -> AsyncIterator[tuple[CanonicalForm, str, Counterparts]]:
         """Fetch and check a source; hold its room, and a place from the check on."""
         async with self._budget.arrival() as arrival:
             async with self._budget.fetching():
@@ -209,22 +213,31 @@ class Importer:
             async with self._budget.place():
                 num_bytes = len(files.weights)
                 progress.advance(Stage.VALIDATING, bytes_done=num_bytes, bytes_total=num_bytes)
-                yield await self._checker.check(files, base_model), files.source
+                form, counterparts = await self._further.checked(files, target, partial(self._store, progress=progress))
+                yield form, files.source, counterparts
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        form = await self._checker.check(files, target.base_model)
-        return await self._store(form, files.source, target, progress)
+        form, counterparts = await self._further.checked(files, target, partial(self._store, progress=progress))
+        return await self._store(form, files.source, target, progress, counterparts)
 
-    async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
+    async def _store(
+        self,
+        form: CanonicalForm,
+        source: str,
+        target: ImportTarget,
+        progress: Progress,
+        counterparts: Counterparts = NO_COUNTERPARTS,
+    ) -> ImportOutcome:
         progress.advance(Stage.STORING)
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
             try:
-                outcome = await self._commit(await self._write(form, source, target), target)
+                outcome = await self._commit(await self._write(form, source, target), target, counterparts.by_base)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
             except BaseException:
                 await self.abandon(form.revision)
+                await self._further.take_back(target.name, counterparts)
                 raise
             self._on_stored(form.revision, form.base_fingerprint)
             await self._told(outcome.record)
@@ -243,11 +256,13 @@ class Importer:
             await self._blobs.note_if_missing(form.revision, form.notes)
         return Written(revision, exists, form.warnings)
 
-    async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
+    async def _commit(
+        self, written: Written, target: ImportTarget, counterparts: Mapping[str, str] = MappingProxyType({})
+    ) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
         record = await self._catalog.change(
             target.name,
-            partial(target.applied, revision=digest, now=time.time()),
+            partial(target.applied, revision=digest, now=time.time(), counterparts=counterparts),
             revision=None if exists else revision,
             request_id=target.request_id,
             answer=replace(target.asked, revision=digest, warnings=written.warnings),
@@ -263,11 +278,6 @@ class Importer:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
-
-
-def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
-    """Return what an import's line says of its end."""
-    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:
