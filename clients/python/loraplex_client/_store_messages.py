@@ -88,6 +88,7 @@ def adapter(message: adapter_pb2.Adapter, resolved: adapter_pb2.AdapterRevision 
         create_time=_datetime(message.create_time),
         update_time=_datetime(message.update_time),
         latest=revision(message.latest) if message.HasField("latest") else None,
+        counterparts=_counterparts(message.counterparts),
         resolved=revision(resolved) if resolved is not None and resolved.revision else None,
     )
 
@@ -103,6 +104,13 @@ def import_result(
         warnings=tuple(message.warnings),
         late_gateways=tuple(message.visibility.late_gateways),
     )
+
+
+def _counterparts(message: Iterable[adapter_pb2.Counterpart]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for each in message:
+        found.setdefault(each.revision, {})[each.base_model] = each.counterpart
+    return found
 
 
 def _shares(message: Iterable[adapter_pb2.AliasShare]) -> dict[str, int]:
@@ -151,7 +159,13 @@ def label_move(message: adapter_store_pb2.AliasMove) -> LabelMove:
 
 
 def import_request(
-    name: str, label: str, base_model: str, credential_ref: str = "", *, stage: bool = False
+    name: str,
+    label: str,
+    base_model: str,
+    credential_ref: str = "",
+    *,
+    stage: bool = False,
+    also_base_models: Sequence[str] = (),
 ) -> adapter_store_pb2.ImportAdapterRequest:
     """Return an import request that still lacks its source."""
     return adapter_store_pb2.ImportAdapterRequest(
@@ -161,6 +175,7 @@ def import_request(
         credential_ref=credential_ref,
         request_id=new_request_id(),
         stage=stage,
+        also_base_models=also_base_models,
     )
 
 
@@ -196,7 +211,13 @@ def report_operation(operation: Operation, progress: ProgressCallback | None) ->
 
 
 def upload_header(
-    name: str, directory: Path, *, label: str, base_model: str, stage: bool = False
+    name: str,
+    directory: Path,
+    *,
+    label: str,
+    base_model: str,
+    stage: bool = False,
+    also_base_models: Sequence[str] = (),
 ) -> adapter_store_pb2.UploadAdapterRequest.Header:
     """Return the header of an upload: the adapter's files, and those of a tokenizer and a signature if it brings any.
 
@@ -214,7 +235,12 @@ def upload_header(
     except OSError as error:
         raise InvalidParameterError(f"{directory} cannot be read: {error.strerror}", field="directory") from error
     header = adapter_store_pb2.UploadAdapterRequest.Header(
-        name=name, label=label, base_model=base_model, request_id=new_request_id(), stage=stage
+        name=name,
+        label=label,
+        base_model=base_model,
+        request_id=new_request_id(),
+        stage=stage,
+        also_base_models=also_base_models,
     )
     for file_name in names:
         path = directory / file_name

@@ -100,20 +100,33 @@ class Applier:
         source, latest = wanted.source, known.latest if known is not None else None
         if source is None:
             return 0
+        others = known.counterparts.get(latest.digest, {}) if known is not None and latest is not None else {}
+        serves_wanted = others.keys() == set(wanted.also_base_models)
         if (hub := HUB_SOURCE.fullmatch(source)) is not None:
-            if latest is not None and latest.source == _as_the_store_says(hub):
+            if latest is not None and latest.source == _as_the_store_says(hub) and serves_wanted:
                 return 0
             return self._step(
                 f"{wanted.name}: import {source}",
                 lambda: self._adapters.import_hub(
-                    wanted.name, hub["repo"], revision=hub["revision"].lower(), subfolder=hub["subfolder"] or ""
+                    wanted.name,
+                    hub["repo"],
+                    revision=hub["revision"].lower(),
+                    subfolder=hub["subfolder"] or "",
+                    also_base_models=wanted.also_base_models,
                 ),
             )
         if self._is_dry:
             return self._step(f"{wanted.name}: import {source}, if it holds anything new", lambda: None)
-        staged = self._adapters.upload(wanted.name, Path(source), stage=True).revision.digest
+        uploaded = self._adapters.upload(
+            wanted.name, Path(source), stage=True, also_base_models=wanted.also_base_models
+        )
+        staged = uploaded.revision.digest
         if latest is not None and latest.digest == staged:
-            return 0
+            if serves_wanted:
+                return 0
+            return self._step(
+                f"{wanted.name}: serve on {', '.join(wanted.also_base_models) or 'its own base'}", lambda: None
+            )
         return self._step(
             f"{wanted.name}: import {source}, latest -> {staged[:12]}",
             lambda: self._adapters.alias(wanted.name, "latest", staged),

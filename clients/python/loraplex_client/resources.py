@@ -80,6 +80,7 @@ class Adapter:
     Attributes:
         aliases: Label -> revision digest, for a split label its largest share's; ``latest`` moves with every import.
         shares: Label -> revision digest -> weight, of the labels that are split.
+        counterparts: Revision digest -> name of a further base model that it may serve on -> digest of its revision for that.
         etag: Version of this resource, for optimistic concurrency.
         latest: The revision that ``latest`` points at.
         resolved: The revision that the name asked for resolves to; only from ``get``.
@@ -95,6 +96,7 @@ class Adapter:
     update_time: datetime | None
     latest: Revision | None
     shares: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    counterparts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     resolved: Revision | None = None
 
 

@@ -35,6 +35,15 @@ def _shares(shares: Mapping[str, int]) -> list[adapter_pb2.AliasShare]:
     return [adapter_pb2.AliasShare(revision=digest, weight=weight) for digest, weight in sorted(shares.items())]
 
 
+def counterparts(record: AdapterRecord) -> list[adapter_pb2.Counterpart]:
+    """Convert what a record says of its revisions on other base models, sorted."""
+    return [
+        adapter_pb2.Counterpart(revision=digest, base_model=base, counterpart=other)
+        for digest, bases in sorted(record.counterparts.items())
+        for base, other in sorted(bases.items())
+    ]
+
+
 def check_shares(alias: adapter_pb2.Alias) -> None:
     """Check the shares that a label is to have.
 

@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -79,6 +80,7 @@ class AdapterRecord:
         allowed_tenants: Tenants that may use it; empty means all tenants.
         labels: Label -> revision; of a split label, the one with the largest share.
         splits: Label -> revision -> weight, of split labels.
+        counterparts: Revision -> another base's name -> the revision that the same files gave for that base.
         revisions: All revisions of this name, newest first.
         version: Rises with every change; the etag. 0 means that the name was never stored.
     """
@@ -88,6 +90,7 @@ class AdapterRecord:
     allowed_tenants: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
+    counterparts: dict[str, dict[str, str]] = field(default_factory=dict)
     revisions: tuple[str, ...] = ()
     is_deleted: bool = False
     create_time: float = 0.0
@@ -95,10 +98,11 @@ class AdapterRecord:
     version: int = 0
 
     def to_json(self) -> str:
-        """Encode for Valkey; splits are left out where there are none, as older replicas read the record too."""
+        """Encode for Valkey; what few records have is left out of others, as older replicas read the record too."""
         fields = dataclasses.asdict(self)
-        if not self.splits:
-            del fields["splits"]
+        for rare in ("splits", "counterparts"):
+            if not fields[rare]:
+                del fields[rare]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -121,8 +125,9 @@ class AdapterRecord:
 
     @property
     def labelled(self) -> frozenset[str]:
-        """Revisions that some label points at."""
-        return frozenset(self.labels.values()).union(*self.splits.values())
+        """Revisions that some label points at, with those that stand for them on other base models."""
+        pointed = frozenset(self.labels.values()).union(*self.splits.values())
+        return pointed.union(*(self.counterparts.get(revision, {}).values() for revision in pointed))
 
     def shares_of(self, label: str) -> dict[str, int]:
         """Return the revisions that a label points at with their weights; empty if there is no such label."""
@@ -175,18 +180,45 @@ class AdapterRecord:
         created = self.create_time or now
         return dataclasses.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
 
-    def with_import(self, revision: str, label: str, now: float, *, is_staged: bool) -> AdapterRecord:
-        """Return the record after an import: any ``label`` and, unless staged, ``latest`` point at the revision."""
+    def with_import(
+        self,
+        revision: str,
+        label: str,
+        now: float,
+        *,
+        is_staged: bool,
+        counterparts: Mapping[str, str] = MappingProxyType({}),
+    ) -> AdapterRecord:
+        """Return the record after an import: any ``label`` and, unless staged, ``latest`` point at the revision.
+
+        ``counterparts`` (base name -> revision) take the place of those that the revision had.
+        """
         moved = {name for name in (label, "" if is_staged else DEFAULT_LABEL) if name}
         labels = {**self.labels, **dict.fromkeys(sorted(moved), revision)}
         splits = {label: shares for label, shares in self.splits.items() if label not in moved}
-        ordered = (revision, *(kept for kept in self.revisions if kept != revision))
-        new = self.touched(now, labels=labels, splits=splits, revisions=ordered, is_deleted=False)
+        first = (revision, *counterparts.values())
+        ordered = (*first, *(kept for kept in self.revisions if kept not in first))
+        others = {known: bases for known, bases in self.counterparts.items() if known != revision}
+        counterparts_by_revision = {**others, **({revision: dict(counterparts)} if counterparts else {})}
+        new = self.touched(
+            now,
+            labels=labels,
+            splits=splits,
+            counterparts=counterparts_by_revision,
+            revisions=ordered,
+            is_deleted=False,
+        )
         return new.without([kept for kept in ordered if kept not in new.labelled][MAX_REVISIONS:])
 
     def without(self, revisions: Collection[str]) -> AdapterRecord:
         """Return the record without some revisions, in the same version."""
-        return dataclasses.replace(self, revisions=tuple(kept for kept in self.revisions if kept not in revisions))
+        kept = tuple(kept for kept in self.revisions if kept not in revisions)
+        bases = {
+            revision: {base: other for base, other in others.items() if other in kept}
+            for revision, others in self.counterparts.items()
+            if revision in kept
+        }
+        return dataclasses.replace(self, revisions=kept, counterparts={each: of for each, of in bases.items() if of})
 
     def with_alias(self, label: str, shares: Mapping[str, int], now: float) -> AdapterRecord:
         """Return the record after a label moved.
@@ -219,7 +251,7 @@ class AdapterRecord:
 
     def deleted(self, now: float) -> AdapterRecord:
         """Return the tombstone: the name stays known, its revisions are released."""
-        return self.touched(now, labels={}, splits={}, revisions=(), is_deleted=True)
+        return self.touched(now, labels={}, splits={}, counterparts={}, revisions=(), is_deleted=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from loraplex_common.ids import DEFAULT_LABEL, check_adapter_name, check_label
 
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.callers import caller_of
+from loraplex_adapter_store.imports.further_bases import check_also
 from loraplex_adapter_store.imports.hub import HubSource
 from loraplex_adapter_store.imports.targets import ImportTarget
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, linger
@@ -125,6 +126,7 @@ class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             content=caller.content,
             is_staged=request.stage,
             expected=expected,
+            also=() if isinstance(request, pb.PushAdapterRequest.Header) else check_also(request.also_base_models),
         )
 
 

@@ -81,6 +81,7 @@ def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapt
         create_time=timestamp(record.create_time),
         update_time=timestamp(record.update_time),
         latest=revision(latest) if latest is not None else None,
+        counterparts=alias_wire.counterparts(record),
     )
 
 
@@ -92,6 +93,7 @@ def entry(view: AdapterView, *, with_text_parts: bool = True) -> adapter_store_p
         revisions=[revision(item) for item in view.revisions if with_text_parts or item.text_parts is None],
         allowed_tenants=view.record.allowed_tenants,
         deleted=view.record.is_deleted,
+        counterparts=alias_wire.counterparts(view.record),
     )
 
 

@@ -19,7 +19,7 @@ from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
     from loraplex_common.auth import Principal
     from loraplex_common.peers import PeerChannel
@@ -32,6 +32,8 @@ NO_SPLITS: Final[Mapping[str, tuple[tuple[str, int], ...]]] = MappingProxyType({
 """One for all adapters without a split label, which are nearly all."""
 NO_TEXT_PARTS: Final[Mapping[str, str]] = MappingProxyType({})
 """One for all adapters of which no revision brings text parts."""
+NO_COUNTERPARTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+"""As `NO_SPLITS`, of adapters that serve on one base model."""
 Item = TypeVar("Item")
 
 _log = get_logger()
@@ -45,6 +47,7 @@ class AdapterEntry:
         labels: Label to digest; for a split label, the digest with the largest share.
         splits: Label to its shares (digest and weight, in the order of digests), of labels that are split.
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
+        counterparts: Digest of each revision that serves on further base models to its digests for these.
         text_parts: Digest of each revision that brings text parts to the digest of these.
         created: Digest of each known revision to the Unix time at which the store imported it.
         num_bytes: Digest of each known revision to the bytes of its canonical form.
@@ -56,11 +59,17 @@ class AdapterEntry:
     labels: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=lambda: NO_SPLITS)
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    counterparts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NO_COUNTERPARTS)
     text_parts: Mapping[str, str] = field(default_factory=lambda: NO_TEXT_PARTS)
     created: Mapping[str, int] = field(default_factory=dict)
     num_bytes: Mapping[str, int] = field(default_factory=dict)
     allowed_tenants: frozenset[str] = frozenset()
     is_deleted: bool = False
+
+    def on_a_base(self, digest: str, fingerprints: Container[str]) -> str | None:
+        """Return the digest that serves a revision on one of some base models: its own first; None if there is none."""
+        candidates = (digest, *self.counterparts.get(digest, ()))
+        return next((each for each in candidates if self.base_fingerprints.get(each, "") in fingerprints), None)
 
     def allows(self, caller: Principal) -> bool:
         """Whether a caller may use the adapter, and know of it."""
@@ -196,6 +205,13 @@ def _splits(
     return found or NO_SPLITS
 
 
+def _counterparts(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for each in entry.counterparts:
+        found[each.revision] = (*found.get(each.revision, ()), each.counterpart)
+    return found or NO_COUNTERPARTS
+
+
 def entry_of(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
     """Return an entry of a message."""
     # Each field of a message is a text anew. A table of a hundred thousand names keeps each text once.
@@ -210,6 +226,7 @@ def entry_of(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntr
         labels={label: digests.get(digest, digest) for label, digest in labels},
         splits=_splits(entry),
         base_fingerprints={digest: sys.intern(revision.base_fingerprint) for digest, revision in revisions},
+        counterparts=_counterparts(entry),
         text_parts=text_parts or NO_TEXT_PARTS,
         created={digest: revision.create_time.seconds for digest, revision in revisions},
         num_bytes={digest: revision.canonical_bytes for digest, revision in revisions},

@@ -39,6 +39,7 @@ class AsyncAdapters(AsyncLabels):
         subfolder: str = "",
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
@@ -52,6 +53,7 @@ class AsyncAdapters(AsyncLabels):
             subfolder: Folder inside the repository.
             label: Label to move to the new revision besides ``latest``.
             base_model: Base to check against; overrides what the checkpoint names.
+            also_base_models: Further bases that it may serve on; it is checked against each, and has a revision for each.
             stage: Leave ``latest`` where it is; the revision is used by its digest or by ``label``.
             credential_ref: Name of a credential that the store knows.
             progress: Told how far it has come.
@@ -60,7 +62,9 @@ class AsyncAdapters(AsyncLabels):
             LoraplexError: If the checkpoint cannot be had or cannot be served.
         """
         source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
-        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request = messages.import_request(
+            name, label, base_model, credential_ref, stage=stage, also_base_models=also_base_models
+        )
         request.hf.CopyFrom(source)
         return await self._import(request, progress)
 
@@ -71,11 +75,12 @@ class AsyncAdapters(AsyncLabels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
-        request = messages.import_request(name, label, base_model, stage=stage)
+        request = messages.import_request(name, label, base_model, stage=stage, also_base_models=also_base_models)
         request.uri = messages.directory_uri(directory)
         return await self._import(request, progress)
 
@@ -86,6 +91,7 @@ class AsyncAdapters(AsyncLabels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
@@ -98,11 +104,14 @@ class AsyncAdapters(AsyncLabels):
                 and registries.
             label: As of `import_hub`.
             base_model: As of `import_hub`.
+            also_base_models: As of `import_hub`.
             stage: As of `import_hub`.
             credential_ref: As of `import_hub`.
             progress: As of `import_hub`.
         """
-        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request = messages.import_request(
+            name, label, base_model, credential_ref, stage=stage, also_base_models=also_base_models
+        )
         request.uri = uri
         return await self._import(request, progress)
 
@@ -113,12 +122,19 @@ class AsyncAdapters(AsyncLabels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
         header = await in_thread(
-            messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage
+            messages.upload_header,
+            name,
+            directory,
+            label=label,
+            base_model=base_model,
+            stage=stage,
+            also_base_models=also_base_models,
         )
         stream = read_in_thread(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):

@@ -40,6 +40,7 @@ class Adapters(Labels):
         subfolder: str = "",
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
@@ -53,6 +54,7 @@ class Adapters(Labels):
             subfolder: Folder inside the repository.
             label: Label to move to the new revision besides ``latest``.
             base_model: Base to check against; overrides what the checkpoint names.
+            also_base_models: Further bases that it may serve on; it is checked against each, and has a revision for each.
             stage: Leave ``latest`` where it is; the revision is used by its digest or by ``label``.
             credential_ref: Name of a credential that the store knows.
             progress: Told how far it has come.
@@ -61,7 +63,9 @@ class Adapters(Labels):
             LoraplexError: If the checkpoint cannot be had or cannot be served.
         """
         source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
-        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request = messages.import_request(
+            name, label, base_model, credential_ref, stage=stage, also_base_models=also_base_models
+        )
         request.hf.CopyFrom(source)
         return self._import(request, progress)
 
@@ -72,11 +76,12 @@ class Adapters(Labels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
-        request = messages.import_request(name, label, base_model, stage=stage)
+        request = messages.import_request(name, label, base_model, stage=stage, also_base_models=also_base_models)
         request.uri = messages.directory_uri(directory)
         return self._import(request, progress)
 
@@ -87,6 +92,7 @@ class Adapters(Labels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
@@ -99,11 +105,14 @@ class Adapters(Labels):
                 and registries.
             label: As of `import_hub`.
             base_model: As of `import_hub`.
+            also_base_models: As of `import_hub`.
             stage: As of `import_hub`.
             credential_ref: As of `import_hub`.
             progress: As of `import_hub`.
         """
-        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
+        request = messages.import_request(
+            name, label, base_model, credential_ref, stage=stage, also_base_models=also_base_models
+        )
         request.uri = uri
         return self._import(request, progress)
 
@@ -114,11 +123,20 @@ class Adapters(Labels):
         *,
         label: str = "",
         base_model: str = "",
+        also_base_models: Sequence[str] = (),
         stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
-        header = in_thread(messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage)
+        header = in_thread(
+            messages.upload_header,
+            name,
+            directory,
+            label=label,
+            base_model=base_model,
+            stage=stage,
+            also_base_models=also_base_models,
+        )
         stream = read_in_thread(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):
             response = answer_of(self._stub.UploadAdapter(stream, metadata=self._metadata))

@@ -53,6 +53,10 @@ def import_(
     source: Source,
     label: Annotated[str, typer.Option(help="Label to move to the new revision besides latest.")] = "",
     base_model: Annotated[str, typer.Option(help="Base to check against instead of the one it names.")] = "",
+    also_base: Annotated[
+        list[str] | None,
+        typer.Option(help="Further base that it may serve on, e.g. the FP8 checkpoint of the same model; repeatable."),
+    ] = None,
     stage: Annotated[
         bool, typer.Option("--stage", help="Leave latest where it is: use NAME@REVISION, or --label.")
     ] = False,
@@ -71,6 +75,7 @@ def import_(
             update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
 
         options: dict[str, Any] = {"label": label, "base_model": base_model, "stage": stage, "progress": progress}
+        options["also_base_models"] = also_base or ()
         if source.startswith("hf:"):
             repo, kept = _hub_source(source), {"credential_ref": credential, **options}
             commit, folder = repo["revision"].lower(), repo["subfolder"] or ""
@@ -100,7 +105,7 @@ def list_(
     store_target: StoreTarget = None,
 ) -> None:
     """List adapters by name."""
-    table = Table("NAME", "STATE", "REVISION", "RANK", "SIZE", "BRINGS", "LABELS", box=None)
+    table = Table("NAME", "STATE", "REVISION", "RANK", "SIZE", "BRINGS", "LABELS", "ALSO ON", box=None)
     with connect(context, store_target=store_target) as client:
         for adapter in client.adapters.list(prefix=prefix, show_deleted=deleted):
             latest = adapter.latest
@@ -112,6 +117,7 @@ def list_(
                 format_size(latest.canonical_bytes) if latest else "-",
                 ", ".join(latest.text_parts) if latest and latest.text_parts else "-",
                 ", ".join(_labels(adapter)),
+                ", ".join(sorted(adapter.counterparts.get(latest.digest, ()))) if latest else "",
             )
     stdout.print(table)
 
@@ -140,8 +146,14 @@ def show(
     _print_adapter(adapter)
     if adapter.resolved is not None:
         _print_revision(adapter.resolved)
+    standing_for = {
+        other: f"for {base} in place of {digest[:12]}"
+        for digest, others in adapter.counterparts.items()
+        for base, other in others.items()
+    }
     for revision in revisions:
         labels = sorted(label for label, digest in adapter.aliases.items() if digest == revision.digest)
+        labels += [standing_for[revision.digest]] if revision.digest in standing_for else []
         stdout.print(f"  {revision.digest}  {', '.join(labels)}", soft_wrap=True)
 
 

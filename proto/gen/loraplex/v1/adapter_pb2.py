@@ -25,37 +25,39 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loraplex/v1/adapter.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x88\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.loraplex.v1.Adapter.State\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x17\n\x0f\x61llowed_tenants\x18\x04 \x03(\t\x12#\n\x07\x61liases\x18\x05 \x03(\x0b\x32\x12.loraplex.v1.Alias\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x06latest\x18\t \x01(\x0b\x32\x1c.loraplex.v1.AdapterRevision\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_EMPTY\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x11\n\rSTATE_DELETED\x10\x03\"_\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\'\n\x06shares\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.AliasShare\".\n\nAliasShare\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\".\n\rTextPartsInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05kinds\x18\x02 \x03(\t\"\xab\x02\n\x0f\x41\x64\x61pterRevision\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61nonical_bytes\x18\x06 \x01(\x04\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x0e\n\x06source\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ntext_parts\x18\x0b \x01(\x0b\x32\x1a.loraplex.v1.TextPartsInfo\"j\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\"\xb4\x02\n\nProjection\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02op\x18\x02 \x01(\t\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\x14\n\x0cout_features\x18\x04 \x01(\r\x12,\n\x05split\x18\x05 \x01(\x0e\x32\x1d.loraplex.v1.Projection.Split\x12\x31\n\x08sections\x18\x06 \x03(\x0b\x32\x1f.loraplex.v1.Projection.Section\x1a\'\n\x07Section\x12\r\n\x05width\x18\x01 \x01(\r\x12\r\n\x05units\x18\x02 \x01(\r\"W\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x11\n\rSPLIT_OUTPUTS\x10\x01\x12\x10\n\x0cSPLIT_INPUTS\x10\x02\x12\x12\n\x0eSPLIT_SECTIONS\x10\x03\"<\n\x0c\x44\x65\x63oderLayer\x12,\n\x0bprojections\x18\x01 \x03(\x0b\x32\x17.loraplex.v1.Projection\"\xa2\x02\n\x08Geometry\x12\x16\n\x0elayout_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\npage_bytes\x18\x03 \x01(\x04\x12\x11\n\ttp_degree\x18\n \x01(\r\x12\x32\n\x0f\x64istinct_layers\x18\x0b \x03(\x0b\x32\x19.loraplex.v1.DecoderLayer\x12\x15\n\rlayer_indices\x18\x0c \x03(\r\x12(\n\x07outside\x18\r \x03(\x0b\x32\x17.loraplex.v1.ProjectionJ\x04\x08\x04\x10\nR\nnum_layersR\x0bhidden_sizeR\x11intermediate_sizeR\tnum_headsR\x0cnum_kv_headsR\x08head_dim*r\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\x0e\n\nTIER_ARENA\x10\x02\x12\x0e\n\nTIER_STORE\x10\x03\x12\x12\n\x0eTIER_CANONICAL\x10\x04\x12\x0f\n\x0bTIER_ORIGIN\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19loraplex/v1/adapter.proto\x12\x0bloraplex.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb8\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.loraplex.v1.Adapter.State\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x17\n\x0f\x61llowed_tenants\x18\x04 \x03(\t\x12#\n\x07\x61liases\x18\x05 \x03(\x0b\x32\x12.loraplex.v1.Alias\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x06latest\x18\t \x01(\x0b\x32\x1c.loraplex.v1.AdapterRevision\x12.\n\x0c\x63ounterparts\x18\n \x03(\x0b\x32\x18.loraplex.v1.Counterpart\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_EMPTY\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x11\n\rSTATE_DELETED\x10\x03\"H\n\x0b\x43ounterpart\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x63ounterpart\x18\x03 \x01(\t\"_\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\'\n\x06shares\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.AliasShare\".\n\nAliasShare\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\".\n\rTextPartsInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05kinds\x18\x02 \x03(\t\"\xab\x02\n\x0f\x41\x64\x61pterRevision\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61nonical_bytes\x18\x06 \x01(\x04\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x0e\n\x06source\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ntext_parts\x18\x0b \x01(\x0b\x32\x1a.loraplex.v1.TextPartsInfo\"j\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\"\xb4\x02\n\nProjection\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02op\x18\x02 \x01(\t\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\x14\n\x0cout_features\x18\x04 \x01(\r\x12,\n\x05split\x18\x05 \x01(\x0e\x32\x1d.loraplex.v1.Projection.Split\x12\x31\n\x08sections\x18\x06 \x03(\x0b\x32\x1f.loraplex.v1.Projection.Section\x1a\'\n\x07Section\x12\r\n\x05width\x18\x01 \x01(\r\x12\r\n\x05units\x18\x02 \x01(\r\"W\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x11\n\rSPLIT_OUTPUTS\x10\x01\x12\x10\n\x0cSPLIT_INPUTS\x10\x02\x12\x12\n\x0eSPLIT_SECTIONS\x10\x03\"<\n\x0c\x44\x65\x63oderLayer\x12,\n\x0bprojections\x18\x01 \x03(\x0b\x32\x17.loraplex.v1.Projection\"\xa2\x02\n\x08Geometry\x12\x16\n\x0elayout_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\npage_bytes\x18\x03 \x01(\x04\x12\x11\n\ttp_degree\x18\n \x01(\r\x12\x32\n\x0f\x64istinct_layers\x18\x0b \x03(\x0b\x32\x19.loraplex.v1.DecoderLayer\x12\x15\n\rlayer_indices\x18\x0c \x03(\r\x12(\n\x07outside\x18\r \x03(\x0b\x32\x17.loraplex.v1.ProjectionJ\x04\x08\x04\x10\nR\nnum_layersR\x0bhidden_sizeR\x11intermediate_sizeR\tnum_headsR\x0cnum_kv_headsR\x08head_dim*r\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\x0e\n\nTIER_ARENA\x10\x02\x12\x0e\n\nTIER_STORE\x10\x03\x12\x12\n\x0eTIER_CANONICAL\x10\x04\x12\x0f\n\x0bTIER_ORIGIN\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIER']._serialized_start=1739
-  _globals['_TIER']._serialized_end=1853
+  _globals['_TIER']._serialized_start=1861
+  _globals['_TIER']._serialized_end=1975
   _globals['_ADAPTER']._serialized_start=76
-  _globals['_ADAPTER']._serialized_end=468
-  _globals['_ADAPTER_STATE']._serialized_start=385
-  _globals['_ADAPTER_STATE']._serialized_end=468
-  _globals['_ALIAS']._serialized_start=470
-  _globals['_ALIAS']._serialized_end=565
-  _globals['_ALIASSHARE']._serialized_start=567
-  _globals['_ALIASSHARE']._serialized_end=613
-  _globals['_TEXTPARTSINFO']._serialized_start=615
-  _globals['_TEXTPARTSINFO']._serialized_end=661
-  _globals['_ADAPTERREVISION']._serialized_start=664
-  _globals['_ADAPTERREVISION']._serialized_end=963
-  _globals['_BASEMODEL']._serialized_start=965
-  _globals['_BASEMODEL']._serialized_end=1071
-  _globals['_PROJECTION']._serialized_start=1074
-  _globals['_PROJECTION']._serialized_end=1382
-  _globals['_PROJECTION_SECTION']._serialized_start=1254
-  _globals['_PROJECTION_SECTION']._serialized_end=1293
-  _globals['_PROJECTION_SPLIT']._serialized_start=1295
-  _globals['_PROJECTION_SPLIT']._serialized_end=1382
-  _globals['_DECODERLAYER']._serialized_start=1384
-  _globals['_DECODERLAYER']._serialized_end=1444
-  _globals['_GEOMETRY']._serialized_start=1447
-  _globals['_GEOMETRY']._serialized_end=1737
+  _globals['_ADAPTER']._serialized_end=516
+  _globals['_ADAPTER_STATE']._serialized_start=433
+  _globals['_ADAPTER_STATE']._serialized_end=516
+  _globals['_COUNTERPART']._serialized_start=518
+  _globals['_COUNTERPART']._serialized_end=590
+  _globals['_ALIAS']._serialized_start=592
+  _globals['_ALIAS']._serialized_end=687
+  _globals['_ALIASSHARE']._serialized_start=689
+  _globals['_ALIASSHARE']._serialized_end=735
+  _globals['_TEXTPARTSINFO']._serialized_start=737
+  _globals['_TEXTPARTSINFO']._serialized_end=783
+  _globals['_ADAPTERREVISION']._serialized_start=786
+  _globals['_ADAPTERREVISION']._serialized_end=1085
+  _globals['_BASEMODEL']._serialized_start=1087
+  _globals['_BASEMODEL']._serialized_end=1193
+  _globals['_PROJECTION']._serialized_start=1196
+  _globals['_PROJECTION']._serialized_end=1504
+  _globals['_PROJECTION_SECTION']._serialized_start=1376
+  _globals['_PROJECTION_SECTION']._serialized_end=1415
+  _globals['_PROJECTION_SPLIT']._serialized_start=1417
+  _globals['_PROJECTION_SPLIT']._serialized_end=1504
+  _globals['_DECODERLAYER']._serialized_start=1506
+  _globals['_DECODERLAYER']._serialized_end=1566
+  _globals['_GEOMETRY']._serialized_start=1569
+  _globals['_GEOMETRY']._serialized_end=1859
 # @@protoc_insertion_point(module_scope)

@@ -98,6 +98,7 @@ class Adapter(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     LATEST_FIELD_NUMBER: _builtins.int
+    COUNTERPARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?`, without `..`."""
     state: Global___Adapter.State.ValueType
@@ -126,6 +127,10 @@ class Adapter(_message.Message):
     def latest(self) -> Global___AdapterRevision:
         """Output only. The revision that the label `latest` points at, if any."""
 
+    @_builtins.property
+    def counterparts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Counterpart]:
+        """Output only. Which other base models its revisions may serve on, by an operator's word at the import."""
+
     def __init__(
         self,
         *,
@@ -138,14 +143,45 @@ class Adapter(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         latest: Global___AdapterRevision | None = ...,
+        counterparts: _abc.Iterable[Global___Counterpart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "latest", b"latest", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "allowed_tenants", b"allowed_tenants", "create_time", b"create_time", "description", b"description", "etag", b"etag", "latest", b"latest", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "allowed_tenants", b"allowed_tenants", "counterparts", b"counterparts", "create_time", b"create_time", "description", b"description", "etag", b"etag", "latest", b"latest", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Counterpart(_message.Message):
+    """Counterpart says that requests for a revision on another base model get the revision that the same files gave for that base."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    COUNTERPART_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision digest, 64 lower-case hex digits, of the files as checked against their own base model."""
+    base_model: _builtins.str
+    """The other base model, as the import named it."""
+    counterpart: _builtins.str
+    """Revision digest of the same files as checked against the other base model."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        counterpart: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "counterpart", b"counterpart", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Counterpart: _TypeAlias = Counterpart  # noqa: Y015
 
 @_typing.final
 class Alias(_message.Message):

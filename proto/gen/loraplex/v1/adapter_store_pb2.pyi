@@ -994,6 +994,7 @@ class ImportAdapterRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    ALSO_BASE_MODELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to import under."""
     uri: _builtins.str
@@ -1016,6 +1017,13 @@ class ImportAdapterRequest(_message.Message):
     def hf(self) -> Global___HuggingFaceSource:
         """The Hugging Face hub."""
 
+    @_builtins.property
+    def also_base_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other base models that the adapter may serve on as well, e.g. the FP8 checkpoint of the same model; at most 8. The files are
+        checked against each, and nothing changes unless they fit all. A request on one of them gets that base's own revision.
+        Each import says anew what holds for its revision under this name.
+        """
+
     def __init__(
         self,
         *,
@@ -1028,10 +1036,11 @@ class ImportAdapterRequest(_message.Message):
         request_id: _builtins.str = ...,
         stage: _builtins.bool = ...,
         expected_revision: _builtins.str | None = ...,
+        also_base_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "hf", b"hf", "source", b"source", "uri", b"uri"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "base_model", b"base_model", "credential_ref", b"credential_ref", "expected_revision", b"expected_revision", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "stage", b"stage", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "also_base_models", b"also_base_models", "base_model", b"base_model", "credential_ref", b"credential_ref", "expected_revision", b"expected_revision", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "stage", b"stage", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1269,6 +1278,7 @@ class UploadAdapterRequest(_message.Message):
         REQUEST_ID_FIELD_NUMBER: _builtins.int
         STAGE_FIELD_NUMBER: _builtins.int
         EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+        ALSO_BASE_MODELS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """Name to import under."""
         label: _builtins.str
@@ -1285,6 +1295,10 @@ class UploadAdapterRequest(_message.Message):
         def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadAdapterRequest.File]:
             """The files, in the order their data follows."""
 
+        @_builtins.property
+        def also_base_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """As ImportAdapterRequest.also_base_models."""
+
         def __init__(
             self,
             *,
@@ -1295,10 +1309,11 @@ class UploadAdapterRequest(_message.Message):
             request_id: _builtins.str = ...,
             stage: _builtins.bool = ...,
             expected_revision: _builtins.str | None = ...,
+            also_base_models: _abc.Iterable[_builtins.str] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "base_model", b"base_model", "expected_revision", b"expected_revision", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "also_base_models", b"also_base_models", "base_model", b"base_model", "expected_revision", b"expected_revision", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
         _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1782,6 +1797,7 @@ class WatchAliasesResponse(_message.Message):
         REVISIONS_FIELD_NUMBER: _builtins.int
         ALLOWED_TENANTS_FIELD_NUMBER: _builtins.int
         DELETED_FIELD_NUMBER: _builtins.int
+        COUNTERPARTS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """The adapter's name."""
         deleted: _builtins.bool
@@ -1798,6 +1814,10 @@ class WatchAliasesResponse(_message.Message):
         def allowed_tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Tenants that may use it; empty means every tenant."""
 
+        @_builtins.property
+        def counterparts(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Counterpart]:
+            """As Adapter.counterparts."""
+
         def __init__(
             self,
             *,
@@ -1806,10 +1826,11 @@ class WatchAliasesResponse(_message.Message):
             revisions: _abc.Iterable[_adapter_pb2.AdapterRevision] | None = ...,
             allowed_tenants: _abc.Iterable[_builtins.str] | None = ...,
             deleted: _builtins.bool = ...,
+            counterparts: _abc.Iterable[_adapter_pb2.Counterpart] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "allowed_tenants", b"allowed_tenants", "deleted", b"deleted", "name", b"name", "revisions", b"revisions"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "allowed_tenants", b"allowed_tenants", "counterparts", b"counterparts", "deleted", b"deleted", "name", b"name", "revisions", b"revisions"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError, StoreUnavailableError, TenantQuotaError
@@ -17,6 +18,7 @@ from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
+from loraplex_adapter_store.imports.further_bases import NO_COUNTERPARTS, Counterparts, FurtherBases
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.records import Revision
@@ -91,7 +93,8 @@ class Importer:
         self._metrics = metrics
         self._told = told
         self._on_stored = on_stored
-        self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
+        self._further = FurtherBases(checker, catalog)
+        self._shared: SharedWork[tuple[CanonicalForm, str, Counterparts]] = SharedWork()
 
     @property
     def budget(self) -> ImportBudget:
@@ -203,14 +206,15 @@ class Importer:
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
-        work, key = partial(self._checked, fetch, target.base_model, progress), (source, target.base_model)
-        async with self.counted(target), self._shared.use(key, work, name=f"fetch {source}") as (form, origin):
-            return await self._store(form, origin, target, progress)
+        work, key = partial(self._checked, fetch, target, progress), (source, *target.shares_work)
+        async with self.counted(target), self._shared.use(key, work, name=f"fetch {source}") as checked:
+            form, origin, counterparts = checked
+            return await self._store(form, origin, target, progress, counterparts)
 
     @asynccontextmanager
     async def _checked(
-        self, fetch: Fetch, base_model: str, progress: Progress
-    ) -> AsyncIterator[tuple[CanonicalForm, str]]:
+        self, fetch: Fetch, target: ImportTarget, progress: Progress
+    ) -> AsyncIterator[tuple[CanonicalForm, str, Counterparts]]:
         """Fetch and check a source; hold its room, and a place from the check on."""
         async with self._budget.arrival() as arrival:
             async with self._budget.fetching():
@@ -219,27 +223,37 @@ class Importer:
             async with self._budget.place():
                 num_bytes = len(files.weights)
                 progress.advance(Stage.VALIDATING, bytes_done=num_bytes, bytes_total=num_bytes)
-                yield await self._checker.check(files, base_model), files.source
+                form, counterparts = await self._further.checked(files, target, partial(self._store, progress=progress))
+                yield form, files.source, counterparts
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        form = await self._checker.check(files, target.base_model)
-        return await self._store(form, files.source, target, progress)
+        form, counterparts = await self._further.checked(files, target, partial(self._store, progress=progress))
+        return await self._store(form, files.source, target, progress, counterparts)
 
-    async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
+    async def _store(
+        self,
+        form: CanonicalForm,
+        source: str,
+        target: ImportTarget,
+        progress: Progress,
+        counterparts: Counterparts = NO_COUNTERPARTS,
+    ) -> ImportOutcome:
         progress.advance(Stage.STORING)
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
             try:
-                outcome = await self._commit(await self._write(form, source, target), target)
+                outcome = await self._commit(await self._write(form, source, target), target, counterparts.by_base)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
             except TenantQuotaError as error:
                 await self.abandon(form.revision)
                 if target.make_room is None or not await target.make_room(form.num_bytes, error):
+                    await self._further.take_back(target.name, counterparts)
                     raise
                 continue
             except BaseException:
                 await self.abandon(form.revision)
+                await self._further.take_back(target.name, counterparts)
                 raise
             self._on_stored(form.revision, form.base_fingerprint)
             return await self.known(outcome)
@@ -257,11 +271,13 @@ class Importer:
             await self._blobs.note_again(form.revision, form.notes)
         return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
-    async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
+    async def _commit(
+        self, written: Written, target: ImportTarget, counterparts: Mapping[str, str] = MappingProxyType({})
+    ) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
         record = await self._catalog.change(
             target.name,
-            partial(target.applied, revision=digest, now=time.time()),
+            partial(target.applied, revision=digest, now=time.time(), counterparts=counterparts),
             revision=None if exists else revision,
             request_id=target.request_id,
             answer=replace(target.asked, revision=digest, warnings=written.warnings),

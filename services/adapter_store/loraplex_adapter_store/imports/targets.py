@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
@@ -19,6 +20,7 @@ class ImportTarget:
     Attributes:
         label: Label to move in addition to ``latest``; may be empty.
         base_model: Base model to use instead of the checkpoint's own declaration; may be empty.
+        also: Names of further base models that the files are imported for.
         content: Digest of all that the request asks for, without its request_id.
         is_staged: Whether ``latest`` stays where it is.
         expected: Where `expected_label` must point when the import is stored; empty means nowhere, None anywhere.
@@ -35,6 +37,7 @@ class ImportTarget:
     name: str
     label: str = ""
     base_model: str = ""
+    also: tuple[str, ...] = ()
     request_id: str = ""
     content: str = ""
     is_staged: bool = False
@@ -62,8 +65,19 @@ class ImportTarget:
             return self.tenants
         return record.allowed_tenants
 
-    def applied(self, old: AdapterRecord, revision: str, now: float) -> AdapterRecord:
-        """Return a record after the import of a revision.
+    @property
+    def shares_work(self) -> tuple[str, ...]:
+        """What imports of one source have to have in common to share the work; revisions for further bases need a name."""
+        return (self.base_model, *self.also, self.name) if self.also else (self.base_model,)
+
+    def for_base(self, base_model: str) -> ImportTarget:
+        """Return the target of the same files for one of the further base models: under no label."""
+        return ImportTarget(name=self.name, base_model=base_model, is_staged=True, kind=self.kind)
+
+    def applied(
+        self, old: AdapterRecord, revision: str, now: float, counterparts: Mapping[str, str] = MappingProxyType({})
+    ) -> AdapterRecord:
+        """Return a record after the import of a revision, which may have counterparts for further base models.
 
         Raises:
             ConflictError: If the label is not where it is expected.
@@ -71,7 +85,7 @@ class ImportTarget:
         old.expect(self.expected_label, self.expected)
         if self.tenants and (not old.version or old.is_deleted):
             old = replace(old, allowed_tenants=self.tenants, description=self.description)
-        new = old.with_import(revision, self.label, now, is_staged=self.is_staged)
+        new = old.with_import(revision, self.label, now, is_staged=self.is_staged, counterparts=counterparts)
         return new if self.release is None else self.release(new)
 
 

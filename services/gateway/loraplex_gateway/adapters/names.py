@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loraplex_common.alias_feed import in_slices
@@ -33,6 +33,7 @@ class ResolvedAdapter:
         text_parts: Digest of what the revision brings besides weights; empty for nothing.
         num_bytes: Bytes of its canonical form; 0 if they are not known.
         source: Pinned source, if the request names it by its source.
+        counterparts: The same adapter for other base models, by an operator's word.
     """
 
     name: str
@@ -42,6 +43,11 @@ class ResolvedAdapter:
     text_parts: str = ""
     num_bytes: int = 0
     source: str = ""
+    counterparts: tuple[ResolvedAdapter, ...] = ()
+
+    def on(self, fingerprint: str) -> ResolvedAdapter | None:
+        """Return the adapter as it serves on a base model; None if it does not."""
+        return next((each for each in (self, *self.counterparts) if each.base_fingerprint == fingerprint), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +221,8 @@ class NameTable:
                 digest = share_of(shares, label=f"{ref.name}:{ref.label}", sticky_key=sticky_key)
         if digest is None or digest not in entry.base_fingerprints:
             return None
-        return ResolvedAdapter(
-            name=ref.name,
-            digest=digest,
-            base_fingerprint=entry.base_fingerprints[digest],
-            is_restricted=bool(entry.allowed_tenants),
-            text_parts=entry.text_parts.get(digest, ""),
-            num_bytes=entry.num_bytes.get(digest, 0),
-        )
+        others = (other for other in entry.counterparts.get(digest, ()) if other in entry.base_fingerprints)
+        return replace(_resolved(entry, digest), counterparts=tuple(_resolved(entry, other) for other in others))
 
     def _not_found(self, ref: AdapterRef, caller: Principal) -> Exception:
         if not self._is_synced:
@@ -253,6 +253,17 @@ class NameTable:
         return AdapterNotFoundError(
             f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata
         )
+
+
+def _resolved(entry: AdapterEntry, digest: str) -> ResolvedAdapter:
+    return ResolvedAdapter(
+        name=entry.name,
+        digest=digest,
+        base_fingerprint=entry.base_fingerprints[digest],
+        is_restricted=bool(entry.allowed_tenants),
+        text_parts=entry.text_parts.get(digest, ""),
+        num_bytes=entry.num_bytes.get(digest, 0),
+    )
 
 
 def _is_listed(entry: AdapterEntry, caller: Principal) -> bool:

@@ -184,10 +184,10 @@ class ModelList:
         """Yield an adapter's entries: itself where it has the label that its name alone means, then its other labels."""
         labels = sorted(adapter.labels, key=lambda label: (label != DEFAULT_LABEL, label))
         for label in labels:
-            digest = adapter.labels[label]
-            base = known.get(adapter.base_fingerprints.get(digest, ""))
-            if base is None:
+            digest = adapter.on_a_base(adapter.labels[label], known)
+            if digest is None:
                 continue  # a base model that this gateway does not speak for
+            base = known[adapter.base_fingerprints[digest]]
             # Alone, the name of a base model and an adapter is refused.
             is_plain = label == DEFAULT_LABEL and adapter.name not in names
             shown = adapter.name if is_plain else f"{adapter.name}:{label}"

@@ -144,9 +144,9 @@ class ModelListing:
 
     def _adapter(self, entry: AdapterEntry, digest: str | None) -> ModelCard | None:
         """Return a card; None for adapters of base models that this gateway does not speak for."""
-        digest = digest or next(iter(entry.labels.values()))
-        model = self._catalog.by_fingerprint(entry.base_fingerprints.get(digest, ""))
-        if model is None:
+        digest = entry.on_a_base(digest or next(iter(entry.labels.values())), self._catalog.fingerprints)
+        model = self._catalog.by_fingerprint(entry.base_fingerprints[digest]) if digest is not None else None
+        if digest is None or model is None:
             return None
         return ModelCard(
             name=entry.name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from loraplex_common.auth import Principal
 
@@ -50,17 +50,26 @@ async def select(
     resolved = await names.resolve_all(
         local_names or adapters, caller=caller, patience_s=NAME_PATIENCE_S, sticky_key=sticky_key
     )
-    _check_distinct(adapters, resolved)
-    wanted = catalog.select(model) if model else catalog.by_fingerprint(resolved[0].base_fingerprint)
+    wanted = catalog.select(model) if model else _base_of(catalog, resolved[0])
+    fitting: list[ResolvedAdapter] = []
     for text, adapter in zip(adapters.values(), resolved, strict=True):
         # Compared by what they are: one model may be served under two names.
-        if wanted is None or wanted.fingerprint != adapter.base_fingerprint:
+        found = adapter.on(wanted.fingerprint) if wanted is not None else None
+        if found is None:
             raise _incompatible(catalog, text, adapter, wanted)
+        fitting.append(found)
     assert wanted is not None  # there is an adapter
-    return wanted, resolved
+    _check_distinct(adapters, fitting)
+    return wanted, tuple(fitting)
 
 
-def _check_distinct(adapters: Mapping[str, str], resolved: tuple[ResolvedAdapter, ...]) -> None:
+def _base_of(catalog: ModelCatalog, adapter: ResolvedAdapter) -> ServedModel | None:
+    """Return the base model of an adapter, or the first other one served here that it may serve on."""
+    known = (catalog.by_fingerprint(each.base_fingerprint) for each in (adapter, *adapter.counterparts))
+    return next((model for model in known if model is not None), None)
+
+
+def _check_distinct(adapters: Mapping[str, str], resolved: Sequence[ResolvedAdapter]) -> None:
     seen: dict[str, str] = {}
     for (field, text), adapter in zip(adapters.items(), resolved, strict=True):
         if adapter.digest in seen:
@@ -79,7 +88,7 @@ def _incompatible(
     known = ", ".join(served.name for served in catalog.models) if wanted is None else wanted.name
     made_for = f"{own.name}, another base model" if own else f"fingerprint {adapter.base_fingerprint[:12]}"
     remedy = (
-        ""
+        "; if it may serve there too, import it again with --also-base (`also_base_models`)"
         if own
         else (
             "; if that is an earlier state of it, or was imported before fingerprints covered the weights, import the "

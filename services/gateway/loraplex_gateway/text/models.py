@@ -15,7 +15,7 @@ from loraplex_gateway.text.token_ids import TokenIds
 from loraplex_gateway.text.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from loraplex_common.auth import Principal
@@ -143,6 +143,11 @@ class ModelCatalog:
                 metadata={"model": name},
             )
         return model
+
+    @property
+    def fingerprints(self) -> Collection[str]:
+        """The fingerprints of the models."""
+        return self._by_fingerprint.keys()
 
     def by_fingerprint(self, fingerprint: str) -> ServedModel | None:
         """Return the model with this fingerprint."""

@@ -175,3 +175,20 @@ async def test_a_moved_label_counts_for_the_next_request() -> None:
     names.update([AdapterEntry(name="poet", labels={"latest": OLD}, base_fingerprints={OLD: "f"})])
 
     assert await resolve(names, "poet") == OLD
+
+
+async def test_an_adapter_on_further_bases_is_its_counterpart_there() -> None:
+    names = table(
+        AdapterEntry(
+            name="poet",
+            labels={"latest": OLD},
+            base_fingerprints={OLD: "f", NEW: "g"},
+            counterparts={OLD: (NEW, "ee" * 32)},  # one that is not told of, as its text parts are not read here
+        )
+    )
+
+    poet = await names.resolve("poet", caller=ANYBODY, patience_s=0)
+
+    assert poet.digest == OLD
+    on = {base: found.digest for base in ("f", "g", "h") if (found := poet.on(base)) is not None}
+    assert on == {"f": OLD, "g": NEW}
