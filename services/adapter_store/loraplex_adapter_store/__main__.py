@@ -24,6 +24,7 @@ from loraplex_adapter_store.credentials import CredentialsFileError
 from loraplex_adapter_store.disk.disk_index import DirectoryInUseError
 from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
+from loraplex_adapter_store.signatures.trust import TrustFileError
 
 
 async def run(config: StoreConfig) -> None:
@@ -46,6 +47,7 @@ _NAMED: Final = (
     QuotasFileError,
     ColdTierError,
     DirectoryInUseError,
+    TrustFileError,
     tracing.TracingError,
 )
 """What is wrong with flags or files, in a message for the operator."""

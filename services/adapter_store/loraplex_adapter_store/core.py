@@ -24,6 +24,8 @@ from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
+from loraplex_adapter_store.repository.tenant_imports import TenantImports, imports_per_day
+from loraplex_adapter_store.signatures.check import Signatures
 from loraplex_adapter_store.tiers import tiers_of
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Core:
     config: StoreConfig
     client: keys.Client
     credentials: Credentials
+    signatures: Signatures
     catalog: Catalog
     blobs: Blobs
     holdings: EngineHoldings
@@ -55,6 +58,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
 
     Raises:
         ColdTierError: If ``--cold-tier`` cannot be used.
+        TrustFileError: If ``--trusted-signers`` cannot be used.
     """
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
@@ -71,8 +75,10 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
             check_name=bases.check_adapter_name,
             limit_of=adapter_bytes(config.quotas_file),
             on_disk=OnDisk(config.num_replicas),
+            imports=TenantImports(client, imports_per_day(config.quotas_file)),
         ),
         credentials=credentials,
+        signatures=Signatures.from_file(config.trusted_signers),
         blobs=Blobs(client, tiers_of(config, client, credentials)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),

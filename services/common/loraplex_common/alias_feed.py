@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
+from loraplex_common.alias_acks import Acknowledgements
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
@@ -81,11 +82,15 @@ class AliasFeed:
     Args:
         channel: Channel to the adapter store.
         tables: The tables to keep up to date; they stay unchanged while the store is away.
+        watcher_id: A name unique among all watchers, of one for which changes wait: the store is told what has been taken
+            in. Empty for one that need not know at once.
     """
 
-    def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable]) -> None:
+    def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable], *, watcher_id: str = "") -> None:
         self._channel = channel
         self._tables = tables
+        self._watcher_id = watcher_id
+        self._acknowledgements = Acknowledgements(watcher_id)
         self._is_away = False
         self._has_heard = False
         self._history_id, self._sequence = "", 0
@@ -109,12 +114,17 @@ class AliasFeed:
         async with self._channel.use() as channel:
             stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub
             stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
-            request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0, uses_text_parts=True)
+            request = adapter_store_pb2.WatchAliasesRequest(
+                start_sequence=0, uses_text_parts=True, watcher_id=self._watcher_id
+            )
             call = stub.WatchAliases(request, wait_for_ready=True)
+            self._acknowledgements = Acknowledgements(self._watcher_id)
+            acknowledging = asyncio.create_task(self._acknowledgements.run(stub), name="alias-feed-acknowledgements")
             try:
                 await self._take_in(call)
             finally:
                 call.cancel()
+                await cancel_and_wait(acknowledging)
 
     async def _take_in(self, call: grpc.aio.UnaryStreamCall[Any, adapter_store_pb2.WatchAliasesResponse]) -> None:
         staged: list[AdapterEntry] | None = None
@@ -141,6 +151,8 @@ class AliasFeed:
                     _log.info("received the name table", num_adapters=num_adapters, sequence=response.sequence)
                     staged = None
             self._history_id, self._sequence = response.history_id, response.sequence
+            if staged is None:
+                self._acknowledgements.took_in(self._history_id, self._sequence)
             response = await call.read()
 
     async def _first_word(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from loraplex_common import sentinel_url
 from loraplex_common.grpc_server import ServerConfig
+from loraplex_common.peer_targets import check_targets
 from loraplex_common.peers import PeerIdentity, Peers
 from loraplex_common.secret import HIDDEN, Secret
 from loraplex_common.sentinel_url import SentinelUrl
@@ -144,6 +145,11 @@ class ServiceSettings:
             tls_client_ca=self.tls_client_ca,
             **options,
         )
+
+    def check_store(self, store_target: str | None, store_tls_name: str | None) -> None:
+        """Raise `ValueError` if ``--store-target`` cannot be used."""
+        has_tls = self.peer_tls_ca is not None
+        check_targets("store-target", store_target, tls_name=store_tls_name, has_tls=has_tls)
 
     def peers(self) -> Peers:
         """Return an object that opens channels to engines and stores.

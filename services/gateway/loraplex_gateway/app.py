@@ -19,6 +19,7 @@ from loraplex_common.tasks import Supervisor
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.resolution import SourceResolver
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
@@ -111,10 +112,11 @@ class GatewayApp:
             clock=time.monotonic,
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
-        key_file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
-        self._resume_keys = ResumeKeys(file=key_file, valkey=self._valkey)
+        file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
+        self._resume_keys = ResumeKeys(file=file, valkey=self._valkey)
         self.metrics = self._make_metrics()
         self.quotas = self._make_quotas()
+        self.sources = SourceResolver.over(self._store, self.names, config, self.metrics)
         self.ledger = UsageLedger.of(config, self._valkey, self.metrics)
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
@@ -149,7 +151,7 @@ class GatewayApp:
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
         if self._store is not None:
-            feed = AliasFeed(self._store, [self.names, self._adapter_names])
+            feed = AliasFeed(self._store, [self.names, self._adapter_names], watcher_id=self.gateway_id)
             self._supervisor.spawn(feed.run(), name="alias-feed")
             self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
@@ -190,6 +192,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.sources.close()
         await self.voices.close()
         await self.quotas.close()
         await self.claims.close()
@@ -217,18 +220,17 @@ class GatewayApp:
             await changed.wait()
 
     def _load_models(self) -> ModelCatalog:
-        config = self.config
-        aliases = tuple(config.model_alias)
+        config, name = self.config, self.config.served_model_name
         models = load_served_models(
-            config.model, self.workers, name=config.served_model_name, aliases=aliases, text_only=config.text_only
+            config.model, self.workers, name=name, aliases=tuple(config.model_alias), text_only=config.text_only
         )
         return ModelCatalog(models, self.names)
 
     def _make_metrics(self) -> GatewayMetrics:
         metrics = GatewayMetrics(self._metrics_registry)
         metrics.watch_queue(self.admission.waiting_by_priority)
-        fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, metrics.vllm.num_waiting)
-        self._metrics_registry.register(fleet)
+        num_waiting = metrics.vllm.num_waiting
+        self._metrics_registry.register(FleetCollector(self.catalog, self.pool, self._adapter_names, num_waiting))
         return metrics
 
     def _as_worker(self) -> ControlServer | None:
@@ -250,7 +252,7 @@ class GatewayApp:
 
     def _make_core(self) -> GatewayCore:
         limits = RequestLimits.of(self.config)
-        preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
+        preparer = Preparer(self.catalog, self.names, self.pool, self.sources, voices=self.voices, limits=limits)
         core = GatewayCore(
             preparer,
             self.admission,

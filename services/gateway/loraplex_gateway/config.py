@@ -26,7 +26,7 @@ class GatewayConfig(ServiceSettings):
         model_alias: Other names of the first model, e.g. its hub id.
         text_only: Serve the text part of a multimodal model; without it, one is refused.
         redis_url: Valkey or Redis with the engine registry and the request claims.
-        store_target: ``host:port`` of the adapter store; None serves base models alone.
+        store_target: ``host:port`` of the adapter store, or of its replicas separated by commas; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
@@ -37,6 +37,7 @@ class GatewayConfig(ServiceSettings):
             and metrics.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
+        max_resolving_requests: Most requests that wait for an adapter which they name by its source.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
@@ -62,7 +63,9 @@ class GatewayConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
     text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
-    store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    store_target: str | None = setting(
+        None, help="adapter store, or its replicas separated by commas", metavar="HOST:PORT"
+    )
     engine_tls_name: str | None = setting(
         None, help="name in engines' certificates (default: the host dialled)", metavar="NAME"
     )
@@ -82,6 +85,9 @@ class GatewayConfig(ServiceSettings):
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
+    max_resolving_requests: int = setting(
+        256, help="most requests that wait for an adapter which they name by its source; half of them of one tenant"
+    )
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
     max_connections: int = setting(8192, help="most connections at once, of gRPC and of HTTP each")
     max_connection_age_s: float = setting(
@@ -115,6 +121,7 @@ class GatewayConfig(ServiceSettings):
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
         self.check_identity(self.redis_url)
+        self.check_store(self.store_target, self.store_tls_name)
         for origin in self.cors_allow_origin:
             if origin != ANY_ORIGIN and ORIGIN.fullmatch(origin) is None:
                 raise ValueError(f"--cors-allow-origin {origin!r}: write scheme://host[:port] without a path, or *")
@@ -123,6 +130,7 @@ class GatewayConfig(ServiceSettings):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         positive = (
             "max_concurrent_requests",
+            "max_resolving_requests",
             "max_stream_s",
             "max_buffered_tokens",
             "slow_client_s",

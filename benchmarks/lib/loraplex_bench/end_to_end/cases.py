@@ -18,7 +18,7 @@ from loraplex_bench.end_to_end.startup import run_startup
 from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
 from loraplex_bench.rig import COMPARABLE, RigSetup
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, LLAMA3_8B_FP8, AdapterFamily, Shape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,6 +135,13 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
             about="Llama-3-8B, all seven r16, bursts over 0/32/200 adapters",
             seconds=45,
             run=lambda bench: run_bursts(bench, setup_of(eight, ALL_LINEAR), (0, 32, 200), size=STANDARD),
+        ),
+        "bursts-8b-fp8": Case(
+            about="the same, linear layers in FP8",
+            seconds=45,
+            run=lambda bench: run_bursts(
+                bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
+            ),
         ),
         "default-7b": Case(
             about="Llama-2-7B bursts over 0/200 adapters with the engine's default limits",

@@ -122,9 +122,8 @@ class EngineSession:
                 begin_span(transfer, traceparent)
             return
         begin_span(transfer, traceparent)
-        transfer.is_wanted = True
+        transfer.want()
         transfer.needed_within(time_left_s)
-        transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
             self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # the engine may have declined the first offer
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")

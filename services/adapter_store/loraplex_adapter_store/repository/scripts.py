@@ -128,15 +128,22 @@ return 1
 """
 )
 
-ADD_FIELD: Final = """
--- Sets a field of a hash that exists and lacks it.  KEYS: hash.  ARGV: field, value
+CHANGE_FIELD: Final = """
+-- Sets a field of a hash that exists.  KEYS: hash.  ARGV: field, value
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 """
 
 END_COLLECTION: Final = """
 -- KEYS: garbage, collecting.  ARGV: digest
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
+return 1
+"""
+
+START_AGAIN: Final = """
+-- Replaces an operation that nothing else has replaced.  KEYS: operation.  ARGV: as it was read, as it begins, seconds to live
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
 return 1
 """

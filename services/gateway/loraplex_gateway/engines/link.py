@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from loraplex.v1 import engine_pb2, engine_pb2_grpc
 from loraplex_common.grpc_channel import open_channel
+from loraplex_common.kept_status import KeptStatus
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 
@@ -196,13 +197,15 @@ class EngineLink:
 
     async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> str:
         """Take in all that the engine says; return why it says no more."""
+        kept = KeptStatus(call)  # an engine refuses while the first message is on its way to it
         try:
             async for message in call:
                 self._num_messages += 1
                 self._heard_at = time.monotonic()
                 self._receive(message)
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            status = kept.behind(error)
+            return f"{status.code().name}: {status.details()}"
         except wire.WrongEngineError as error:
             _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
             return str(error)

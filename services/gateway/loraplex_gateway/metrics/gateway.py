@@ -124,6 +124,9 @@ class GatewayMetrics:
             "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
         )
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
+        self.resolutions = counter(
+            "resolutions_total", "Adapters that requests named by their source, by outcome.", ("outcome",)
+        )
         self.quota_refusals = counter(
             "quota_refusals_total", "Calls refused because of a tenant's quota.", ("tenant", "limit")
         )
@@ -149,6 +152,10 @@ class GatewayMetrics:
         weighted = num_input + OUTPUT_WEIGHT * num_output
         self.fairness.labels(label).inc(weighted)
         self.shares.add(label, weighted)
+
+    def count_resolution(self, outcome: str) -> None:
+        """Count an adapter that a request named by its source."""
+        self.resolutions.labels(outcome).inc()
 
     def count_quota_refusal(self, tenant: str, limit: str) -> None:
         """Count a call that a limit (key of the quotas file) refused."""

@@ -151,6 +151,7 @@ class RequestRecord:
             model=record.model,
             adapter=record.adapter,
             adapter_revision=_revisions(started),
+            adapter_source=", ".join(started.adapter_sources) if started else "",
             engine_id=started.engine_id if started else "",
             code=record.code,
             reason=record.reason,

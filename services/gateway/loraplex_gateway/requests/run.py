@@ -197,6 +197,7 @@ class RequestRun:
             engine_id=engine_id,
             adapter_revision=next(iter(digests), ""),
             adapter_revisions=digests if self.prepared.request.adapters else (),
+            adapter_sources=tuple(adapter.source for adapter in self.prepared.adapters if adapter.source),
             numerics=self.numerics or "",
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,
