@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex_bench.streams.parts import Gateway
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
 CONCURRENT = 32
 OTLP = "LORAPLEX_GATEWAY_OTLP_ENDPOINT"
@@ -77,19 +77,27 @@ async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack)
         stack.callback(gateways[name].close)
     for gateway in gateways.values():
         await load(gateway.addresses["grpc"], 50, arguments.tokens)  # warm
+    found = await take_turns(arguments, gateways, lambda: engine.register(client))
+    if not any(span.service == "loraplex-gateway" for span in collector.spans):
+        raise SystemExit("no span came: tracing was not on")
+    await engine.kill()
+    await client.aclose()
+    return found
+
+
+async def take_turns(
+    arguments: argparse.Namespace, gateways: dict[str, Gateway], register: Callable[[], Awaitable[None]]
+) -> dict[str, list[float]]:
+    """Return the gateways' CPU time for a request, in ms, of each round."""
     found: dict[str, list[float]] = {name: [] for name in gateways}
     for number in range(arguments.rounds):
-        await engine.register(client)  # its lease is renewed by nothing else
+        await register()  # the engine's lease is renewed by nothing else
         for name in list(gateways)[:: -1 if number % 2 else 1]:
             before_s = gateways[name].cpu_s()
             await load(gateways[name].addresses["grpc"], arguments.requests, arguments.tokens)
             await asyncio.sleep(1.0)  # records and spans gather for less
             found[name].append((gateways[name].cpu_s() - before_s) / arguments.requests * 1e3)
             print(f"{name:<9} {found[name][-1]:.3f} ms", flush=True)
-    if not any(span.service == "loraplex-gateway" for span in collector.spans):
-        raise SystemExit("no span came: tracing was not on")
-    await engine.kill()
-    await client.aclose()
     return found
 
 
