@@ -26,6 +26,7 @@ WHAT: Final = {
     "cpu_vs_peft": "output rate beside transformers + peft",
     "engine": "the engine on whole workloads: bursts, traces, start",
     "gateway": "a gateway alone: open, with identity, with quotas",
+    "gateway-observed": "what usage ledger, metrics and traces cost a gateway",
     "gateway-streams": "events a second through a gateway, over SSE and gRPC, by number of workers",
     "kernels": "kernels alone, beside their floors and peers",
     "layers": "LoRA inside a decode layer: time added to a step",

@@ -111,6 +111,21 @@ async def test_a_stream_that_is_resumed_elsewhere_leaves_one_record(valkey_url: 
         assert record.usage_id == before.usage_id
 
 
+async def test_tokens_that_are_made_again_and_again_count_each_time(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        got = await cut(rig, long_text())
+        for calls in (2, 3):
+            await read_all(rig, got.resumed(token_ids=[], last_sequence=0, num_text_bytes=0))
+
+            async def is_merged(calls: int = calls) -> bool:
+                return (await written(rig))[0].calls == calls
+
+            await eventually(is_merged)
+
+        (record,) = await written(rig)
+        assert record.output_tokens == record.generated_tokens == CUT + 2 * NUM_TOKENS
+
+
 async def test_a_stream_whose_gateway_was_killed_is_all_in_the_record_of_the_next(valkey_url: str) -> None:
     async with running_gateway(valkey_url, usage_records=0) as one, another_gateway(valkey_url) as two:
         got = await cut(one, long_text())  # `one` never gets to write its part

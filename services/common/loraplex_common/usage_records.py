@@ -7,7 +7,7 @@ oldest records go first.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class UsageRecord:
         revision: Digest of its weights; of several, all of them in order.
         input_tokens: Tokens of the prompt.
         cached_tokens: Tokens of the prompt that a cached prefix had where the request first ran.
-        output_tokens: Tokens of the output.
+        output_tokens: Tokens of the output; what was made again because a client had lost it before it resumed counts again.
+        generated_tokens: Tokens that engines made for it, as far as is known: a gateway that was killed has not said.
         kv_page_s: Page-seconds of its sequence: see `EngineUsage`.
         adapter_page_s: Page-seconds of its adapters while it ran.
         queue_s: Seconds that it waited for a place, on gateways and engines.
@@ -56,6 +57,7 @@ class UsageRecord:
     input_tokens: int
     cached_tokens: int
     output_tokens: int
+    generated_tokens: int = 0
     kv_page_s: float = 0.0
     adapter_page_s: float = 0.0
     queue_s: float = 0.0
@@ -69,7 +71,8 @@ class UsageRecord:
 
     def to_json(self) -> str:
         """Return the record as it lies in the stream."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        values = {name: getattr(self, name) for name in _NAMES}  # `asdict` takes ten times as long
+        return _encode(values)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> UsageRecord:
@@ -79,26 +82,34 @@ class UsageRecord:
             ValueError: If it is none.
         """
         values: Any = json.loads(text)
-        known = {field.name for field in fields(cls)}
         try:
-            return cls(**{name: value for name, value in values.items() if name in known})
+            return cls(**{name: value for name, value in values.items() if name in _NAMES})
         except (AttributeError, TypeError) as error:
             raise ValueError(f"no usage record: {error}") from error
+
+
+_NAMES: Final = tuple(field.name for field in fields(UsageRecord))
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 async def read_usage(valkey: Any, *, since: float = 0.0, until: float | None = None) -> AsyncIterator[UsageRecord]:
     """Yield the records that were written between two moments, oldest first.
 
+    A record of a request that came before is what became of it since, and takes that one's place.
+
     Args:
         valkey: A client of redis-py's interface.
         since: Unix seconds.
         until: Unix seconds; None for now.
+
+    Raises:
+        ValueError: If an entry is no record.
     """
     first = str(int(since * 1000))
     last = "+" if until is None else str(int(until * 1000))
     while entries := await valkey.xrange(USAGE_KEY, min=first, max=last, count=_PAGE):
         for _, values in entries:
-            yield UsageRecord.from_json(values[RECORD_FIELD])
+            yield UsageRecord.from_json(values.get(RECORD_FIELD, b"null"))
         first = "(" + entries[-1][0].decode()
 
 
@@ -130,6 +141,6 @@ class UsageSum:
 def sum_usage(records: Iterable[UsageRecord], by: tuple[str, ...]) -> dict[tuple[str, ...], UsageSum]:
     """Return sums over records with equal values of the fields ``by``: values -> sum."""
     sums: dict[tuple[str, ...], UsageSum] = {}
-    for record in records:
+    for record in {record.usage_id: record for record in records}.values():  # some were merged while they were read
         sums.setdefault(tuple(str(getattr(record, name)) for name in by), UsageSum()).add(record)
     return sums

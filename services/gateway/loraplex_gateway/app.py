@@ -124,8 +124,7 @@ class GatewayApp:
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
-        self._supervisor = Supervisor()
-        self._is_draining = False
+        self._supervisor, self._is_draining = Supervisor(), False
 
     @property
     def is_ready(self) -> bool:

@@ -88,7 +88,7 @@ async def _read(access: ValkeyAccess, identity: Connection, since: float) -> lis
     client = connect_valkey(access, identity)
     try:
         return [record async for record in read_usage(client, since=max(0.0, since))]
-    except LoraplexError as error:
+    except (LoraplexError, ValueError) as error:
         raise ConnectionError(str(error)) from error
     finally:
         await client.aclose()

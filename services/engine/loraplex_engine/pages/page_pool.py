@@ -49,7 +49,6 @@ class PagePool:
     Invariant: free + retiring + kv + cached + adapter = total; `check_integrity` recounts it.
 
     Args:
-        num_pages: All pages.
         clock: Seconds, monotonic.
 
     Attributes:
@@ -165,13 +164,14 @@ class PagePool:
             return 0.0
         if not self._is_published[pages].all():
             raise RuntimeError(f"pages {pages.tolist()} are not all published")
-        num_revived = int(np.count_nonzero(self._owners[pages] == _CACHED))
+        revived = pages[self._owners[pages] == _CACHED]
+        self._clocks.wake(revived)
         self._owners[pages] = _KV
-        page_s = self._clocks.turn(pages, self._num_sequences[pages])
+        page_s = self._clocks.turn(pages, np.maximum(self._num_sequences[pages], 1))
         self._num_sequences[pages] += 1
-        self._hold(PageOwner.CACHED, -num_revived)
-        self._hold(PageOwner.KV, num_revived)
-        self.num_revived += num_revived
+        self._hold(PageOwner.CACHED, -len(revived))
+        self._hold(PageOwner.KV, len(revived))
+        self.num_revived += len(revived)
         return page_s
 
     def release(self, pages: Pages, last_step: int) -> float:

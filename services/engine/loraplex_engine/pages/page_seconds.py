@@ -62,19 +62,23 @@ class PageClocks:
         self._readings[pages] = 0.0
         self._since_s[pages] = self._clock()
 
+    def wake(self, pages: NDArray[np.intp]) -> None:
+        """Let the clocks of pages that no sequence has held go on from where they stopped."""
+        self._since_s[pages] = self._clock()
+
     def turn(self, pages: NDArray[np.intp], num_sequences: NDArray[np.int32]) -> float:
         """Bring pages that are about to change hands up to date.
 
         Args:
             pages: Page ids, each at most once.
-            num_sequences: How many sequences have held each of them until now, parallel to ``pages``.
+            num_sequences: How many sequences have held each of them until now, parallel to ``pages``; 1 for pages that
+                were woken just now.
 
         Returns:
             The sum of their clocks, in seconds.
         """
         now_s = self._clock()
-        elapsed_s = now_s - self._since_s[pages]
-        readings = self._readings[pages] + np.where(num_sequences > 0, elapsed_s / np.maximum(num_sequences, 1), 0.0)
+        readings = self._readings[pages] + (now_s - self._since_s[pages]) / num_sequences
         self._readings[pages] = readings
         self._since_s[pages] = now_s
         return float(readings.sum())

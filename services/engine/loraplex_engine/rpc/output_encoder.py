@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -105,7 +106,7 @@ class OutputEncoder:
         if isinstance(event, Ended):
             self._wants_prompt_logprobs.discard(slot)
             self._failed.pop(slot, None)
-            event = event if failure is None else Ended(session_slot=slot, error=failure)
+            event = event if failure is None else _failed(event, failure)
         elif failure is not None:
             return []
         try:
@@ -144,7 +145,12 @@ class OutputEncoder:
         failure = internal_error(doing, error, slot=slot, kind=type(event).__name__)
         self._held.pop(slot, None)
         if isinstance(event, Ended):
-            return [wire.ended(Ended(session_slot=slot, error=failure))]
+            return [wire.ended(_failed(event, failure))]
         self._failed[slot] = failure
         self._abort(slot)
         return []
+
+
+def _failed(event: Ended, failure: LoraplexError) -> Ended:
+    """Return an end with another outcome; what the request used stays."""
+    return replace(event, finish_reason=None, stop_token_id=None, error=failure)

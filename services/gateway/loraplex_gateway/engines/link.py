@@ -282,8 +282,7 @@ class EngineLink:
 
     def _reset(self, cause: str, *, is_ours: bool = False) -> None:
         """Forget the connection: whatever was in flight is lost to its owners."""
-        self._slots.lose()
-        tickets, unsent = list(self._slots.tickets.values()), self._outgoing.unsent
+        tickets, unsent = self._slots.lose(), self._outgoing.unsent
         self._slots, self._outgoing = Slots(), Outgoing()
         self.resident.clear()
         self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0

@@ -82,10 +82,11 @@ class Slots:
             return True
         return False
 
-    def lose(self) -> None:
-        """Note that nothing more will be heard of any slot."""
+    def lose(self) -> list[Ticket]:
+        """Note that nothing more will be heard of any slot; return the tickets of those in use."""
         for slot in tuple(self._attempts):
             self._close_attempt(slot, None)
+        return list(self.tickets.values())
 
     def check_integrity(self) -> None:
         """Raise if slots are lost or used twice.

@@ -94,8 +94,7 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.vllm = VllmMetrics(registry)
-        self._adapter_label = LabelCap()
-        self._tenant_label = LabelCap()
+        self._adapter_label, self._tenant_label = LabelCap(), LabelCap()
         self.shares = ServiceShares()
         prefix = "loraplex_gateway_"
 

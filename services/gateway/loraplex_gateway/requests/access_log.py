@@ -87,7 +87,7 @@ class RequestRecord:
         self.request = replace(self.request, request_id=request_id)
         self._num_tokens = self._num_resumed = num_tokens
         if self.account is not None:
-            self.account.num_resumed = num_tokens
+            self.account.is_continuing = True
             self.account.usage_id = usage_id or self.account.usage_id
 
     def __enter__(self) -> Self:
@@ -182,6 +182,7 @@ class RequestRecord:
             input_tokens=started.prompt_tokens if started is not None else 0,
             cached_tokens=started.cached_tokens if started is not None else 0,
             output_tokens=self._num_tokens,
+            generated_tokens=self._num_tokens - (self._num_resumed or 0),
             queue_s=round(finished.timings.queue_s, 4) if finished is not None else 0.0,
             duration_s=round(duration_s, 4),
             attempts=account.num_attempts if account is not None else 0,

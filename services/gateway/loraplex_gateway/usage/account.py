@@ -46,7 +46,7 @@ class UsageAccount:
 
     Attributes:
         usage_id: The id of the request; replaced by that of the stream which the request goes on with.
-        num_resumed: Tokens of the stream that it goes on with; None if it begins one.
+        is_continuing: Whether it goes on with a stream.
         is_resumable: Whether another call may go on with it.
         is_late: Whether the request ended before its last attempt was closed.
     """
@@ -54,8 +54,7 @@ class UsageAccount:
     def __init__(self, usage_id: str, on_closed: Callable[[UsageAccount, UsageRecord], None]) -> None:
         self.usage_id = usage_id
         self._on_closed = on_closed
-        self.num_resumed: int | None = None
-        self.is_resumable = self.is_late = False
+        self.is_continuing = self.is_resumable = self.is_late = False
         self._record: UsageRecord | None = None
         self._num_attempts = self._num_open = self._num_unmetered = 0
         self._kv_page_s = self._adapter_page_s = 0.0

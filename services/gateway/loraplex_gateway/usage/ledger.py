@@ -108,11 +108,10 @@ class UsageLedger:
             self._late.discard(account)
             # The request's own line is out already, without this.
             _log.info("usage", **asdict(record))
-        if account.num_resumed is None:
+        if account.is_continuing:  # the prompt was counted where the stream began
+            self._on_record(replace(record, input_tokens=0, cached_tokens=0, output_tokens=record.generated_tokens))
+        else:
             self._on_record(record)
-        else:  # the prompt and the first tokens were counted where the stream began
-            num_new = max(0, record.output_tokens - account.num_resumed)
-            self._on_record(replace(record, input_tokens=0, cached_tokens=0, output_tokens=num_new))
         if not self._max_records:
             return
         if len(self._pending) >= MAX_PENDING:

@@ -3,11 +3,13 @@
 from typing import Final
 
 # KEYS: the stream, then one mark for each record. ARGV: the cap, then for each record: JSON, the call's id, seconds that its
-# mark is kept. A mark is "entry call,call...": where the request's record lies and which calls are in it. A call that is in it
-# is not added again; another one takes the record's place with both: times and page-seconds are sums, token counts are
-# those of the whole output, and what ended it is the last call's word.
+# mark is kept. A mark is "entry call,call...": where the request's record lies and which calls were added to it last. A call that
+# is among them is not added again; another one takes the record's place with both: times, page-seconds and tokens made are sums,
+# and what ended it is the last call's word. The output is what was made, or what the client had of it if that is more: a
+# gateway that was killed has not said what it made.
 WRITE: Final = """
-local sums = {'kv_page_s', 'adapter_page_s', 'queue_s', 'duration_s', 'calls', 'attempts', 'unmetered_attempts'}
+local most_calls = 64 * 17
+local sums = {'generated_tokens', 'kv_page_s', 'adapter_page_s', 'queue_s', 'duration_s', 'calls', 'attempts', 'unmetered_attempts'}
 local num_written = 0
 for i = 2, #KEYS do
   local text, call, kept_s = ARGV[3 * i - 4], ARGV[3 * i - 3], ARGV[3 * i - 2]
@@ -18,13 +20,13 @@ for i = 2, #KEYS do
     local entry, before = string.sub(mark, 1, at - 1), string.sub(mark, at + 1)
     is_new = not string.find(before, call, 1, true)
     if is_new then
-      calls = before .. ',' .. call
+      calls = string.sub(before .. ',' .. call, -most_calls)
       local found = redis.call('XRANGE', KEYS[1], entry, entry)
       if found[1] then
         local record, first = cjson.decode(text), cjson.decode(found[1][2][2])
-        for _, name in ipairs(sums) do record[name] = record[name] + first[name] end
+        for _, name in ipairs(sums) do record[name] = (record[name] or 0) + (first[name] or 0) end
         record.input_tokens = math.max(record.input_tokens, first.input_tokens)
-        record.output_tokens = math.max(record.output_tokens, first.output_tokens)
+        record.output_tokens = math.max(record.output_tokens, first.output_tokens, record.generated_tokens)
         record.cached_tokens = first.cached_tokens
         text = cjson.encode(record)
         redis.call('XDEL', KEYS[1], entry)
