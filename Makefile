@@ -132,6 +132,10 @@ kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every ki
 soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
 	@$(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/.dev-installed ## Mutated files and streams at all that reads what strangers send, 10 minutes: FUZZ_ARGS="--seconds 600 --seed 1"
+	@$(BIN)/python -m support.fuzz --results benchmarks/results $(FUZZ_ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache

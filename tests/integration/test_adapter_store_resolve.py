@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex_adapter_store.resolve.rules import ResolveRule
+from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.resolve.resolver import source_key
+from loraplex_adapter_store.resolve.rules import AskedSource, ResolveRule
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterForbiddenError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     InvalidParameterError,
     LoraplexError,
     SaturatedError,
@@ -22,6 +27,7 @@ from loraplex_common.errors import (
 )
 from support.adapters import Recipe, adapter_files
 from support.hub_double import HubDouble, running_hub
+from support.model_signatures import key, trust_text
 from support.store_rig import StoreClient, refused, running_rig, store_config, tiny_base_dir, translated
 from support.waiting import eventually
 
@@ -182,7 +188,7 @@ async def test_a_tenant_names_only_what_the_operator_allows_it(redis_url: str, h
         ):
             with pytest.raises((InvalidParameterError, AdapterForbiddenError)):
                 await resolve(client, text)
-        with refused(InvalidParameterError, "tenant is empty"):
+        with refused(InvalidParameterError, "not of 1 to 256"):
             await resolve(client, tenant="")
 
 
@@ -231,7 +237,7 @@ async def test_a_bad_adapter_is_fetched_once_and_refused_by_name(redis_url: str,
         assert await client.names() == []
 
 
-async def test_a_caller_that_gives_up_ends_nobodys_import(redis_url: str, slow: SlowHub) -> None:
+async def test_a_caller_that_gives_up_leaves_the_import_to_others(redis_url: str, slow: SlowHub) -> None:
     async with resolving(redis_url, slow) as client:
         with pytest.raises(LoraplexError):
             await resolve(client, timeout=0.3)
@@ -298,9 +304,13 @@ async def test_a_tenant_without_room_loses_its_own_least_recently_used_adapter_a
 
             assert sorted(await client.names()) == sorted([old.name, blue.name, new.name])
             assert kept.name not in await client.names()
+            other = await resolve(client, f"hf:acme/n4@{COMMIT}", "blue")
+            same = await resolve(client, f"hf:acme/n4@{COMMIT}")  # is in the store already
+            assert sorted(await client.names()) == sorted([blue.name, other.name, new.name, same.name])
         async with resolving(redis_url, hub, quotas_file=quotas(tmp_path, "max_adapter_bytes = 1")) as client:
             with refused(TenantQuotaError, "max_adapter_bytes"):
                 await resolve(client, f"hf:acme/n3@{COMMIT}")
+            assert {new.name, same.name} <= set(await client.names())  # it would not fit without them either
 
 
 async def test_what_no_request_names_is_deleted_and_resolved_anew(redis_url: str, hub: HubDouble) -> None:
@@ -341,3 +351,41 @@ async def test_a_store_that_starts_with_narrower_rules_deletes_what_they_forbid(
         with pytest.raises(AdapterForbiddenError):
             await resolve(client)
     assert red.name != blue.name
+
+
+async def test_the_import_of_a_replica_that_died_is_taken_over(redis_url: str, hub: HubDouble) -> None:
+    rule = ResolveRule.parse("hf:acme/")
+    lease = keys.resolve_lease(source_key(rule, AskedSource.parse(SOURCE)))
+    with redis.Redis.from_url(redis_url) as valkey:
+        valkey.set(lease, "a replica that died", px=400)
+    async with resolving(redis_url, hub) as client:
+        began = time.monotonic()
+
+        assert (await resolve(client)).is_new
+        assert 0.2 < time.monotonic() - began < 10
+
+
+async def test_what_is_there_is_found_while_all_places_are_taken(redis_url: str, slow: SlowHub) -> None:
+    async with resolving(redis_url, slow, max_resolving=1) as client:
+        slow.may_send.set()
+        await resolve(client)
+        slow.may_send.clear()
+        slow.files = {f"more/{name}": data for name, data in slow.files.items()}
+        waiting = asyncio.create_task(resolve(client, f"hf:acme/poet/more@{COMMIT}"))
+        await eventually_asked(slow, 2)
+
+        assert not (await resolve(client)).is_new
+        slow.may_send.set()
+        await waiting
+
+
+async def test_weights_from_before_signatures_were_asked_for_are_given_to_no_further_tenant(
+    redis_url: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    async with resolving(redis_url, hub) as client:
+        await resolve(client)
+    trusted = tmp_path / "trusted.toml"
+    trusted.write_text(trust_text({"default": "require"}, release=key("release")))
+    async with resolving(redis_url, hub, trusted_signers=trusted) as client:
+        with refused(AdapterUntrustedError, "not signed"):
+            await resolve(client, tenant="blue")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from loraplex_common.vectors import BIAS, OUT_VECTOR
 
-from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 from loraplex_kernels.row_params import FinishNormParams
 
 if TYPE_CHECKING:
@@ -27,19 +26,27 @@ class FinishNorm:
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
         hidden_size: Width of the residual stream.
-        eps: Of the norm.
+        build: Macros and block size of a norm of such rows, `rms_norm_build`.
+        eps: Added to the mean of the squares.
 
     Attributes:
         num_layers: Decoder layers; behind the last one's down stands a norm of other rows, which this is not.
     """
 
     def __init__(
-        self, library: KernelLibrary, tables: AdapterTables, pool: torch.Tensor, *, hidden_size: int, eps: float
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: torch.Tensor,
+        *,
+        hidden_size: int,
+        build: tuple[tuple[str, ...], int],
+        eps: float,
     ) -> None:
         self._library, self._tables, self._hidden = library, tables, hidden_size
         self.num_layers = tables.geometry.num_decoder_layers
         self._kept = (pool,)  # kept alive: the kernel has its address
-        defines, block = rms_norm_build(hidden_size, library.dtype)
+        defines, block = build
         self._kernel = library.load("lora_finish_norm", FinishNormParams(eps=eps), block, defines=defines)
         common = self._kernel.params.tables
         common.pool, common.tiles, common.entry_stride = pool.data_ptr(), tables.tiles.data_ptr(), tables.entry_stride

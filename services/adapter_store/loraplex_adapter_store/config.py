@@ -146,7 +146,7 @@ class StoreConfig(ServiceSettings):
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor nan
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         for name in ("max_connection_age_s", "prepare_images", "redis_replicas"):
             if (getattr(self, name) or 0) < 0:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 MAX_DESCRIPTION: Final = 4096
 MAX_TENANTS: Final = 1000
 UPDATABLE: Final = ("description", "allowed_tenants")
-LIST_BATCH: Final = 200
+MIN_LIST_BATCH: Final = 50
+"""Names looked at in one step of a list, if most of them are deleted or hidden from the caller."""
 
 Leases = Callable[[], Awaitable[dict[str, int]]]
 """Returns digest -> requests that lease it, on all engines."""
@@ -94,7 +95,9 @@ class Lifecycle:
         """Return a page of records by name, and the name after which to go on; empty on the last page."""
         found: list[AdapterRecord] = []
         while len(found) <= page_size:
-            names = await self._catalog.list_names(after=after, prefix=prefix, count=LIST_BATCH)
+            # One more than is missing says whether there is a next page.
+            count = max(MIN_LIST_BATCH, page_size + 1 - len(found))
+            names = await self._catalog.list_names(after=after, prefix=prefix, count=count)
             if not names:
                 break
             after = names[-1]

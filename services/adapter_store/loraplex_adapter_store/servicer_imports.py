@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.arrivals import Arrivals
     from loraplex_adapter_store.revisions import RevisionFinder
 
+MAX_TENANT: Final = 256
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -54,8 +55,8 @@ class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def ResolveAdapter(self, request: pb.ResolveAdapterRequest, context: Context) -> pb.ResolveAdapterResponse:
         """Return the adapter that a source is for a tenant."""
-        if not request.tenant:
-            raise InvalidParameterError("tenant is empty", field="tenant")
+        if not 0 < len(request.tenant) <= MAX_TENANT:
+            raise InvalidParameterError(f"not of 1 to {MAX_TENANT} characters", field="tenant")
         resolved = await self._resolver.resolve(request.source, request.tenant)
         return pb.ResolveAdapterResponse(
             name=resolved.name, source=resolved.source, revision=resolved.revision, is_new=resolved.is_new

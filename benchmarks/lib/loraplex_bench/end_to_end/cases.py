@@ -114,7 +114,12 @@ def rates_case(shape: Shape, where: str, rates: tuple[float, ...]) -> Case:
 
 def gpu_cases() -> dict[str, Case]:
     """Return the cases by name."""
-    return {**burst_cases(LLAMA2_7B, LLAMA3_8B), **trace_cases(LLAMA2_7B), **other_cases(LLAMA2_7B, LLAMA3_8B)}
+    return {
+        **burst_cases(LLAMA2_7B, LLAMA3_8B),
+        **trace_cases(LLAMA2_7B),
+        **other_cases(LLAMA2_7B, LLAMA3_8B),
+        **fp8_cases(),
+    }
 
 
 def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
@@ -136,13 +141,6 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
             seconds=45,
             run=lambda bench: run_bursts(bench, setup_of(eight, ALL_LINEAR), (0, 32, 200), size=STANDARD),
         ),
-        "bursts-8b-fp8": Case(
-            about="the same, linear layers in FP8",
-            seconds=45,
-            run=lambda bench: run_bursts(
-                bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
-            ),
-        ),
         "default-7b": Case(
             about="Llama-2-7B bursts over 0/200 adapters with the engine's default limits",
             seconds=35,
@@ -162,6 +160,19 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
             seconds=75,
             run=lambda bench: run_registered(
                 bench, setup_of(seven, QKVO, 2000, max_resident_adapters=1024), few=200, size=STANDARD
+            ),
+        ),
+    }
+
+
+def fp8_cases() -> dict[str, Case]:
+    """Return the cases of linear layers in FP8."""
+    return {
+        "bursts-8b-fp8": Case(
+            about="Llama-3-8B, linear layers in FP8, all seven r16, bursts over 0/32/200 adapters",
+            seconds=45,
+            run=lambda bench: run_bursts(
+                bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
             ),
         ),
     }

@@ -233,9 +233,9 @@ class Importer:
                 outcome = await self._commit(await self._write(form, source, target), target)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
-            except TenantQuotaError:
+            except TenantQuotaError as error:
                 await self.abandon(form.revision)
-                if target.make_room is None or not await target.make_room(form.num_bytes):
+                if target.make_room is None or not await target.make_room(form.num_bytes, error):
                     raise
                 continue
             except BaseException:

@@ -39,12 +39,17 @@ class Sources:
             config.import_registry, credentials, self._threads, partial(signatures.reads, "oci")
         )
         self._credentials = credentials
+        self._signatures = signatures
         self._max_adapter_bytes = config.max_adapter_bytes
 
     async def close(self) -> None:
         """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
         await self._threads.close()
         self._registries.close()
+
+    def wants_signature(self, source: str) -> bool:
+        """Return whether the signature of what a source holds is looked at."""
+        return self._signatures.reads(source.partition(":")[0])
 
     async def pin(self, source: HubSource, credential: str) -> HubSource:
         """Return a repository of the hub at the commit where its default branch is, unless it has one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
+from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
@@ -26,7 +27,8 @@ class ImportTarget:
         tenants: Tenants that a new name is for, and one that comes back after its deletion; none leaves the name's own. One
             that is there keeps its own in any case.
         description: Description of a name that gets `tenants`.
-        make_room: Deletes adapters of the tenants to free so many bytes, and returns whether it freed some; None never does.
+        make_room: Deletes adapters of the tenant for so many further bytes, and returns whether they fit then; None never
+            does. It is given the refusal, too.
         release: Takes revisions out of the record as it is after the import; None takes out none.
     """
 
@@ -41,7 +43,7 @@ class ImportTarget:
     kind: str = "import"
     tenants: tuple[str, ...] = ()
     description: str = ""
-    make_room: Callable[[int], Awaitable[bool]] | None = None
+    make_room: Callable[[int, TenantQuotaError], Awaitable[bool]] | None = None
     release: Callable[[AdapterRecord], AdapterRecord] | None = None
 
     @property

@@ -81,10 +81,7 @@ class Catalog:
         if not names:
             return []
         with keys.translated():
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for name in names:
-                    pipeline.hget(keys.adapter(name), "record")
-                found = await pipeline.execute()
+            found = await self._client.eval(scripts.READ, len(names), *(keys.adapter(name) for name in names))
         return [AdapterRecord.from_json(data) for data in found if data]
 
     async def list_names(self, *, after: str, prefix: str, count: int) -> list[str]:
@@ -199,12 +196,11 @@ class Catalog:
             if before < shares.num_bytes[number] and others + shares.num_bytes[number] > limit:
                 raise shares.refusal(name, number, others, before)
 
-    async def sizes_of(self, tenant: str, prefix: str) -> dict[str, int]:
-        """Return a tenant's adapters whose names begin with a prefix, and the bytes that each counts."""
+    async def sizes_of(self, tenant: str) -> dict[str, int]:
+        """Return a tenant's adapters, and the bytes that each counts."""
         with keys.translated():
             found = await self._client.hgetall(keys.tenant_bytes(tenant))
-        sizes = {name.decode(): int(size) for name, size in found.items()}
-        return {name: size for name, size in sizes.items() if name != TOTAL and name.startswith(prefix)}
+        return {name.decode(): int(size) for name, size in found.items() if name.decode() != TOTAL}
 
     async def _shares(self, old: AdapterRecord, new: AdapterRecord, revision: Revision | None) -> TenantShares:
         if not (old.allowed_tenants or new.allowed_tenants):

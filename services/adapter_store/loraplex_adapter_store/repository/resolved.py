@@ -29,6 +29,8 @@ MAX_REFUSALS: Final = 4096
 PINNED_TTL_S: Final = 7 * 24 * 3600
 """How long the revision of a pinned source is remembered; the revision itself goes with its last name."""
 
+MAX_TTL_S: Final = 10 * 365 * 24 * 3600
+
 _log = get_logger()
 
 REMEMBER: Final = """
@@ -119,7 +121,7 @@ class ResolvedRecords:
     async def set_pin(self, source: str, pinned: str, ttl_s: float) -> None:
         """Remember what a source was pinned to."""
         with keys.translated():
-            await self._client.set(keys.resolve_pin(source), pinned, px=max(1, round(ttl_s * 1000)))
+            await self._client.set(keys.resolve_pin(source), pinned, px=_milliseconds(ttl_s))
 
     async def digest(self, source: str) -> str | None:
         """Return the revision that a pinned source is, as far as it is remembered; it may be gone."""
@@ -130,7 +132,7 @@ class ResolvedRecords:
     async def set_digest(self, source: str, digest: str, ttl_s: float = PINNED_TTL_S) -> None:
         """Remember a pinned source's revision."""
         with keys.translated():
-            await self._client.set(keys.resolve_digest(source), digest, px=max(1, round(ttl_s * 1000)))
+            await self._client.set(keys.resolve_digest(source), digest, px=_milliseconds(ttl_s))
 
     async def refusal(self, source: str) -> LoraplexError | None:
         """Return why a source could not be resolved a moment ago; None if nothing is remembered."""
@@ -233,3 +235,7 @@ class ResolvedRecords:
                 await self._client.eval(RELEASE, 1, key, holder)
         except LoraplexError:
             return  # it expires
+
+
+def _milliseconds(ttl_s: float) -> int:
+    return max(1, round(min(ttl_s, MAX_TTL_S) * 1000))

@@ -9,6 +9,7 @@ from loraplex_common.errors import (
     AdapterForbiddenError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     DeadlineError,
     InvalidParameterError,
     LoraplexError,
@@ -24,6 +25,7 @@ FINAL: Final = (
     AdapterForbiddenError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     InvalidParameterError,
 )
 """Refusals that are the source's, and stay until it changes."""

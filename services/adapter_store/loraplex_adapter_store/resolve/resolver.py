@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_sources import resolved_name
 from loraplex_common.answer_by import answering_within
-from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailableError
+from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailableError, TenantQuotaError
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
@@ -69,7 +69,7 @@ class Resolver:
         catalog: Names.
         records: What replicas know of sources.
         metrics: Where outcomes are counted.
-        make_room: Deletes adapters that were resolved for a tenant, to free so many bytes; see `ImportTarget.make_room`.
+        make_room: Deletes adapters that were resolved for a tenant; see `ImportTarget.make_room`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Resolver:
         catalog: Catalog,
         records: ResolvedRecords,
         metrics: StoreMetrics,
-        make_room: Callable[[str, int], Awaitable[bool]],
+        make_room: Callable[[str, int, TenantQuotaError], Awaitable[bool]],
     ) -> None:
         self._policy = policy
         self._sources = sources
@@ -123,6 +123,8 @@ class Resolver:
     async def _shared(self, text: str, tenant: str) -> Resolved:
         source = AskedSource.parse(text)
         rule = find_rule(self._policy.rules, source, tenant)
+        if (known := await self._at_hand(rule, source, tenant)) is not None:
+            return known
         key = (tenant, source.text)
         task = self._running.get(key)
         if task is None:
@@ -157,12 +159,20 @@ class Resolver:
         if not task.cancelled():
             task.exception()  # every call that waited for it may be gone
 
+    async def _at_hand(self, rule: ResolveRule, source: AskedSource, tenant: str) -> Resolved | None:
+        """Return an adapter for which nothing is to be fetched or asked; it takes no place from those that are resolved."""
+        if source.hub is not None and not source.is_pinned:
+            if (commit := await self._records.pin(source_key(rule, source))) is None:
+                return None
+            source = AskedSource.of(replace(source.hub, revision=commit))
+        return await self._known(_name(rule, source, tenant), source, tenant)
+
     async def _resolve(self, rule: ResolveRule, source: AskedSource, tenant: str) -> Resolved:
         pinned = await self._pinned(rule, source)
-        name = resolved_name(tenant, f"{rule.base}\0{pinned.text}")
+        name = _name(rule, pinned, tenant)
         if (known := await self._known(name, pinned, tenant)) is not None:
             return known
-        key = _key(rule, pinned)
+        key = source_key(rule, pinned)
         await self._refusals.check(key)
         async with self._records.lease(key):
             # What the holder of the lease before has found: another spelling of the source may be the same adapter.
@@ -179,7 +189,7 @@ class Resolver:
         """Return a source at a commit: at the last one while the hub cannot be asked."""
         if source.hub is None or source.is_pinned:
             return source
-        key = _key(rule, source)
+        key = source_key(rule, source)
         if (commit := await self._records.pin(key)) is not None:
             return AskedSource.of(replace(source.hub, revision=commit))
         await self._refusals.check(key)
@@ -210,7 +220,8 @@ class Resolver:
         return Resolved(name=name, source=pinned.text, revision=digest, is_new=False)
 
     async def _import(self, rule: ResolveRule, pinned: AskedSource, tenant: str, name: str) -> Resolved:
-        key = _key(rule, pinned)
+        # What was imported without a look at its signature is none that may be taken once signatures count.
+        key = source_key(rule, pinned) + (":signed" if self._sources.wants_signature(pinned.text) else "")
         target = ImportTarget(
             name=name,
             base_model=rule.base,
@@ -237,12 +248,22 @@ class Resolver:
             return None
         try:
             async with self._importer.counted(target):
-                return await self._importer.commit(Written(known[0], already_existed=True), target)
+                written, size = Written(known[0], already_existed=True), known[0].canonical_bytes
+                try:
+                    return await self._importer.commit(written, target)
+                except TenantQuotaError as error:
+                    if target.make_room is None or not await target.make_room(size, error):
+                        raise
+                    return await self._importer.commit(written, target)
         except StoreUnavailableError:
             return None  # collected just now, or Valkey is away, which the import meets too
 
 
-def _key(rule: ResolveRule, source: AskedSource) -> str:
+def _name(rule: ResolveRule, pinned: AskedSource, tenant: str) -> str:
+    return resolved_name(tenant, f"{rule.base}\0{pinned.text}")
+
+
+def source_key(rule: ResolveRule, source: AskedSource) -> str:
     """Return what pins, revisions and refusals of a source are remembered by: what one credential sees, another may not."""
     return resolved_name(f"{rule.credential}\0{rule.base}", source.text).rpartition("/")[2]
 

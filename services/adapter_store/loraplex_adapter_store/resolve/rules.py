@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 from loraplex_common.adapter_sources import HUB, is_source
 from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, InvalidParameterError
+from loraplex_common.ids import MAX_SHOWN
 
 from loraplex_adapter_store.imports.hub import HubSource
 
@@ -19,6 +20,8 @@ _HUB: Final = re.compile(
     r"hf:(?P<repo>[^/@]+/[^/@]+)(?:(?P<folder>(?:/[^/@]+)*)(?:@(?P<commit>[^/@]+))?|@(?P<before>[^/@]+)/(?P<behind>[^@]+))"
 )
 _PREFIX: Final = re.compile(r"(hf:|s3://|oci://)[!-~]*", re.ASCII)
+MAX_CHARS: Final = 512
+"""What a gateway takes as an adapter's name at most."""
 _OPTIONS: Final = ("credential", "base", "tenant")
 
 
@@ -41,6 +44,8 @@ class AskedSource:
         Raises:
             InvalidParameterError: If it is malformed. What is wrong with a URI is said where it is located.
         """
+        if len(text) > MAX_CHARS:
+            raise InvalidParameterError(f"{text[:80]!r}... has more than {MAX_CHARS} characters", field="source")
         if not is_source(text):
             raise InvalidParameterError(
                 f"{text[:200]!r} is no source: hf:org/name[@commit], s3://bucket/folder or "
@@ -117,7 +122,7 @@ class ResolveRule:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(mark))
         if unknown := {name for name, _ in options}.difference(_OPTIONS):
             raise ValueError(f"{text!r}: {', '.join(sorted(unknown))}: only {', '.join(_OPTIONS)} are known")
-        if any(not value for _, value in options):
+        if (mark and not options) or any(not value for _, value in options):
             raise ValueError(f"{text!r}: an option has no value")
         single = dict(options)
         if len(options) != len(single) + sum(name == "tenant" for name, _ in options) - ("tenant" in single):
@@ -152,14 +157,14 @@ def find_rule(rules: Sequence[ResolveRule], source: AskedSource, tenant: str) ->
     """
     if not rules:
         raise AdapterNotFoundError(
-            f"no adapter is named {source.text!r}, and this adapter store resolves no sources at request time (--resolve-from)",
-            metadata={"adapter": source.text},
+            f"no adapter is named {source.text[:MAX_SHOWN]!r}, and this adapter store resolves no sources at request time (--resolve-from)",
+            metadata={"adapter": source.text[:MAX_SHOWN]},
         )
     for rule in rules:
         if rule.covers(source.place) and rule.is_for(tenant):
             return rule
     raise AdapterForbiddenError(
-        f"tenant {tenant!r} may not name {source.text!r}: it lies in no source that the operator allows this tenant to resolve "
+        f"tenant {tenant!r} may not name {source.text[:MAX_SHOWN]!r}: it lies in no source that the operator allows this tenant to resolve "
         "at request time (--resolve-from)",
-        metadata={"adapter": source.text},
+        metadata={"adapter": source.text[:MAX_SHOWN]},
     )

@@ -21,6 +21,8 @@ from loraplex_adapter_store.lifecycle import Caller
 from loraplex_adapter_store.resolve.rules import AskedSource, find_rule
 
 if TYPE_CHECKING:
+    from loraplex_common.errors import TenantQuotaError
+
     from loraplex_adapter_store.lifecycle import Lifecycle
     from loraplex_adapter_store.metrics import StoreMetrics
     from loraplex_adapter_store.repository.catalog import Catalog
@@ -93,15 +95,21 @@ class ResolvedSweeper:
                 return
             start += await self._delete_some(names, too_many, "budget")
 
-    async def make_room(self, tenant: str, num_bytes: int) -> bool:
-        """Delete a tenant's least recently used adapters until so many bytes are free; return whether one was deleted."""
-        own = await self._catalog.sizes_of(tenant, RESOLVED)
-        freed = 0
-        for name in await self._records.by_use(own):
-            if freed >= num_bytes:
+    async def make_room(self, tenant: str, num_bytes: int, refusal: TenantQuotaError) -> bool:
+        """Delete a tenant's least recently used adapters for so many further bytes; return whether they fit then.
+
+        Nothing is deleted for an adapter that would not fit even then.
+        """
+        sizes = await self._catalog.sizes_of(tenant)
+        by_use = await self._records.by_use([name for name in sizes if name.startswith(RESOLVED)])
+        excess = sum(sizes.values()) + num_bytes - refusal.exceeded[0].value
+        if sum(sizes[name] for name in by_use) < excess:
+            return False
+        for name in by_use:
+            if excess <= 0:
                 break
-            freed += own[name] if await self._delete(name, "quota") else 0
-        return freed > 0
+            excess -= sizes[name] if await self._delete(name, "quota") else 0
+        return excess <= 0
 
     async def _delete_some(self, names: list[str], num_bytes: int, cause: str) -> int:
         """Delete names in their order until so many bytes are free; return how many of them are left in use."""

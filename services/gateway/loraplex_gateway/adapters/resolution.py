@@ -24,6 +24,7 @@ from loraplex_common.errors import (
     AdapterIncompatibleError,
     AdapterLoadingError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     DeadlineError,
     InvalidParameterError,
     LoraplexError,
@@ -55,6 +56,8 @@ REFRESH_S: Final = 60.0
 """How long what is known of a source is not asked for again."""
 REFUSED_S: Final = 5.0
 """How long a refusal of the store is repeated without asking; the store remembers it longer."""
+MAX_REFRESHING: Final = 32
+"""Calls to the store at which no further one is made beside a request that has its adapter; a later request makes it."""
 LOADING_RETRY_S: Final = 2.0
 CROWDED_RETRY_S: Final = 1.0
 MAX_KNOWN: Final = 16_384
@@ -64,6 +67,7 @@ FINAL: Final = (
     AdapterForbiddenError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
+    AdapterUntrustedError,
     InvalidParameterError,
     NotSupportedError,
 )
@@ -200,7 +204,7 @@ class SourceResolver:
         known = self._known.get(key)
         if known is not None and self._is_there(known.name, caller):
             self._known.move_to_end(key)
-            if self._clock() - known.asked_at >= REFRESH_S:
+            if self._clock() - known.asked_at >= REFRESH_S and len(self._asking) < MAX_REFRESHING:
                 known.asked_at = self._clock()
                 self._ask(key, caller)
             self._count("known")

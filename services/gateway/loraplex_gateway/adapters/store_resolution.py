@@ -60,7 +60,8 @@ def _is_away(error: LoraplexError) -> bool:
 def _error(text: str, failure: grpc.aio.AioRpcError) -> LoraplexError:
     """Return the error behind a failed call; without a status of the store's own, what the failure means here."""
     error = error_from_rpc(failure)
-    if error.reason == grpc.StatusCode.UNAVAILABLE.name:
+    # A store that ends cancels its calls; nothing else does.
+    if error.reason in (grpc.StatusCode.UNAVAILABLE.name, grpc.StatusCode.CANCELLED.name):
         message = f"adapter {text!r} cannot be resolved: the adapter store cannot be reached"
         return StoreUnavailableError(message, retry_after_s=1.0, metadata={"adapter": text, "away": "true"})
     if error.reason == grpc.StatusCode.UNIMPLEMENTED.name:

@@ -13,6 +13,7 @@ from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 
 from loraplex_engine.runners.cuda.lora_grids import Grids
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath
@@ -63,8 +64,13 @@ def make_part_kernels(
         RowAdapters(max_rows, library.device),
         None if in_graphs else LoraFlora(library, tables, pool, shapes, max_rows=max_rows),
         tuple(RowAdapters(max_rows, library.device) for _ in range(1, num_passes)),
-        None if norm is None else FinishNorm(library, tables, pool, hidden_size=norm.hidden_size, eps=norm.eps),
+        None if norm is None else _finish_norm(library, tables, pool, norm),
     )
+
+
+def _finish_norm(library: KernelLibrary, tables: AdapterTables, pool: Tensor, norm: NormShape) -> FinishNorm:
+    build = rms_norm_build(norm.hidden_size, library.dtype)
+    return FinishNorm(library, tables, pool, hidden_size=norm.hidden_size, build=build, eps=norm.eps)
 
 
 class DecodeParts:
