@@ -13,6 +13,8 @@ from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.lifecycle import Caller, Lifecycle
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.moves import AliasMoves
+from loraplex_adapter_store.visibility import Visibility
+from loraplex_adapter_store.watchers import Watchers
 from loraplex_common.alias_feed import AdapterEntry, entry_of
 from loraplex_common.auth import Principal, Role
 from loraplex_common.base_model import load_base_model
@@ -67,7 +69,7 @@ async def test_a_page_reads_one_record_more_than_it_shows_in_one_command(client:
 async def test_a_name_with_two_revisions_takes_under_two_kilobytes_of_a_store_and_of_a_gateway(
     client: keys.Client,
 ) -> None:
-    table = AliasTable(client, catalog_of(client), ())
+    table = AliasTable(client, catalog_of(client), (), Watchers(client))
     gc.collect()
     tracemalloc.start()
     try:
@@ -103,5 +105,5 @@ async def _no_leases() -> dict[str, int]:
     return {}
 
 
-async def _told(record: object) -> None:
-    return None
+async def _told(record: object) -> Visibility:
+    return Visibility()
