@@ -217,7 +217,9 @@ async def test_a_name_that_is_none_is_refused(redis_url: str, name: str) -> None
             first.stub.WatchAliases(pb.WatchAliasesRequest(watcher_id=name)).read(),
             first.stub.AcknowledgeAliases(pb.AcknowledgeAliasesRequest(watcher_id=name)),
             first.stub.AcknowledgeAliases(pb.AcknowledgeAliasesRequest()),
+            first.stub.AcknowledgeAliases(pb.AcknowledgeAliasesRequest(watcher_id="g", history_id="x" * 257)),
+            first.stub.AcknowledgeAliases(pb.AcknowledgeAliasesRequest(watcher_id="g", sequence=2**64 - 1)),
         ):
-            with refused(InvalidParameterError, "watcher_id|letters"), translated():
+            with refused(InvalidParameterError, "watcher_id|letters|history_id|characters"), translated():
                 await call
         assert not (await first.upload_recipe("a", Recipe(seed=1))).visibility.late_gateways

@@ -29,6 +29,7 @@ LEASE_S: Final = 4.0
 RENEW_S: Final = 1.0
 LOOK_S: Final = 0.02
 """Time between two looks at what gateways have told other replicas."""
+MAX_HISTORY_ID: Final = 256
 WATCHER_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -82,8 +83,11 @@ class Watchers:
         """Note what a watcher has taken in.
 
         Raises:
+            InvalidParameterError: If the history is none.
             StoreUnavailableError: If Valkey cannot be reached.
         """
+        if not 0 < len(position.history_id) <= MAX_HISTORY_ID:
+            raise InvalidParameterError(f"not 1 to {MAX_HISTORY_ID} characters", field="history_id")
         word = f"{position.history_id} {position.sequence}"
         with keys.translated():
             await self._client.eval(
