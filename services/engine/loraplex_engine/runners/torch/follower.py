@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TorchFollower(TorchRunner):
     """Computes its part of the steps that rank 0 launches, in the same order, with the same loads in between.
 
-    Of a plan it reads the rows, their pages and their adapters. Rank 0 broadcasts the token ids.
+    It needs the rows of a plan, their pages and their adapters. Rank 0 broadcasts the token ids.
     """
 
     @torch.inference_mode()
