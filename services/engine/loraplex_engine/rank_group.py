@@ -51,7 +51,7 @@ class RankGroup(Protocol):
         """Bring contiguous values of all ranks to rank 0.
 
         Args:
-            values: A tensor of the same shape on all ranks.
+            values: The shape is the same on all ranks.
             parts: On rank 0 one tensor of that shape for each rank, written; elsewhere empty.
         """
         ...

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TorchFollower(TorchRunner):
     """Computes its part of the steps that rank 0 launches, in the same order, with the same loads in between.
 
-    It reads from a plan which rows there are, their pages and adapters; tokens come from rank 0.
+    It needs the rows of a plan, their pages and their adapters. Rank 0 broadcasts the token ids.
     """
 
     @torch.inference_mode()
