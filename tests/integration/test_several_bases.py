@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from loraplex.v1 import adapter_store_pb2 as pb
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from support.store_rig import StoreClient
 
 pytestmark = pytest.mark.integration
-FILES = {"base_model": "tiny", "also_base_models": ["rounded"]}
+FILES: Final[dict[str, Any]] = {"base_model": "tiny", "also_base_models": ["rounded"]}
 
 
 @pytest.fixture(scope="module")

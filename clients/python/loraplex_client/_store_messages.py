@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
-from loraplex_common.adapter_folder import check_present, list_folder
+from loraplex_common.adapter_folder import check_present_signed, list_folder
 from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.error_status import from_status
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
@@ -102,6 +102,7 @@ def import_result(
         revision=revision(message.revision),
         already_existed=message.already_existed,
         warnings=tuple(message.warnings),
+        late_gateways=tuple(message.visibility.late_gateways),
     )
 
 
@@ -218,9 +219,9 @@ def upload_header(
     stage: bool = False,
     also_base_models: Sequence[str] = (),
 ) -> adapter_store_pb2.UploadAdapterRequest.Header:
-    """Return the header of an upload: the adapter's files, and those of a tokenizer if it brings one.
+    """Return the header of an upload: the adapter's files, and those of a tokenizer and a signature if it brings any.
 
-    Whether the latter can be served is the store's to say, so it has to hear of them.
+    Whether the latter can be served, and are trusted, is the store's to say, so it has to hear of them.
 
     Raises:
         InvalidParameterError: If there is no such directory, or it cannot be read.
@@ -230,7 +231,7 @@ def upload_header(
     if problem := adapter_directory_problem(directory):
         raise InvalidParameterError(problem, field="directory")
     try:
-        names = check_present(list_folder(directory))
+        names = check_present_signed(list_folder(directory), signature=True)
     except OSError as error:
         raise InvalidParameterError(f"{directory} cannot be read: {error.strerror}", field="directory") from error
     header = adapter_store_pb2.UploadAdapterRequest.Header(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError, ConflictError
+import msgspec
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, ConflictError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 from loraplex_common.text_parts import TextPartsInfo
 
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
 
 MAX_REVISIONS: Final = 100
 """Revisions kept per name; older ones without a label are released, so that frequent pushes do not grow without end."""
+
+NO_SPLITS: Final[dict[str, dict[str, int]]] = {}
+"""One for all records without a split label, which are nearly all; never changed."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_once(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words; equal ones are the same object while they are used often."""
+    return tuple(sys.intern(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +62,14 @@ class Revision:
     @classmethod
     def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None) -> Revision:
         """Decode what `to_json` wrote, and what is said of the text parts if there are any."""
-        fields: dict[str, Any] = json.loads(data)
+        fields: dict[str, Any] = msgspec.json.decode(data)
         info = TextPartsInfo.from_json(text_parts) if text_parts else None
-        return cls(**{**fields, "target_modules": tuple(fields["target_modules"]), "text_parts": info})
+        # A hundred thousand revisions have a few base models and sets of modules: these are kept once.
+        shared = {
+            "base_fingerprint": sys.intern(fields["base_fingerprint"]),
+            "target_modules": _kept_once(tuple(fields["target_modules"])),
+        }
+        return cls(**{**fields, **shared, "text_parts": info})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +108,15 @@ class AdapterRecord:
     @classmethod
     def from_json(cls, data: str | bytes) -> AdapterRecord:
         """Decode what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(data)
-        tuples = {key: tuple(fields[key]) for key in ("allowed_tenants", "revisions")}
-        return cls(**{**fields, **tuples})
+        fields: dict[str, Any] = msgspec.json.decode(data)
+        # JSON has a text anew wherever it occurs; in memory labels refer to the texts of `revisions`.
+        digests = {digest: digest for digest in fields["revisions"]}
+        own = {
+            "allowed_tenants": tuple(sys.intern(tenant) for tenant in fields["allowed_tenants"]),
+            "labels": {sys.intern(label): digests.get(at, at) for label, at in fields["labels"].items()},
+            "revisions": tuple(digests),
+        }
+        return cls(**{"splits": NO_SPLITS, **fields, **own})
 
     @property
     def etag(self) -> str:
@@ -229,48 +252,6 @@ class AdapterRecord:
     def deleted(self, now: float) -> AdapterRecord:
         """Return the tombstone: the name stays known, its revisions are released."""
         return self.touched(now, labels={}, splits={}, counterparts={}, revisions=(), is_deleted=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The remembered answer to a mutation with a request_id (AIP-155).
-
-    Attributes:
-        kind: The call, e.g. ``import``.
-        revision: The imported revision; empty for other kinds.
-        warnings: Warnings of the answer.
-        content: Digest of everything that the call asked for; empty if an older version wrote the record.
-    """
-
-    kind: str
-    name: str
-    revision: str = ""
-    warnings: tuple[str, ...] = ()
-    content: str = ""
-
-    def to_json(self) -> str:
-        """Encode for Valkey; empty fields are left out, as older replicas read the record too."""
-        fields = dataclasses.asdict(self)
-        return json.dumps({key: value for key, value in fields.items() if key in ("kind", "name", "revision") or value})
-
-    def repeated(self, remembered: bytes) -> Answer:
-        """Return the answer to an earlier call, if that was the same call as this one.
-
-        Raises:
-            AlreadyExistsError: If the request_id belongs to another call; the message names it.
-        """
-        fields = json.loads(remembered)
-        known = {name: fields[name] for name in ("kind", "name", "revision", "content") if name in fields}
-        answer = Answer(**known, warnings=tuple(fields.get("warnings", ())))
-        is_same_kind = (answer.kind, answer.name) == (self.kind, self.name)
-        if is_same_kind and (not answer.content or not self.content or answer.content == self.content):
-            return answer
-        other = ", with another content," if is_same_kind else ""
-        raise AlreadyExistsError(
-            f"this request_id was used{other} to {answer.kind} {answer.name!r}; draw a new UUID4",
-            field="request_id",
-            metadata={"used_for": f"{answer.kind} {answer.name}"},
-        )
 
 
 @dataclass(frozen=True, slots=True)

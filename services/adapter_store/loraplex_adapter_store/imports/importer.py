@@ -6,19 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.errors import LoraplexError, StoreUnavailableError, TenantQuotaError
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.further_bases import NO_COUNTERPARTS, Counterparts, FurtherBases
+from loraplex_adapter_store.imports.progress import Progress, Stage
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.records import Revision
@@ -33,34 +33,6 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 MAX_ATTEMPTS = 5
-
-
-class Stage(Enum):
-    """State of an import."""
-
-    PENDING = 1
-    FETCHING = 2
-    VALIDATING = 3
-    STORING = 4
-    DONE = 5
-
-
-@dataclass(slots=True)
-class Progress:
-    """Progress of a running import; changed in place, with a call of `on_change` after each change."""
-
-    name: str
-    stage: Stage = Stage.PENDING
-    bytes_done: int = 0
-    bytes_total: int = 0
-    on_change: Callable[[], None] = lambda: None
-
-    def advance(self, stage: Stage, *, bytes_done: int | None = None, bytes_total: int | None = None) -> None:
-        """Move to a stage."""
-        self.stage = stage
-        self.bytes_done = self.bytes_done if bytes_done is None else bytes_done
-        self.bytes_total = self.bytes_total if bytes_total is None else bytes_total
-        self.on_change()
 
 
 Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
@@ -115,13 +87,24 @@ class Importer:
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         # What follows the mark in an identity is the credential's name.
-        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+        with audited(target.kind, target.name, source=source.partition("#")[0], **target.facts) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
             facts |= outcome.facts(target)
             return outcome
 
+    @asynccontextmanager
+    async def counted(self, target: ImportTarget) -> AsyncIterator[None]:
+        """Count an import for the tenants of its name; the block's failure gives it back.
+
+        Raises:
+            TenantQuotaError: If one of them has no import left.
+        """
+        tenants = target.tenants_of(await self._catalog.get(target.name))
+        async with self._catalog.imports.one(target.name, tenants):
+            yield
+
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
-        """Import uploaded files; the caller holds room for them.
+        """Import uploaded files; the caller holds room for them, inside of `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`.
@@ -133,7 +116,7 @@ class Importer:
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
-        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
+        """Check files and write them without a name; the caller holds room, then calls `commit` or `abandon`, all `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
@@ -157,7 +140,7 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
-        with audited("push", target.name, source=written.revision.source) as facts:
+        with audited(target.kind, target.name, source=written.revision.source, **target.facts) as facts:
             outcome = await self._commit_written(written, target)
             facts |= outcome.facts(target)
             return outcome
@@ -173,8 +156,7 @@ class Importer:
             raise StoreUnavailableError(
                 f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
             ) from None
-        await self._told(outcome.record)
-        return outcome
+        return await self.known(outcome)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -197,8 +179,8 @@ class Importer:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
         work = partial(self._checked, fetch, target, progress)
-        async with self._shared.use((source, *target.shares_work), work, name=f"fetch {source}") as checked:
-            form, origin, counterparts = checked
+        shared = self._shared.use((source, *target.shares_work), work, name=f"fetch {source}")
+        async with self.counted(target), shared as (form, origin, counterparts):
             return await self._store(form, origin, target, progress, counterparts)
 
     @asynccontextmanager
@@ -235,13 +217,17 @@ class Importer:
                 outcome = await self._commit(await self._write(form, source, target), target, counterparts.by_base)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
+            except TenantQuotaError as error:
+                await self.abandon(form.revision)
+                if target.make_room is None or not await target.make_room(form.num_bytes, error):
+                    raise
+                continue
             except BaseException:
                 await self.abandon(form.revision)
                 await self._further.take_back(target.name, counterparts)
                 raise
             self._on_stored(form.revision, form.base_fingerprint)
-            await self._told(outcome.record)
-            return outcome
+            return await self.known(outcome)
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _write(self, form: CanonicalForm, source: str, target: ImportTarget) -> Written:
@@ -253,8 +239,8 @@ class Importer:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
-            await self._blobs.note_if_missing(form.revision, form.notes)
-        return Written(revision, exists, form.warnings)
+            await self._blobs.note_again(form.revision, form.notes)
+        return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
     async def _commit(
         self, written: Written, target: ImportTarget, counterparts: Mapping[str, str] = MappingProxyType({})
@@ -270,7 +256,11 @@ class Importer:
         _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
         for warning in written.warnings:
             _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
-        return ImportOutcome(record, revision, exists, written.warnings)
+        return ImportOutcome(record, revision, exists, written.warnings, signer=written.signer)
+
+    async def known(self, outcome: ImportOutcome) -> ImportOutcome:
+        """Return a finished import once gateways know of it, or the time for that is over."""
+        return replace(outcome, visibility=await self._told(outcome.record))
 
     async def abandon(self, digest: str) -> None:
         """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""

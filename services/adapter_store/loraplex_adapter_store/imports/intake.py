@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterNotFoundError
 
-from loraplex_adapter_store.imports.importer import Importer, Progress, Stage
+from loraplex_adapter_store.imports.progress import Progress, Stage
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
     from google.longrunning import operations_pb2
 
+    from loraplex_adapter_store.answers import Answer
     from loraplex_adapter_store.imports.budget import ImportBudget
     from loraplex_adapter_store.imports.hub import HubSource
+    from loraplex_adapter_store.imports.importer import Importer
     from loraplex_adapter_store.imports.long_running import LongRunning, Report
     from loraplex_adapter_store.imports.sources import Sources
-    from loraplex_adapter_store.records import Answer
     from loraplex_adapter_store.repository.catalog import Catalog
 
 _ID_CHARS: Final = 32
@@ -93,7 +94,7 @@ class Intake:
             return earlier
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
-        async with self._budget.arrival(num_bytes) as arrival:
+        async with self._importer.counted(target), self._budget.arrival(num_bytes) as arrival:
             return await self._importer.import_files(await receive(files, parts, arrival.take), target)
 
     async def repeated(self, target: ImportTarget) -> ImportOutcome | None:
@@ -110,4 +111,4 @@ class Intake:
         known = await self._catalog.get_revisions([answer.revision])
         if record is None or not known:
             raise AdapterNotFoundError(f"adapter {answer.name} has been deleted since this request was answered")
-        return ImportOutcome(record, known[0], already_existed=True, warnings=answer.warnings)
+        return await self._importer.known(ImportOutcome(record, known[0], True, answer.warnings))

@@ -32,6 +32,7 @@ class ResolvedAdapter:
         is_restricted: True if only some tenants may use it.
         text_parts: Digest of what the revision brings besides weights; empty for nothing.
         num_bytes: Bytes of its canonical form; 0 if they are not known.
+        source: Pinned source, if the request names it by its source.
         counterparts: The same adapter for other base models, by an operator's word.
     """
 
@@ -41,6 +42,7 @@ class ResolvedAdapter:
     is_restricted: bool = False
     text_parts: str = ""
     num_bytes: int = 0
+    source: str = ""
     counterparts: tuple[ResolvedAdapter, ...] = ()
 
     def on(self, fingerprint: str) -> ResolvedAdapter | None:
