@@ -220,6 +220,7 @@ class Importer:
             except TenantQuotaError as error:
                 await self.abandon(form.revision)
                 if target.make_room is None or not await target.make_room(form.num_bytes, error):
+                    await self._further.take_back(target.name, counterparts)
                     raise
                 continue
             except BaseException:
