@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from loraplex.v1 import adapter_store_pb2 as pb
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from support.store_rig import StoreClient
 
 pytestmark = pytest.mark.integration
-FILES: dict[str, Any] = {"base_model": "tiny", "also_base_models": ["rounded"]}
+FILES: Final[dict[str, Any]] = {"base_model": "tiny", "also_base_models": ["rounded"]}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ async def test_a_file_says_on_which_bases_and_a_second_time_nothing_is_done(
     async with running_rig(store_config(redis_url, model=(tiny_base_dir(), rounded))) as (running, store):
 
         def apply(text: str) -> list[str]:
-            file.write_text("adapters: {both: {source: one" + text + "}}")
+            file.write_text("adapters: {both: {source: one, base_model: tiny" + text + "}}")
             said: list[str] = []
             with Client("127.0.0.1:1", store_target=f"127.0.0.1:{running.grpc_port}") as client:
                 Applier(client.adapters, said.append, is_dry=False, prunes=False).apply(read_manifest(file))

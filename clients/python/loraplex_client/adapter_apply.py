@@ -112,13 +112,18 @@ class Applier:
                     hub["repo"],
                     revision=hub["revision"].lower(),
                     subfolder=hub["subfolder"] or "",
+                    base_model=wanted.base_model,
                     also_base_models=wanted.also_base_models,
                 ),
             )
         if self._is_dry:
             return self._step(f"{wanted.name}: import {source}, if it holds anything new", lambda: None)
         uploaded = self._adapters.upload(
-            wanted.name, Path(source), stage=True, also_base_models=wanted.also_base_models
+            wanted.name,
+            Path(source),
+            stage=True,
+            base_model=wanted.base_model,
+            also_base_models=wanted.also_base_models,
         )
         staged = uploaded.revision.digest
         if latest is not None and latest.digest == staged:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
 MAX_WEIGHT: Final = 1_000_000
 MAX_SHARES: Final = 16
-_FIELDS: Final = {"source", "description", "tenants", "labels", "also_base_models"}
+_FIELDS: Final = {"source", "description", "tenants", "labels", "base_model", "also_base_models"}
 
 Pointer: TypeAlias = "str | Mapping[str, int]"
 """Where a label points: a revision or another label; or several of them, with weights."""
@@ -29,6 +29,7 @@ class WantedAdapter:
 
     Attributes:
         source: A directory, absolute, or ``hf:ORG/REPO[/SUBFOLDER]@COMMIT``.
+        base_model: Base model to check the source against instead of the one it names; may be empty.
         also_base_models: Further base models that the source may serve on.
         labels: Label -> where it points; ``latest`` is where the source was imported to.
     """
@@ -38,6 +39,7 @@ class WantedAdapter:
     description: str | None = None
     tenants: tuple[str, ...] | None = None
     labels: Mapping[str, Pointer] | None = None
+    base_model: str = ""
     also_base_models: tuple[str, ...] = ()
 
 
@@ -80,20 +82,28 @@ def _adapter(name: str, read: Any, path: Path) -> WantedAdapter:
         raise _wrong(where, "tenants is no list of names")
     if description is not None and not isinstance(description, str):
         raise _wrong(where, "description is no text")
-    also = fields.get("also_base_models") or []
-    if not (isinstance(also, list) and all(isinstance(each, str) and each for each in also)):
-        raise _wrong(where, "also_base_models is no list of names")
-    if also and fields.get("source") is None:
-        raise _wrong(where, "also_base_models is about source, which is missing")
+    base_model, also = _bases(fields, where)
     pointers = None if labels is None else _mapping(labels, f"{where}: labels", None)
     return WantedAdapter(
         name=name,
         source=_source(fields.get("source"), where, path.parent),
         description=description,
-        also_base_models=tuple(also),
+        base_model=base_model,
+        also_base_models=also,
         tenants=None if tenants is None else tuple(tenants),
         labels=None if pointers is None else {label: _pointer(label, to, where) for label, to in pointers.items()},
     )
+
+
+def _bases(fields: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    base, also = fields.get("base_model"), fields.get("also_base_models")
+    if base is not None and not (isinstance(base, str) and base):
+        raise _wrong(where, "base_model is no name")
+    if also is not None and not (isinstance(also, list) and all(isinstance(each, str) and each for each in also)):
+        raise _wrong(where, "also_base_models is no list of names")
+    if (base or also) and fields.get("source") is None:
+        raise _wrong(where, "base_model and also_base_models are about source, which is missing")
+    return base or "", tuple(also or ())
 
 
 def _source(source: Any, where: str, beside: Path) -> str | None:

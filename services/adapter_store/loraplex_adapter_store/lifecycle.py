@@ -16,8 +16,8 @@ from loraplex_common.errors import (
     InvalidParameterError,
 )
 
+from loraplex_adapter_store.answers import Answer
 from loraplex_adapter_store.audit import audited
-from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError, Told
 from loraplex_adapter_store.visibility import Changed
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.ids import AdapterRef
 
+    from loraplex_adapter_store.records import AdapterRecord, Revision
     from loraplex_adapter_store.repository.moves import AliasMove, AliasMoves
 
 MAX_DESCRIPTION: Final = 4096

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loraplex_common.text_parts import TextPartsInfo
 
     from loraplex_adapter_store.aliases import AliasUpdate
-    from loraplex_adapter_store.imports.importer import Progress
+    from loraplex_adapter_store.imports.progress import Progress
     from loraplex_adapter_store.imports.targets import ImportOutcome
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
     from loraplex_adapter_store.visibility import Visibility

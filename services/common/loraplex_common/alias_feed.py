@@ -30,10 +30,10 @@ SLICE_NAMES: Final = 256
 """Names of a whole table that are taken in at one step: some milliseconds."""
 NO_SPLITS: Final[Mapping[str, tuple[tuple[str, int], ...]]] = MappingProxyType({})
 """One for all adapters without a split label, which are nearly all."""
-NO_TEXT_PARTS: Final[Mapping[str, str]] = MappingProxyType({})
-"""One for all adapters of which no revision brings text parts."""
 NO_COUNTERPARTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 """As `NO_SPLITS`, of adapters that serve on one base model."""
+NO_TEXT_PARTS: Final[Mapping[str, str]] = MappingProxyType({})
+"""One for all adapters of which no revision brings text parts."""
 Item = TypeVar("Item")
 
 _log = get_logger()

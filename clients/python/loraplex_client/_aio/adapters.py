@@ -98,16 +98,7 @@ class AsyncAdapters(AsyncLabels):
     ) -> ImportResult:
         """Let the store fetch an adapter from object storage or a registry; as `import_hub`.
 
-        Args:
-            name: Name to import under.
-            uri: ``s3://bucket/folder`` or ``oci://registry/repository@sha256:...``; the store's operator allows buckets
-                and registries.
-            label: As of `import_hub`.
-            base_model: As of `import_hub`.
-            also_base_models: As of `import_hub`.
-            stage: As of `import_hub`.
-            credential_ref: As of `import_hub`.
-            progress: As of `import_hub`.
+        ``uri`` is ``s3://bucket/folder`` or ``oci://registry/repository@sha256:...``; the store's operator allows them.
         """
         request = messages.import_request(
             name, label, base_model, credential_ref, stage=stage, also_base_models=also_base_models

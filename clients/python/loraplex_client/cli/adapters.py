@@ -53,10 +53,7 @@ def import_(
     source: Source,
     label: Annotated[str, typer.Option(help="Label to move to the new revision besides latest.")] = "",
     base_model: Annotated[str, typer.Option(help="Base to check against instead of the one it names.")] = "",
-    also_base: Annotated[
-        list[str] | None,
-        typer.Option(help="Further base that it may serve on, e.g. the FP8 checkpoint of the same model; repeatable."),
-    ] = None,
+    also_base: Annotated[list[str] | None, typer.Option(help="Further base that it may serve on; repeatable.")] = None,
     stage: Annotated[
         bool, typer.Option("--stage", help="Leave latest where it is: use NAME@REVISION, or --label.")
     ] = False,
@@ -74,8 +71,8 @@ def import_(
         def progress(state: ImportProgress) -> None:
             update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
 
-        options: dict[str, Any] = {"label": label, "base_model": base_model, "stage": stage, "progress": progress}
-        options["also_base_models"] = also_base or ()
+        options: dict[str, Any] = {"label": label, "base_model": base_model, "also_base_models": also_base or ()}
+        options |= {"stage": stage, "progress": progress}
         if source.startswith("hf:"):
             repo, kept = _hub_source(source), {"credential_ref": credential, **options}
             commit, folder = repo["revision"].lower(), repo["subfolder"] or ""

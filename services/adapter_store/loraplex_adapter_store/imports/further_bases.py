@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.log import get_logger
 
-from loraplex_adapter_store.records import AdapterRecord, Answer
+from loraplex_adapter_store.answers import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.imports.checker import CheckpointChecker
     from loraplex_adapter_store.imports.files import CheckpointFiles
     from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget
+    from loraplex_adapter_store.records import AdapterRecord
     from loraplex_adapter_store.repository.catalog import Catalog
 
 _log = get_logger()

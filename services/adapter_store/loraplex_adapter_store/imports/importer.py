@@ -6,8 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from loraplex_common.log import get_logger
 from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.further_bases import NO_COUNTERPARTS, Counterparts, FurtherBases
+from loraplex_adapter_store.imports.progress import Progress, Stage
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.records import Revision
@@ -33,34 +33,6 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 MAX_ATTEMPTS = 5
-
-
-class Stage(Enum):
-    """State of an import."""
-
-    PENDING = 1
-    FETCHING = 2
-    VALIDATING = 3
-    STORING = 4
-    DONE = 5
-
-
-@dataclass(slots=True)
-class Progress:
-    """Progress of a running import; changed in place, with a call of `on_change` after each change."""
-
-    name: str
-    stage: Stage = Stage.PENDING
-    bytes_done: int = 0
-    bytes_total: int = 0
-    on_change: Callable[[], None] = lambda: None
-
-    def advance(self, stage: Stage, *, bytes_done: int | None = None, bytes_total: int | None = None) -> None:
-        """Move to a stage."""
-        self.stage = stage
-        self.bytes_done = self.bytes_done if bytes_done is None else bytes_done
-        self.bytes_total = self.bytes_total if bytes_total is None else bytes_total
-        self.on_change()
 
 
 Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
@@ -206,9 +178,9 @@ class Importer:
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
-        work, key = partial(self._checked, fetch, target, progress), (source, *target.shares_work)
-        async with self.counted(target), self._shared.use(key, work, name=f"fetch {source}") as checked:
-            form, origin, counterparts = checked
+        work = partial(self._checked, fetch, target, progress)
+        shared = self._shared.use((source, *target.shares_work), work, name=f"fetch {source}")
+        async with self.counted(target), shared as (form, origin, counterparts):
             return await self._store(form, origin, target, progress, counterparts)
 
     @asynccontextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterNotFoundError
 
-from loraplex_adapter_store.imports.importer import Importer, Progress, Stage
+from loraplex_adapter_store.imports.progress import Progress, Stage
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
     from google.longrunning import operations_pb2
 
+    from loraplex_adapter_store.answers import Answer
     from loraplex_adapter_store.imports.budget import ImportBudget
     from loraplex_adapter_store.imports.hub import HubSource
+    from loraplex_adapter_store.imports.importer import Importer
     from loraplex_adapter_store.imports.long_running import LongRunning, Report
     from loraplex_adapter_store.imports.sources import Sources
-    from loraplex_adapter_store.records import Answer
     from loraplex_adapter_store.repository.catalog import Catalog
 
 _ID_CHARS: Final = 32

@@ -25,12 +25,12 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_adapter_store import wire
-from loraplex_adapter_store.imports.importer import Progress
+from loraplex_adapter_store.imports.progress import Progress
 from loraplex_adapter_store.imports.targets import ImportOutcome
 from loraplex_adapter_store.repository import keys, scripts
 
 if TYPE_CHECKING:
-    from loraplex_adapter_store.records import Answer
+    from loraplex_adapter_store.answers import Answer
 
 _log = get_logger()
 RUNNING_TTL_S: Final = 5

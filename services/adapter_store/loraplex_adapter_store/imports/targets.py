@@ -9,7 +9,8 @@ from types import MappingProxyType
 from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
 
-from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.answers import Answer
+from loraplex_adapter_store.records import AdapterRecord, Revision
 from loraplex_adapter_store.visibility import Visibility
 
 
@@ -55,6 +56,16 @@ class ImportTarget:
         return Answer(self.kind, self.name, content=self.content)
 
     @property
+    def shares_work(self) -> tuple[str, ...]:
+        """What imports of one source have to have in common to share the work; revisions for further bases need a name."""
+        return (self.base_model, *self.also, self.name) if self.also else (self.base_model,)
+
+    def for_base(self, base_model: str) -> ImportTarget:
+        """Return the target of the same files for one of the further base models: under no label, for the same tenants."""
+        bare = replace(self, label="", request_id="", content="", is_staged=True, expected=None, release=None)
+        return replace(bare, base_model=base_model, also=())
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a line of the log says of the request besides its name."""
         return {"tenants": ", ".join(self.tenants)} if self.tenants else {}
@@ -64,15 +75,6 @@ class ImportTarget:
         if record is None or (record.is_deleted and self.tenants):
             return self.tenants
         return record.allowed_tenants
-
-    @property
-    def shares_work(self) -> tuple[str, ...]:
-        """What imports of one source have to have in common to share the work; revisions for further bases need a name."""
-        return (self.base_model, *self.also, self.name) if self.also else (self.base_model,)
-
-    def for_base(self, base_model: str) -> ImportTarget:
-        """Return the target of the same files for one of the further base models: under no label."""
-        return ImportTarget(name=self.name, base_model=base_model, is_staged=True, kind=self.kind)
 
     def applied(
         self, old: AdapterRecord, revision: str, now: float, counterparts: Mapping[str, str] = MappingProxyType({})

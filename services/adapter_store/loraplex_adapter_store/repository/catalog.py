@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
 
-from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Position, Revision
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.commit_words import commit_words
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
 from loraplex_adapter_store.repository.tenant_imports import TenantImports
 from loraplex_adapter_store.visibility import Visibility
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.answers import Answer
 
 _log = get_logger()
 MAX_ATTEMPTS: Final = 20

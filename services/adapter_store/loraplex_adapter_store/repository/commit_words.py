@@ -9,7 +9,8 @@ from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.moves import MOVES_KEPT, moves_between
 
 if TYPE_CHECKING:
-    from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+    from loraplex_adapter_store.answers import Answer
+    from loraplex_adapter_store.records import AdapterRecord, Revision
 
 CHANGES_KEPT: Final = 10_000
 REQUEST_TTL_S: Final = 24 * 3600

@@ -19,7 +19,7 @@ from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailab
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_adapter_store.imports.importer import Progress
+from loraplex_adapter_store.imports.progress import Progress
 from loraplex_adapter_store.imports.targets import ImportOutcome, ImportTarget, Written
 from loraplex_adapter_store.repository.resolved import PINNED_TTL_S, ResolvedInfo
 from loraplex_adapter_store.resolve.refusals import PASSING, Refusals
