@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import mmap
 import os
@@ -17,7 +18,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
-from loraplex_common.tree_digest import piece_digests, tree_root
+from loraplex_engine.rpc.image_check import ImageCheck
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,6 +40,8 @@ class EnginePeer:
         accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
         takes_tree_digests: Whether it is an engine that checks the digest that comes last, and none of an earlier version.
         num_to_spoil: That many of the next images are reported corrupt.
+        keeps_copies: Whether ``images`` shows pages; else they have none, which is what takes no time.
+        num_bytes: Digest -> bytes of the image that arrived and was right.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
         log: Every message of the store.
     """
@@ -49,6 +52,9 @@ class EnginePeer:
         self.accept_unsolicited = True
         self.num_to_spoil = 0
         self.takes_tree_digests = True
+        self.keeps_copies = True
+        self.num_bytes: dict[str, int] = {}
+        self._check = ImageCheck()
         self.images: dict[str, NDArray[np.uint8]] = {}
         self.log: list[pb.AttachEngineResponse] = []
         self._base = base
@@ -157,7 +163,9 @@ class EnginePeer:
 
     def close(self) -> None:
         """Release the arena."""
-        self._map.close()
+        self._check.close()
+        with contextlib.suppress(BufferError):  # the last view of it, in a thread that ends, unmaps it
+            self._map.close()
         os.close(self._fd)
 
     async def requests(self, hello: _Request.Hello) -> AsyncIterator[_Request]:
@@ -190,9 +198,13 @@ class EnginePeer:
         digest, page_bytes = filled.digest, self._geometry.page_bytes
         slots = self._granted[digest]
         arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
-        image = arena[list(slots)]
-        del arena  # while there is a view, the mapping cannot be closed
-        root = tree_root(await asyncio.gather(*(asyncio.to_thread(piece_digests, page.data) for page in image)))
+        if self.keeps_copies:
+            image = arena[list(slots)]
+            del arena  # while there is a view, the mapping cannot be closed
+            root = await self._check.digest(image, range(len(image)), is_tree=True)
+        else:
+            image = np.empty((0, page_bytes), dtype=np.uint8)
+            root = await self._check.digest(arena, slots, is_tree=True)
         is_right = root == filled.image_tree_sha256
         if not self.takes_tree_digests:
             is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256
@@ -202,6 +214,7 @@ class EnginePeer:
             self.report(digest, adapter_pb2.TIER_STORE, error=status_pb2.Status(code=15, message="sha256 is wrong"))
             return
         self.images[digest] = image
+        self.num_bytes[digest] = len(slots) * page_bytes
         self.report(digest, adapter_pb2.TIER_ARENA)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import Geometry
 
+    from loraplex_adapter_store.buffers import BufferPool
     from loraplex_adapter_store.byte_budget import ByteBudget
     from loraplex_adapter_store.derivation import PageSink
     from loraplex_adapter_store.disk.disk_tier import DiskTier
@@ -38,16 +39,24 @@ class ImageSources:
         disk: Images and canonical forms on disk; None if there is no disk tier.
         budget: Bounds what derivations hold at once.
         executor: Its threads do their work.
+        buffers: Memory of images and canonical forms.
     """
 
     def __init__(
-        self, blobs: Blobs, catalog: Catalog, disk: DiskTier | None, budget: ByteBudget, executor: Executor
+        self,
+        blobs: Blobs,
+        catalog: Catalog,
+        disk: DiskTier | None,
+        budget: ByteBudget,
+        executor: Executor,
+        buffers: BufferPool,
     ) -> None:
         self._blobs = blobs
         self._catalog = catalog
         self.disk = disk
         self._budget = budget
         self._executor = executor
+        self._buffers = buffers
 
     async def manifest(self, digest: str) -> Manifest:
         """Return the manifest of a canonical form.
@@ -90,8 +99,12 @@ class ImageSources:
             chunks = await self.disk.canonical(key.digest) if self.disk is not None else None
             is_on_disk = chunks is not None
             try:
-                work = Derivation(key.digest, manifest, key.geometry, key.rank, self._executor, sink)
-                root = await work.run(chunks or self._blobs.read(key.digest, manifest))
+                work = Derivation(key, manifest, self._executor, self._buffers, sink)
+                if chunks is not None:
+                    root = await work.run(lambda _: chunks)
+                else:
+                    rest = partial(self._blobs.read, key.digest, manifest)
+                    root = await work.run(rest, self._blobs.bulk(key.digest, manifest))
             except ImageError as error:
                 raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
             work.pages.setflags(write=False)
