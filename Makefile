@@ -105,10 +105,12 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
 
 .PHONY: campaign
-campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer
+campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer; kills: REPLICA_ARGS="--seconds 60", STORE_KILL_ARGS="--kills 200"
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
 	@$(BIN)/python -m support.push_campaign --results benchmarks/results $(PUSH_ARGS)
+	@$(BIN)/python -m support.replica_campaign --results benchmarks/results $(REPLICA_ARGS)
+	@$(BIN)/python -m support.store_kills --results benchmarks/results $(STORE_KILL_ARGS)
 
 .PHONY: structured-campaign
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
@@ -129,6 +131,10 @@ kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every ki
 .PHONY: soak
 soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
 	@$(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.dev-installed ## Mutated files and streams at all that reads what strangers send, 10 minutes: FUZZ_ARGS="--seconds 600 --seed 1"
+	@$(BIN)/python -m support.fuzz --results benchmarks/results $(FUZZ_ARGS)
 
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays

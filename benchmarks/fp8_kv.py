@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import torch
 from loraplex_bench.results import Results, Row, head_commit
-from loraplex_bench.steps.kernel_timer import require_close, time_us
+from loraplex_bench.steps.kernel_timer import copy_bytes_per_s, require_close, time_us
 from loraplex_kernels import reference
 from loraplex_kernels.attention.decode import AttentionDecode
 from loraplex_kernels.attention.paged_kv import KvLayout
@@ -29,7 +29,6 @@ from loraplex_kernels.module import KernelLibrary
 
 BATCH, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, BLOCK, LAYERS = 64, 2048, 32, 8, 128, 16, 4
 ROWS: Final = 2 * KV_HEADS * BLOCK
-COPY_BYTES: Final = 2 << 30
 CHUNK: Final = 256
 
 
@@ -80,9 +79,7 @@ def time_attention(results: Results) -> None:
     """Time both, beside the bytes that they must read."""
     device = torch.device("cuda", 0)
     library, flush = KernelLibrary(device, torch.bfloat16, dependent=True), torch.zeros(40 << 20, device=device)
-    source = torch.ones(COPY_BYTES // 8, device=device)
-    target = torch.empty_like(source)
-    rate = COPY_BYTES / time_us([functools.partial(target.copy_, source)], flush) * 1e6
+    rate = copy_bytes_per_s()
     results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s")
     results.print_head()
     for name, is_fp8 in (("bf16", False), ("fp8", True)):

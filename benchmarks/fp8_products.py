@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_bench.results import Results, Row, head_commit
 from loraplex_bench.shapes import LLAMA3_8B
-from loraplex_bench.steps.kernel_timer import require_close, time_us
+from loraplex_bench.steps.kernel_timer import copy_bytes_per_s, require_close, time_us
 from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.fp8 import Fp8Weight, quantise
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs, QuantisingGate, QuantisingNorm, padded_rows
@@ -31,6 +31,7 @@ from loraplex_kernels.pointwise.silu_mul import SiluMul
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_kernels.pointwise.fp8 import Fp8Rows
     from torch import Tensor
 
 OPS: Final = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
@@ -38,7 +39,6 @@ OPS: Final = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), 
 ROWS: Final = (1, 8, 64, 256, 1024, 8192)
 COPIES: Final = 3
 """Weights of an op that take turns, so that none is in a cache."""
-COPY_BYTES: Final = 2 << 30
 
 
 class Fp8Bench:
@@ -65,9 +65,9 @@ class Fp8Bench:
         x, out = self.randn(rows, inputs), self.randn(padded_rows(rows), outputs)[:rows]
         weights = [self.randn(outputs, inputs) / inputs**0.5 for _ in range(COPIES)]
         linears = [ScaledMmLinear(self.inputs, self._quantised(weight)) for weight in weights]
-        linears[0].into(x, out)
-        require_close(out, x.float() @ linears[0].rows(0, outputs).float().t(), f"{op}, {rows} rows")
         codes = self.inputs.of(x, has_groups=self.has_groups)
+        linears[0]._product(codes, out, None)
+        require_close(out, _plain(codes, rows) @ linears[0].rows(0, outputs).float().t(), f"{op}, {rows} rows")
         fp8 = time_us([functools.partial(each._product, codes, out, None) for each in linears], self.flush)
         dense = [functools.partial(CublasDense(weight).into, x, out) for weight in weights]
         return fp8, time_us(dense, self.flush)
@@ -96,11 +96,6 @@ class Fp8Bench:
             "attended": (once(lambda: self.inputs.of(x, has_groups=self.has_groups)), 0.0),
         }
 
-    def copy_bytes_per_s(self) -> float:
-        """Return what a copy reads and writes in a second."""
-        source = torch.ones(COPY_BYTES // 8, device=self.device)
-        return COPY_BYTES / time_us([functools.partial(torch.empty_like(source).copy_, source)], self.flush) * 1e6
-
     def _quantised(self, weight: Tensor) -> Fp8Weight:
         if not self.has_groups:
             return Fp8Weight(*quantise(weight), is_blocked=False, dtype=torch.bfloat16)
@@ -110,6 +105,12 @@ class Fp8Bench:
         codes = codes.view(torch.uint8).view(outputs // 128, inputs // 128, 128, 128).transpose(1, 2)
         codes = codes.reshape(outputs, inputs).view(torch.float8_e4m3fn)
         return Fp8Weight(codes, scales[..., 0].contiguous(), is_blocked=True, dtype=torch.bfloat16)
+
+
+def _plain(inputs: Fp8Rows, rows: int) -> Tensor:
+    """Return quantised inputs in fp32, ``[rows, inputs]``."""
+    scales = inputs.scales[:, :rows].t()
+    return (inputs.codes[:rows].float().view(rows, scales.shape[1], -1) * scales[..., None]).flatten(1)
 
 
 def smoke() -> None:
@@ -135,7 +136,7 @@ def main() -> None:
     results.print_head()
     for has_groups in (False, True):
         bench, kind = Fp8Bench(has_groups=has_groups), "blocks" if has_groups else "outputs"
-        rate = bench.copy_bytes_per_s()
+        rate = copy_bytes_per_s()
         results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s")
 
         def add(case: str, own: float, peer: float, floor: float | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any, ClassVar
 
-from loraplex_kernels.params import LoraTables
+from loraplex_kernels.params import LoraTables, PartTables
 
 _Fields = Sequence[tuple[str, type[Any]]]
 
@@ -69,5 +69,23 @@ class SoftcapParams(ctypes.Structure):
         ("width", c_int),
         ("vocab", c_int),
         ("cap", c_float),
+        ("reserved", c_int),
+    ]
+
+
+class FinishNormParams(ctypes.Structure):
+    """csrc/lora/finish_norm.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("tables", PartTables),
+        ("scales", c_void_p),
+        ("biases", c_void_p),
+        ("y", c_void_p),
+        ("scale", c_void_p),
+        ("base_bias", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("eps", c_float),
         ("reserved", c_int),
     ]

@@ -13,7 +13,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_engine.limits import SchedulingPolicy
-from loraplex_engine.runners.cuda import runner as runner_module
+from loraplex_engine.runners.cuda import kernel_setup
 from loraplex_kernels.lora.tables import MAX_RANK
 from support.adapters import Recipe
 from support.base_models import write_base_model
@@ -123,7 +123,7 @@ def test_ranks_the_kernels_cannot_take_end_their_own_request_and_no_other(tmp_pa
 def test_a_full_tile_table_ends_the_request_and_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "tile_capacity", lambda *_args, **_fields: 1)
+    monkeypatch.setattr(kernel_setup, "tile_capacity", lambda *_args, **_fields: 1)
     model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
     with cuda_engine(model_dir, "bfloat16", num_pages=200) as harness:
         harness.add_adapter(*recipe_adapter(load_base_model(model_dir), Recipe(rank=8), "a" * 64))

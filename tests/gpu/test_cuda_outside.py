@@ -100,7 +100,8 @@ def test_tokens_and_logits_are_the_torch_backends(model_dirs: dict[str, Path], d
     """Prompts eagerly, decode rows by graphs; the whole vocabulary and the added tokens, teacher-forced; truth in fp32."""
     model_dir = model_dirs["gqa" if dtype == "float32" else "gqa/plain/bfloat16"]
     oracle = OutsideRig(model_dir, make_torch_runner(model_dir, "float32", num_pages=NUM_PAGES), dtype)
-    own = OutsideRig(model_dir, make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES), dtype)
+    runner = make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES, max_num_batched_tokens=1024)
+    own = OutsideRig(model_dir, runner, dtype)
     draw = Draw(num_logprobs=VOCAB + 256)
     truth, rows = oracle.add(count, draw), own.add(count, draw)
     oracle.harness.generate(truth, NUM_TOKENS)

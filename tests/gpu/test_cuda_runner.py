@@ -14,6 +14,7 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.cuda import host_memory
 from loraplex_engine.runners.cuda.decode_lora import MAX_ROWS_BESIDE
 from loraplex_engine.step import SlotSetup
 from support.cuda_rig import (
@@ -282,7 +283,7 @@ def test_an_adapters_pages_and_index_change_hands_only_after_launched_steps_have
     torch.cuda.synchronize()
     assert second.is_done()
 
-    logits = runner._decoder.work.logits[0].float().cpu()
+    logits = runner._decoder.work.logits[0, :vocab].float().cpu()  # behind them are adapters' added tokens
     own = logits.log_softmax(0).numpy()
     truth = np.empty(vocab, dtype=np.float32)
     truth[undisturbed.logprobs[3].token_ids[1:]] = undisturbed.logprobs[3].logprobs[1:]
@@ -334,6 +335,30 @@ def test_images_arrive_from_pinned_scattered_and_foreign_memory(model_dirs: dict
 
     for index, source in enumerate(sources):
         pages = np.arange(index * len(image), (index + 1) * len(image), dtype=np.int32)[::-1].copy()
+        handle = runner.load_adapter(index, spec, pages, source)
+        torch.cuda.synchronize()
+        assert handle.is_done()
+        assert torch.equal(runner.pool[torch.from_numpy(pages).cuda()].cpu(), torch.from_numpy(image)), index
+    runner.close()
+    arena.close()
+
+
+def test_an_image_that_lies_in_several_registrations_arrives(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbouring slots are copied at once, and the device refuses a copy over the border of two registrations."""
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", 1)  # the least that can be registered
+    runner = make_cuda_runner(model_dirs["mha"], "bfloat16")
+    spec, tensors = recipe_adapter(load_base_model(model_dirs["mha"]), RECIPES[0], "a" * 64)
+    image = pack(runner.geometry, spec, tensors)
+    arena = HostArena(2 * len(image), runner.geometry.page_bytes)
+    pinned = runner.pin_host_memory(arena.view)
+    pinned.wait()
+
+    for index, first in enumerate((0, len(image) - 1)):
+        source = arena.view[first : first + len(image)]
+        source[:] = image
+        pages = np.arange(index * len(image), (index + 1) * len(image), dtype=np.int32)
         handle = runner.load_adapter(index, spec, pages, source)
         torch.cuda.synchronize()
         assert handle.is_done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_adapter_store.attach.transfer import ARRIVAL_S
 from loraplex_adapter_store.repository.keys import manifest as manifest_key
 from loraplex_common.adapter_image import KIND_A, AdapterSpec, layout, tile_values
 from loraplex_common.base_model import BaseModelInfo, load_base_model
@@ -314,6 +316,19 @@ async def test_an_eviction_hint_becomes_a_drop(rig: tuple[RunningStore, StoreCli
         await rig[1].stub.EvictAdapter(pb.AdapterStoreServiceEvictAdapterRequest(revision=digest))
 
         assert (await peer.received("drop")).digest == digest
+
+
+async def test_an_image_that_came_and_went_between_two_reports_is_sent_again_at_once(
+    rig: tuple[RunningStore, StoreClient], base: BaseModelInfo
+) -> None:
+    digest = (await rig[1].upload_recipe("a")).revision.revision
+    async with attached_peer(rig[1].channel, base) as peer:
+        peer.num_to_drop = 2
+        peer.want(digest)
+
+        async with asyncio.timeout(ARRIVAL_S / 2):
+            await peer.image(digest)
+        assert peer.kinds().count("filled") == 3
 
 
 async def test_nothing_that_the_hello_lists_is_pushed_again(

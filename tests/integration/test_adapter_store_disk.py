@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+import struct
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from loraplex_adapter_store.disk.cache_file import MAGIC, CacheFile
 from loraplex_adapter_store.disk.disk_index import DiskIndex
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.valkey import connect
@@ -150,6 +155,74 @@ async def test_a_damaged_file_is_named_deleted_and_made_anew(
         assert "damaged and deleted" in said
         assert path.name in said
         await eventually(lambda: path.exists() and path.stat().st_size > stored.image.nbytes)
+
+
+@pytest.mark.parametrize("size", [0, 1, -4096])
+async def test_a_file_that_is_cut_after_its_check_is_made_anew(stored: Stored, base: BaseModelInfo, size: int) -> None:
+    path = stored.file("image")
+    config = replace(stored.config, image_cache_bytes=1)  # so that each engine's image comes from the disk
+    async with running_rig(config) as (_, client):
+        await fetch(client, base, stored.digest)
+        os.truncate(path, size % path.stat().st_size)
+
+        np.testing.assert_array_equal(await fetch(client, base, stored.digest), stored.image)
+
+        await eventually(lambda: path.exists() and path.stat().st_size > stored.image.nbytes)
+
+
+OTHER_HEADERS: dict[str, Any] = {
+    "a spec of a later version": {"fields": {"spec": '{"digest": "x", "modules": [{"parts": {"later": {}}}]}'}},
+    "no spec": {"fields": {"spec": None}},
+    "no fields": {"fields": None},
+    "pages of no bytes": {"shape": [2**40, 0]},
+    "no shape": {"shape": None},
+    "digests that are none": {"pieces": 7},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_HEADERS)
+async def test_a_whole_header_of_another_writer_is_no_image(stored: Stored, base: BaseModelInfo, change: str) -> None:
+    path, start = stored.file("image"), len(MAGIC) + 4
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<I", data, len(MAGIC))
+    header = json.loads(data[start : start + length])
+    other = dict(OTHER_HEADERS[change])
+    if other.get("fields"):
+        other["fields"] = header["fields"] | other["fields"]
+    text = json.dumps(header | other).encode()
+    head = MAGIC + struct.pack("<I", len(text)) + text + hashlib.sha256(text).digest()
+    path.write_bytes(head + bytes(-len(head) % 4096) + data[-stored.image.nbytes :])
+
+    async with running_rig(stored.config) as (_, client):
+        np.testing.assert_array_equal(await fetch(client, base, stored.digest), stored.image)
+
+
+async def test_budgets_of_one_byte_cost_time_only(redis_url: str, base: BaseModelInfo, tmp_path: Path) -> None:
+    config = store_config(
+        redis_url, disk_cache_dir=tmp_path, disk_cache_bytes=1, image_cache_bytes=1, image_work_bytes=1
+    )
+    async with running_rig(config) as (_, client):
+        digest = (await client.upload_recipe("a")).revision.revision
+        np.testing.assert_array_equal(await fetch(client, base, digest), await fetch(client, base, digest))
+
+    assert kinds(tmp_path) == []
+@pytest.mark.parametrize("num_gone", [1, 2])
+async def test_a_file_that_is_deleted_while_it_is_opened_costs_no_image(
+    stored: Stored, base: BaseModelInfo, monkeypatch: pytest.MonkeyPatch, num_gone: int
+) -> None:
+    body = CacheFile.body
+    gone: list[Path] = []
+
+    def vanish(file: CacheFile) -> NDArray[np.uint8]:
+        if len(gone) < num_gone:
+            gone.append(file.path)
+            file.path.unlink(missing_ok=True)
+        return body(file)
+
+    monkeypatch.setattr(CacheFile, "body", vanish)
+    async with running_rig(stored.config) as (_, client):
+        assert (await fetch(client, base, stored.digest) == stored.image).all()
+    assert len(gone) == num_gone
 
 
 async def test_a_damaged_canonical_form_is_read_from_valkey(stored: Stored, base: BaseModelInfo) -> None:

@@ -16,8 +16,8 @@ from loraplex_common.errors import (
     AdapterNotFoundError,
     ConflictError,
     InvalidParameterError,
-    RemoteError,
 )
+from loraplex_common.kept_status import answer_of
 from loraplex_common.valkey import connect
 from support.adapters import Recipe
 from support.pushes import adapters_at, push_messages, tensors_of
@@ -60,21 +60,10 @@ async def adapters(rig: tuple[RunningStore, StoreClient]) -> AsyncIterator[Async
         yield adapters
 
 
-LOST_STATUS = "Internal error from Core"
-"""What grpc.aio's client makes of a status that comes while it still writes."""
-
-
 async def send(client: StoreClient, messages: list[pb.PushAdapterRequest]) -> pb.PushAdapterResponse:
-    for attempt in range(10):
-        try:
-            with translated():
-                response: pb.PushAdapterResponse = await client.stub.PushAdapter(iter(messages))
-        except RemoteError as error:
-            if error.message != LOST_STATUS or attempt == 9:
-                raise
-        else:
-            return response
-    raise AssertionError("unreachable")
+    with translated():
+        response: pb.PushAdapterResponse = await answer_of(client.stub.PushAdapter(iter(messages)))
+    return response
 
 
 def attached(client: StoreClient, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from loraplex_common.auth import Role
 from loraplex_common.errors import LoraplexError, RoleForbiddenError, UnauthenticatedError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.healthcheck import check as check_health
+from loraplex_common.kept_status import KeptStatus
 from loraplex_common.rights import GATEWAY, RIGHTS
 from loraplex_common.rpc_errors import error_from_rpc
 from support.gateway_rig import running_gateway
@@ -39,10 +40,6 @@ METHODS: dict[str, MethodDescriptor] = {
 ANSWER_S = 1.0
 """What has let a call in may then say nothing for as long as it likes."""
 
-LOST_STATUS = "Internal error from Core"
-"""What grpc.aio's client makes of a status that comes while it still writes its first message."""
-MAX_LOST = 10
-
 
 def of(*services: str) -> list[str]:
     return sorted(method for method in RIGHTS if method.split("/")[1].rpartition(".")[2] in services)
@@ -61,6 +58,7 @@ async def outcome(target: str, method: str, key: str | None) -> LoraplexError | 
         make = shapes[descriptor.client_streaming, descriptor.server_streaming](method)
         request = once() if descriptor.client_streaming else b""
         call = make(request, timeout=ANSWER_S)
+        kept = KeptStatus(call)
         try:
             if descriptor.server_streaming:
                 async for _ in call:
@@ -68,7 +66,7 @@ async def outcome(target: str, method: str, key: str | None) -> LoraplexError | 
             else:
                 await call
         except grpc.aio.AioRpcError as error:
-            return error_from_rpc(error)
+            return error_from_rpc(kept.behind(error))
         return None
 
 
@@ -78,10 +76,7 @@ async def once() -> AsyncIterator[bytes]:
 
 async def check(target: str, methods: list[str], key: str | None, roles: set[Role] | None) -> None:
     for method in methods:
-        for _ in range(MAX_LOST):
-            error = await outcome(target, method, key)
-            if error is None or error.message != LOST_STATUS:
-                break
+        error = await outcome(target, method, key)
         if roles is None:
             assert isinstance(error, UnauthenticatedError), (method, error)
         elif roles & RIGHTS[method]:

@@ -68,7 +68,7 @@ def test_attention_decode(
             randn(len(contexts), layout.qkv_width, dtype=dtype),
             poisoned(len(contexts), heads * head_dim, dtype=dtype),
         )
-        kernel = AttentionDecode(lib, layout, max_rows=32, max_context=2048)
+        kernel = AttentionDecode(lib, layout, max_rows=64, max_context=2048)
         for _ in range(2):  # the second launch meets the arrival counters the first one left
             out.fill_(float("nan"))
             kernel.launch(1, pool, qkv, tables, ints(contexts), out, splits=splits)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 LEASE_S = 60.0
 
+# What each request is said to have used that came to its end.
+KV_PAGE_S = 1.5
+ADAPTER_PAGE_S = 0.25
+
 
 @dataclass(kw_only=True)
 class _Running:
@@ -261,7 +265,8 @@ class EngineDouble:
 
 def _end(slot: int, reason: gateway_pb2.FinishReason.ValueType, stop_token_id: int | None) -> engine_pb2.Output:
     finish = engine_pb2.EngineFinish(finish_reason=reason, stop_token_id=stop_token_id)
-    return engine_pb2.Output(slot=slot, finish=finish)
+    usage = engine_pb2.EngineUsage(kv_page_seconds=KV_PAGE_S, adapter_page_seconds=ADAPTER_PAGE_S)
+    return engine_pb2.Output(slot=slot, finish=finish, usage=usage)
 
 
 class _EngineServicer(engine_pb2_grpc.EngineServiceServicer):

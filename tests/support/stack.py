@@ -31,6 +31,7 @@ FREE_PORTS = ("--port", "0")
 class StackFlags:
     """Command-line flags in addition to those that connect the services."""
 
+    num_stores: int = 1
     engine: tuple[str, ...] = ("--pool-bytes", kibibytes(8192), "--arena-bytes", kibibytes(8192))
     store: tuple[str, ...] = ()
     gateway: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Stack:
 
     Attributes:
         import_root: Directory from which the store imports.
+        more_stores: Further replicas of the store, `StackFlags.num_stores` less one.
     """
 
     model: Path
@@ -52,12 +54,19 @@ class Stack:
     store: ServiceProcess = field(init=False)
     gateway: ServiceProcess = field(init=False)
     engines: list[ServiceProcess] = field(default_factory=list)
+    more_stores: list[ServiceProcess] = field(default_factory=list)
+
+    @property
+    def store_target(self) -> str:
+        """What engines and gateways are given."""
+        return ",".join(store.grpc for store in (self.store, *self.more_stores))
 
     def start(self) -> None:
         """Start everything; the services load side by side."""
         self.valkey.start()
-        self.store = self._spawn_store(FREE_PORTS)
-        self.store.wait_ready()
+        self.store, *self.more_stores = [self._spawn_store(FREE_PORTS) for _ in range(self.flags.num_stores)]
+        for store in (self.store, *self.more_stores):
+            store.wait_ready()
         with ThreadPoolExecutor() as pool:
             engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_first_gateway)
             engine.result()
@@ -67,20 +76,26 @@ class Stack:
     def start_engine(self, *flags: str) -> ServiceProcess:
         """Start one more engine and wait until it is ready."""
         common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url, *ENGINE_FLAGS)
-        peers = ("--store-target", self.store.grpc, "--metrics-port", "0")
+        peers = ("--store-target", self.store_target, "--metrics-port", "0")
         engine = self._spawn("loraplex_engine", (*FREE_PORTS, *common, *peers, *self.flags.engine, *flags))
         self.engines.append(engine)
         return engine.wait_ready()
 
     def restart_store(self) -> None:
         """Start the store again on its ports; the old process must have ended."""
-        self.store = self._spawn_store(("--port", self.store.grpc.rpartition(":")[2]))
-        self.store.wait_ready()
+        self.store = self._started_again(self.store)
+
+    def restart_another_store(self, index: int) -> None:
+        """Start one of `more_stores` again on its ports; the old process must have ended."""
+        self.more_stores[index] = self._started_again(self.more_stores[index])
+
+    def _started_again(self, store: ServiceProcess) -> ServiceProcess:
+        return self._spawn_store(("--port", store.grpc.rpartition(":")[2])).wait_ready()
 
     def stop(self) -> list[str]:
         """End everything and return the processes that did not end well."""
         troubles = []
-        for process in (self.gateway, *self.engines, self.store):
+        for process in (self.gateway, *self.engines, self.store, *self.more_stores):
             if process.is_running and (status := process.stop()) != 0:
                 troubles.append(f"{process.log_path.stem} ended with {status}:\n{process.log()[-4000:]}")
         self.valkey.close()
@@ -111,7 +126,7 @@ class Stack:
     def start_gateway(self, *, port: str = "0") -> ServiceProcess:
         """Start one more gateway and wait until it is ready; the caller ends it."""
         ports = ("--port", port, "--http-port", "0", "--metrics-port", "0")
-        flags = ("--store-target", self.store.grpc, "--redis-url", self.valkey.url)
+        flags = ("--store-target", self.store_target, "--redis-url", self.valkey.url)
         gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway))
         return gateway.wait_ready()
 
@@ -143,7 +158,11 @@ def running_stack(directory: Path, model: Path, import_root: Path, flags: StackF
         yield stack
     except BaseException:
         print(stack.logs())
-        for process in (*stack.engines, *(getattr(stack, name, None) for name in ("gateway", "store"))):
+        for process in (
+            *stack.engines,
+            *stack.more_stores,
+            *(getattr(stack, name, None) for name in ("gateway", "store")),
+        ):
             if process is not None and process.is_running:
                 process.kill()
         valkey.close()

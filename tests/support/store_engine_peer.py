@@ -18,6 +18,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
+from loraplex_common.error_status import from_status
 from loraplex_engine.rpc.image_check import ImageCheck
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class EnginePeer:
         accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
         takes_tree_digests: Whether it is an engine that checks the digest that comes last, and none of an earlier version.
         num_to_spoil: That many of the next images are reported corrupt.
+        num_to_flip: In that many of the next images a bit is flipped in the arena before they are checked.
+        num_to_drop: That many of the next images are dropped, and wanted again, before their arrival is reported.
         keeps_copies: Whether ``images`` shows pages; else they have none, which is what takes no time.
         num_bytes: Digest -> bytes of the image that arrived and was right.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
@@ -51,6 +54,9 @@ class EnginePeer:
         self.auto_grant = True
         self.accept_unsolicited = True
         self.num_to_spoil = 0
+        self.num_to_drop = 0
+        self.num_to_flip = 0
+        self.has_ended = False
         self.takes_tree_digests = True
         self.keeps_copies = True
         self.num_bytes: dict[str, int] = {}
@@ -144,21 +150,42 @@ class EnginePeer:
             await asyncio.wait_for(self._changed.wait(), 20.0)
         return self.images[digest]
 
+    async def image_or_refusal(self, digest: str) -> NDArray[np.uint8]:
+        """Wait until an image has arrived and been checked.
+
+        Raises:
+            LoraplexError: If the store refuses it.
+            OSError: If the stream ends before.
+        """
+        while digest not in self.images:
+            for refuse in (each.refuse for each in self.log if each.WhichOneof("message") == "refuse"):
+                if refuse.digest == digest:
+                    raise from_status(refuse.status)
+            if self.has_ended:
+                raise OSError("the stream has ended")
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), 20.0)
+        return self.images[digest]
+
     def kinds(self) -> list[str]:
         """Return the kinds of all messages in order."""
         return [str(response.WhichOneof("message")) for response in self.log]
 
     async def run(self, call: Any) -> None:
         """Serve the stream to its end."""
-        async for response in call:
-            self.log.append(response)
-            match response.WhichOneof("message"):
-                case "offer":
-                    self._offered(response.offer)
-                case "chunk":
-                    self._write(response.chunk)
-                case "filled":
-                    await self._filled(response.filled)
+        try:
+            async for response in call:
+                self.log.append(response)
+                match response.WhichOneof("message"):
+                    case "offer":
+                        self._offered(response.offer)
+                    case "chunk":
+                        self._write(response.chunk)
+                    case "filled":
+                        await self._filled(response.filled)
+                self._changed.set()
+        finally:
+            self.has_ended = True
             self._changed.set()
 
     def close(self) -> None:
@@ -197,6 +224,9 @@ class EnginePeer:
     async def _filled(self, filled: pb.AttachEngineResponse.Filled) -> None:
         digest, page_bytes = filled.digest, self._geometry.page_bytes
         slots = self._granted[digest]
+        if self.num_to_flip:
+            self.num_to_flip -= 1
+            self._map[self._position(slots[-1])] ^= 1
         arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
         if self.keeps_copies:
             image = arena[list(slots)]
@@ -209,9 +239,15 @@ class EnginePeer:
         if not self.takes_tree_digests:
             is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256
         if self.num_to_spoil or not is_right:
-            self.num_to_spoil -= 1
+            self.num_to_spoil = max(0, self.num_to_spoil - 1)
             self._free += self._granted.pop(digest)
             self.report(digest, adapter_pb2.TIER_STORE, error=status_pb2.Status(code=15, message="sha256 is wrong"))
+            return
+        if self.num_to_drop:
+            self.num_to_drop -= 1
+            self._free += self._granted.pop(digest)
+            self.report(digest, adapter_pb2.TIER_STORE)
+            self.want(digest)
             return
         self.images[digest] = image
         self.num_bytes[digest] = len(slots) * page_bytes
@@ -248,5 +284,7 @@ async def attached_peer(
     finally:
         call.cancel()
         await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # the tests look at what came
         if peer is None:
             own.close()

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from loraplex_engine.model.fp8 import Fp8Weight, quantise
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ class RandomWeights:
 
     def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
         """Return linear layers stacked along their outputs."""
-        weight = torch.cat([self.read(part.weight, part.weight_shape) for part in parts])
-        if not parts[0].has_bias:
-            return forms.dense(weight, None)
-        return forms.dense(weight, torch.cat([self.read(part.bias, (part.out_features,)) for part in parts]))
+        weight, bias = torch.cat([self.read(part.weight, part.weight_shape) for part in parts]), None
+        if parts[0].has_bias:
+            bias = torch.cat([self.read(part.bias, (part.out_features,)) for part in parts])
+        if forms.fp8 is None:
+            return forms.dense(weight, bias)
+        return forms.fp8(Fp8Weight(*quantise(weight), is_blocked=False, dtype=self._dtype), bias)
 
     def has(self, name: str) -> bool:
         """Tell that there is any weight asked for."""

@@ -12,6 +12,7 @@ import torch
 from loraplex_engine.limits import EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.messages import ImageArrived, ResidencyState
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
@@ -71,7 +72,7 @@ class RigSetup:
         """The setup in words."""
         limits = self.limits
         return (
-            f"{self.shape.name}, {self.family.name}: at most {limits.max_num_seqs} sequences, "
+            f"{self.shape.name}{', FP8' if self.shape.is_fp8 else ''}, {self.family.name}: at most {limits.max_num_seqs} sequences, "
             f"{limits.max_num_batched_tokens} batched tokens, max_model_len {limits.max_model_len}, pool of "
             f"{limits.num_pages} pages ({self.pool_bytes / 2**30:.1f} GiB; {limits.block_tokens} tokens each), "
             f"{limits.max_resident_adapters} table entries, {self.num_adapters} adapters in the arena"
@@ -92,7 +93,9 @@ def make_runner(setup: RigSetup, limits: EngineLimits, weights: WeightSource | N
     from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
 
     assert weights is not None
-    config = RunnerConfig(info=shape.info, limits=limits, device=str(DEVICE), dependent_launch=setup.dependent_launch)
+    form = WeightForm.FP8 if shape.is_fp8 else WeightForm.WHOLE
+    device, dependent = str(DEVICE), setup.dependent_launch
+    config = RunnerConfig(info=shape.info, limits=limits, device=device, dependent_launch=dependent, weight_form=form)
     return CudaRunner(config, weights)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,12 +26,14 @@ class Shape:
     Attributes:
         pool_gib: Page pool that fits an 80 GB device beside the weights.
         model_dir: Files to read, for the torch backend; None makes random weights on the GPU for ours.
+        is_fp8: Whether the decoder's linear layers are FP8, a scale for each output.
     """
 
     info: BaseModelInfo
     pool_gib: float
     dtype: str = "bfloat16"
     model_dir: Path | None = None
+    is_fp8: bool = False
 
     @property
     def name(self) -> str:
@@ -122,3 +124,4 @@ def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
 
 LLAMA2_7B: Final = Shape(info=llama("llama2-7b", inter=11008, kv_heads=32, vocab=32000), pool_gib=57.0)
 LLAMA3_8B: Final = Shape(info=llama("llama3-8b", inter=14336, kv_heads=8, vocab=128256), pool_gib=52.0)
+LLAMA3_8B_FP8: Final = replace(LLAMA3_8B, is_fp8=True)

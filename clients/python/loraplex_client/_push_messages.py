@@ -125,6 +125,7 @@ def push_result(message: pb.PushAdapterResponse) -> PushResult:
         revision=messages.revision(message.revision),
         already_existed=message.already_existed,
         warnings=tuple(message.warnings),
+        late_gateways=tuple(message.visibility.late_gateways),
         ready_engines=tuple(message.ready_engines),
         late_engines=tuple(message.late_engines),
         ready_timeout_s=message.ready_timeout.ToMilliseconds() / 1000,

@@ -34,6 +34,7 @@ def _notes(message: adapter_store_pb2.AdapterReport.ImportNotes) -> ReportNotes:
         folded=tuple(message.folded),
         warnings=tuple(message.warnings),
         num_omitted=message.num_omitted,
+        signer=message.signer,
     )
 
 

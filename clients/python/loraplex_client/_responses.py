@@ -102,6 +102,7 @@ def _started(started: gateway_pb2.Started) -> events.Started:
         engine_id=started.engine_id,
         adapter_revision=started.adapter_revision,
         adapter_revisions=tuple(started.adapter_revisions),
+        adapter_sources=tuple(started.adapter_sources),
         resume_token=started.resume_token,
         seed=started.seed,
         numerics=started.numerics,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
-from loraplex_common.adapter_folder import check_present, list_folder
+from loraplex_common.adapter_folder import check_present_signed, list_folder
 from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.error_status import from_status
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
@@ -101,6 +101,7 @@ def import_result(
         revision=revision(message.revision),
         already_existed=message.already_existed,
         warnings=tuple(message.warnings),
+        late_gateways=tuple(message.visibility.late_gateways),
     )
 
 
@@ -197,9 +198,9 @@ def report_operation(operation: Operation, progress: ProgressCallback | None) ->
 def upload_header(
     name: str, directory: Path, *, label: str, base_model: str, stage: bool = False
 ) -> adapter_store_pb2.UploadAdapterRequest.Header:
-    """Return the header of an upload: the adapter's files, and those of a tokenizer if it brings one.
+    """Return the header of an upload: the adapter's files, and those of a tokenizer and a signature if it brings any.
 
-    Whether the latter can be served is the store's to say, so it has to hear of them.
+    Whether the latter can be served, and are trusted, is the store's to say, so it has to hear of them.
 
     Raises:
         InvalidParameterError: If there is no such directory, or it cannot be read.
@@ -209,7 +210,7 @@ def upload_header(
     if problem := adapter_directory_problem(directory):
         raise InvalidParameterError(problem, field="directory")
     try:
-        names = check_present(list_folder(directory))
+        names = check_present_signed(list_folder(directory), signature=True)
     except OSError as error:
         raise InvalidParameterError(f"{directory} cannot be read: {error.strerror}", field="directory") from error
     header = adapter_store_pb2.UploadAdapterRequest.Header(

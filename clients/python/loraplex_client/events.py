@@ -117,6 +117,7 @@ class Started(Event):
     Attributes:
         adapter_revision: Digest of the (first) adapter's weights in use; empty for the base model.
         adapter_revisions: Digests of all of ``adapters``, in their order; empty unless these were given.
+        adapter_sources: Sources with their commits, of adapters that the request named so, in its order.
         numerics: What loading did to the base model's numbers on that engine, e.g. ``bf16``; empty: it does not say.
         seed: Seed in use, drawn by the gateway if none was given.
         prompt_logprobs: Probabilities of the prompt's tokens after the first, if asked for.
@@ -130,6 +131,7 @@ class Started(Event):
     seed: int
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     adapter_revisions: tuple[str, ...] = ()
+    adapter_sources: tuple[str, ...] = ()
     numerics: str = ""
 
 

@@ -80,6 +80,7 @@ class ReportNotes:
         folded: What was folded into other values.
         warnings: The import's other warnings.
         num_omitted: Notes left out for their size.
+        signer: Name of the signer of the files; empty if the store found or looked for no signature that it trusts.
     """
 
     method: str
@@ -87,6 +88,7 @@ class ReportNotes:
     folded: tuple[str, ...]
     warnings: tuple[str, ...]
     num_omitted: int
+    signer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

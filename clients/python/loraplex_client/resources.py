@@ -114,12 +114,14 @@ class ImportResult:
     Attributes:
         already_existed: Whether the store had this revision before.
         warnings: What is odd about the adapter though it is served, or could not be told for certain.
+        late_gateways: Gateways that did not serve it yet when the time for that was over; empty if all do.
     """
 
     adapter: Adapter
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    late_gateways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Final
 
+from loraplex_common import tracing
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
 from loraplex_common.heap import keep_heap_small
@@ -23,16 +24,19 @@ from loraplex_adapter_store.credentials import CredentialsFileError
 from loraplex_adapter_store.disk.disk_index import DirectoryInUseError
 from loraplex_adapter_store.repository.hot_tier import ColdTierError
 from loraplex_adapter_store.service import running_store
+from loraplex_adapter_store.signatures.trust import TrustFileError
 
 
 async def run(config: StoreConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tracing.configure("adapter_store", config.otlp_endpoint, config.trace_sample_ratio)
     stop = stop_on_signals()
     async with running_store(config) as store:
         announce_ready(
             "adapter_store", grpc=f"{config.host}:{store.grpc_port}", metrics=f"{config.host}:{store.metrics_port}"
         )
         await store.supervisor.run_until(stop)
+    tracing.shut_down()
     store.check_integrity()
 
 
@@ -43,6 +47,8 @@ _NAMED: Final = (
     QuotasFileError,
     ColdTierError,
     DirectoryInUseError,
+    TrustFileError,
+    tracing.TracingError,
 )
 """What is wrong with flags or files, in a message for the operator."""
 

@@ -20,6 +20,7 @@ from loraplex_common.wake_up import WakeUp
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.visibility import Visibility
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_adapter_store.repository.catalog import Catalog
+    from loraplex_adapter_store.watchers import Watchers
 
 _log = get_logger()
 SNAPSHOT_CHUNK: Final = 50
@@ -50,17 +52,21 @@ class AliasUpdate:
 
 
 class AliasTable:
-    """This replica's table and its watchers.
+    """This replica's table and the streams of its watchers.
 
     Args:
         base_fingerprints: Fingerprints of the base models known here; adapters of others are reported at the first
             read.
+        watchers: What gateways have taken in; kept as an attribute.
     """
 
-    def __init__(self, client: keys.Client, catalog: Catalog, base_fingerprints: Collection[str]) -> None:
+    def __init__(
+        self, client: keys.Client, catalog: Catalog, base_fingerprints: Collection[str], watchers: Watchers
+    ) -> None:
         self._client = client
         self._catalog = catalog
         self._base_fingerprints = base_fingerprints
+        self.watchers = watchers
         self._views: dict[str, AdapterView] = {}
         self._position = Position("", 0)
         self._is_current = False
@@ -96,19 +102,27 @@ class AliasTable:
         for queue in self._watchers:
             queue.put_nowait(DrainingError("this store is shutting down: watch another"))
 
-    async def wait_for(self, record: AdapterRecord) -> None:
-        """Wait until this replica's watchers have been told of a change, so that its author can use the name at once.
+    async def wait_for(self, record: AdapterRecord) -> Visibility:
+        """Wait until gateways serve a change, so that its author can use the name at once, and return which do.
 
-        Just after an outage of Valkey, changes are possible some seconds before the table follows again. The change is
-        safe then: if the table does not follow within `FOLLOW_S` seconds, that is logged, not raised.
+        Those of this replica that acknowledge nothing have been told of it then, those of all replicas that do have taken it
+        in. The change is safe in any case: what is not done within `FOLLOW_S` seconds is logged and returned, not raised.
         """
+        loop = asyncio.get_running_loop()
+        give_up_at, visibility = loop.time() + FOLLOW_S, Visibility(timeout_s=FOLLOW_S)
         try:
-            async with asyncio.timeout(FOLLOW_S):
+            async with asyncio.timeout_at(give_up_at):
                 # Versions of another history cannot be compared: a store that went back counts them anew.
-                history_id = (await self._catalog.position()).history_id
-                await self._changed.wait_until(lambda: self._knows(record, history_id))
+                position = await self._catalog.position()  # not before the change
+                await self._changed.wait_until(lambda: self._knows(record, position.history_id))
+            visibility = await self.watchers.wait(position, give_up_at - loop.time())
         except (TimeoutError, LoraplexError):
             _log.warning("a change is acknowledged before gateways know of it", name=record.name)
+        if visibility.late:
+            _log.warning(
+                "a change is acknowledged before all gateways know of it", name=record.name, late=visibility.late
+            )
+        return replace(visibility, timeout_s=FOLLOW_S)
 
     async def run(self) -> None:
         """Follow the catalog for ever. After each failure of Valkey, read the table anew and compare."""
@@ -162,7 +176,8 @@ class AliasTable:
                 f"sequence {start_sequence} is not within {oldest - 1} to {newest}: start again from sequence 0"
             )
         changed = dict.fromkeys(name for sequence, name in self._history if sequence > start_sequence)
-        return _in_parts(self._position, [self._views[name] for name in changed])
+        before = replace(self._position, sequence=start_sequence)
+        return _in_parts(before, self._position, [self._views[name] for name in changed])
 
     def _knows(self, record: AdapterRecord, history_id: str) -> bool:
         view = self._views.get(record.name)
@@ -200,7 +215,8 @@ class AliasTable:
             updates = self._snapshot()
         else:
             self._history.extend((position.sequence, view.record.name) for view in changed)
-            updates = _in_parts(position, changed)
+            # Even if nothing is new: changes wait until the position is acknowledged.
+            updates = _in_parts(old, position, changed) or [AliasUpdate(position, ())]
         self._loaded.set()
         self._publish(updates)
 
@@ -245,8 +261,8 @@ class AliasTable:
                 self._views[view.record.name] = view
                 self._names.update(dict.fromkeys(view.record.revisions, view.record.name))
             self._history.extend(changes)
-            self._position = replace(self._position, sequence=changes[-1][0])
-            self._publish(_in_parts(self._position, views))
+            before, self._position = self._position, replace(self._position, sequence=changes[-1][0])
+            self._publish(_in_parts(before, self._position, views))
 
     async def _with_revisions(self, records: list[AdapterRecord]) -> list[AdapterView]:
         digests = list(dict.fromkeys(digest for record in records for digest in record.revisions))
@@ -274,8 +290,7 @@ def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
     return now is None or now.version < told.version or (now.version == told.version and now != told)
 
 
-def _in_parts(position: Position, views: list[AdapterView]) -> list[AliasUpdate]:
-    return [
-        AliasUpdate(position, tuple(views[start : start + SNAPSHOT_CHUNK]))
-        for start in range(0, len(views), SNAPSHOT_CHUNK)
-    ]
+def _in_parts(before: Position, after: Position, views: list[AdapterView]) -> list[AliasUpdate]:
+    """Return the messages of a change; with the last one alone the watcher is where the change leads."""
+    parts = [tuple(views[start : start + SNAPSHOT_CHUNK]) for start in range(0, len(views), SNAPSHOT_CHUNK)]
+    return [AliasUpdate(after if part is parts[-1] else before, part) for part in parts]

@@ -14,6 +14,7 @@ from loraplex_common.settings import secret, setting, size
 
 from loraplex_adapter_store.imports.registry import Registry
 from loraplex_adapter_store.object_storage import Bucket
+from loraplex_adapter_store.resolve.rules import ResolveRule
 
 MIB: Final = 1024 * 1024
 _POSITIVE: Final = (
@@ -24,6 +25,11 @@ _POSITIVE: Final = (
     "max_adapter_bytes",
     "max_concurrent_imports",
     "max_pending_imports",
+    "resolve_refusal_s",
+    "resolve_pin_s",
+    "max_resolving",
+    "resolved_bytes",
+    "resolved_idle_s",
     "keep_pushed_revisions",
 )
 
@@ -75,6 +81,23 @@ class StoreConfig(ServiceSettings):
     image_work_bytes: int = size(1024 * MIB, help="host memory for page images and adapters while images are made")
     disk_cache_dir: Path | None = setting(None, help="directory for images and adapters, so that a restart is warm")
     disk_cache_bytes: int = size(64 * 1024 * MIB, help="bytes of files in --disk-cache-dir")
+    resolve_from: tuple[ResolveRule, ...] = setting(
+        (),
+        help="SOURCE[?tenant=NAME&credential=NAME&base=NAME] below which a request may name an adapter by its source, e.g. "
+        "hf:org/ or s3://bucket/folder/; repeatable (default: none)",
+        parse=ResolveRule.parse,
+        show=shown_each,
+        metavar="SOURCE",
+    )
+    resolve_refusal_s: float = setting(60.0, help="time for which it is remembered that a source cannot be resolved")
+    resolve_pin_s: float = setting(
+        300.0, help="time for which a source without a commit stays at the one it had when it was looked up"
+    )
+    max_resolving: int = setting(8, help="sources being resolved at once; a tenant has half of them at most")
+    resolved_bytes: int = size(4096 * MIB, help="bytes of adapters resolved at request time; unused ones go first")
+    resolved_idle_s: float = setting(
+        604800.0, help="time without a request after which an adapter resolved at request time is deleted"
+    )
     prepare_images: int = setting(
         32, help="new adapters that may wait until their images are made for the attached engines; 0 makes none ahead"
     )
@@ -92,6 +115,11 @@ class StoreConfig(ServiceSettings):
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(
         None, help="credentials of private sources: NAME TOKEN, NAME USER PASSWORD or NAME ACCESS_KEY SECRET_KEY lines"
+    )
+    trusted_signers: Path | None = setting(
+        None,
+        help="what is asked of adapters' signatures, and who is trusted, TOML; see docs/signatures.md",
+        metavar="FILE",
     )
     quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     max_connection_age_s: float = setting(
@@ -118,7 +146,7 @@ class StoreConfig(ServiceSettings):
         self.check_identity(self.redis_url)
         require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor nan
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         for name in ("max_connection_age_s", "prepare_images", "redis_replicas"):
             if (getattr(self, name) or 0) < 0:

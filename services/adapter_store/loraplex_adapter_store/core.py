@@ -24,9 +24,12 @@ from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.bulk_reader import BulkReader
 from loraplex_adapter_store.repository.catalog import Catalog
+from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import adapter_bytes
+from loraplex_adapter_store.repository.tenant_imports import TenantImports, imports_per_day
+from loraplex_adapter_store.signatures.check import Signatures
 from loraplex_adapter_store.tiers import tiers_of
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Core:
     config: StoreConfig
     client: keys.Client
     credentials: Credentials
+    signatures: Signatures
     catalog: Catalog
     blobs: Blobs
     holdings: EngineHoldings
@@ -58,6 +62,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
 
     Raises:
         ColdTierError: If ``--cold-tier`` cannot be used.
+        TrustFileError: If ``--trusted-signers`` cannot be used.
     """
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
@@ -78,8 +83,10 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
             check_name=bases.check_adapter_name,
             limit_of=adapter_bytes(config.quotas_file),
             on_disk=OnDisk(config.num_replicas),
+            imports=TenantImports(client, imports_per_day(config.quotas_file)),
         ),
         credentials=credentials,
+        signatures=Signatures.from_file(config.trusted_signers),
         blobs=Blobs(client, tiers_of(config, client, credentials, bulk)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
@@ -99,7 +106,7 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
         disk = DiskTier(DiskIndex(config.disk_cache_dir, config.disk_cache_bytes), executor, core.metrics)
         stack.push_async_callback(disk.close)
     budget = ByteBudget(config.image_work_bytes)
-    sources = ImageSources(
-        core.blobs, core.catalog, disk, budget, executor, BufferPool(max_idle_bytes=config.image_work_bytes)
-    )
+    leases = DerivationLeases(core.client)
+    buffers = BufferPool(max_idle_bytes=config.image_work_bytes)
+    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor, leases, buffers)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)

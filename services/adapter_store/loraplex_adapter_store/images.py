@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.page_image import ImageKey
     from loraplex_adapter_store.repository.blobs import Blobs, Manifest
     from loraplex_adapter_store.repository.catalog import Catalog
+    from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
 
 
 class ImageSources:
@@ -39,6 +40,7 @@ class ImageSources:
         disk: Images and canonical forms on disk; None if there is no disk tier.
         budget: Bounds what derivations hold at once.
         executor: Its threads do their work.
+        leases: Say which replica derives.
         buffers: Memory of images and canonical forms.
     """
 
@@ -49,6 +51,7 @@ class ImageSources:
         disk: DiskTier | None,
         budget: ByteBudget,
         executor: Executor,
+        leases: DerivationLeases,
         buffers: BufferPool,
     ) -> None:
         self._blobs = blobs
@@ -56,6 +59,7 @@ class ImageSources:
         self.disk = disk
         self._budget = budget
         self._executor = executor
+        self._leases = leases
         self._buffers = buffers
 
     async def manifest(self, digest: str) -> Manifest:
@@ -88,6 +92,22 @@ class ImageSources:
         return ImagePlan(manifest.spec, manifest.base_fingerprint, plan.num_pages)
 
     async def derive(self, key: ImageKey, manifest: Manifest, num_pages: int, sink: PageSink | None) -> Image:
+        """Return an image that another replica derives just now, else derive it.
+
+        Raises:
+            LoraplexError: If it cannot be derived.
+        """
+        async with self._leases.turn(key) as turn:
+            if turn.pages is None or len(turn.pages) != num_pages:
+                image = await self._derived(key, manifest, num_pages, sink)
+                turn.derived = (image.pages, image.tree_sha256)
+                return image
+        image = Image(manifest.spec, manifest.base_fingerprint, turn.pages, turn.tree_sha256)
+        if self.disk is not None:
+            self.disk.keep_image(key, image)
+        return image
+
+    async def _derived(self, key: ImageKey, manifest: Manifest, num_pages: int, sink: PageSink | None) -> Image:
         """Derive an image from the canonical form on disk, else in Valkey.
 
         Raises:

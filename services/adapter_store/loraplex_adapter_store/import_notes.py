@@ -22,6 +22,7 @@ class ImportNotes:
         folded: What was folded into other values.
         warnings: The import's other warnings.
         num_omitted: Notes left out for their size.
+        signer: Name of the signer of the files; empty if no trusted signature was found or looked for.
     """
 
     method: str
@@ -29,11 +30,12 @@ class ImportNotes:
     folded: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     num_omitted: int = 0
+    signer: str = ""
 
     def to_json(self) -> str:
         """Encode for Valkey in at most `MAX_NOTES_BYTES`; what does not fit is counted in ``num_omitted``."""
         cut: dict[str, Any] = {name: tuple(map(_cut, getattr(self, name))) for name in _LISTS}
-        notes = replace(self, **cut)
+        notes = replace(self, signer=_cut(self.signer), **cut)
         while len(data := json.dumps(asdict(notes), separators=(",", ":"))) > MAX_NOTES_BYTES:
             longest = max(_LISTS, key=lambda name: sum(map(len, getattr(notes, name))))
             fewer: dict[str, Any] = {longest: getattr(notes, longest)[:-1]}
@@ -45,7 +47,9 @@ class ImportNotes:
         """Decode what `to_json` wrote; fields of a later version are left out."""
         fields: dict[str, Any] = json.loads(data)
         lists = {name: tuple(fields.get(name, ())) for name in _LISTS}
-        return cls(method=fields["method"], num_omitted=fields.get("num_omitted", 0), **lists)
+        return cls(
+            method=fields["method"], num_omitted=fields.get("num_omitted", 0), signer=fields.get("signer", ""), **lists
+        )
 
 
 _LISTS: Final = ("rules", "folded", "warnings")

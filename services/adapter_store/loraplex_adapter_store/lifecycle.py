@@ -19,6 +19,7 @@ from loraplex_common.errors import (
 from loraplex_adapter_store.audit import audited
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError, Told
+from loraplex_adapter_store.visibility import Changed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 MAX_DESCRIPTION: Final = 4096
 MAX_TENANTS: Final = 1000
 UPDATABLE: Final = ("description", "allowed_tenants")
-LIST_BATCH: Final = 200
+MIN_LIST_BATCH: Final = 50
+"""Names looked at in one step of a list, if most of them are deleted or hidden from the caller."""
 
 Leases = Callable[[], Awaitable[dict[str, int]]]
 """Returns digest -> requests that lease it, on all engines."""
@@ -51,7 +53,7 @@ class Caller:
 
 
 class Lifecycle:
-    """Operations on names; each is atomic, and acknowledged once gateways have been told."""
+    """Operations on names; each is atomic, and acknowledged once gateways know of it."""
 
     def __init__(self, catalog: Catalog, moves: AliasMoves, leases: Leases, told: Told) -> None:
         self._catalog = catalog
@@ -59,9 +61,7 @@ class Lifecycle:
         self._leases = leases
         self._told = told
 
-    async def create(
-        self, name: str, description: str, allowed_tenants: tuple[str, ...], caller: Caller
-    ) -> AdapterRecord:
+    async def create(self, name: str, description: str, allowed_tenants: tuple[str, ...], caller: Caller) -> Changed:
         """Reserve a name; a deleted one may be taken again.
 
         Raises:
@@ -95,7 +95,9 @@ class Lifecycle:
         """Return a page of records by name, and the name after which to go on; empty on the last page."""
         found: list[AdapterRecord] = []
         while len(found) <= page_size:
-            names = await self._catalog.list_names(after=after, prefix=prefix, count=LIST_BATCH)
+            # One more than is missing says whether there is a next page.
+            count = max(MIN_LIST_BATCH, page_size + 1 - len(found))
+            names = await self._catalog.list_names(after=after, prefix=prefix, count=count)
             if not names:
                 break
             after = names[-1]
@@ -119,7 +121,7 @@ class Lifecycle:
         digests = record.revisions[offset : offset + page_size]
         return await self._catalog.get_revisions(digests), offset + page_size < len(record.revisions)
 
-    async def update(self, change: AdapterRecord, fields: tuple[str, ...], etag: str, caller: Caller) -> AdapterRecord:
+    async def update(self, change: AdapterRecord, fields: tuple[str, ...], etag: str, caller: Caller) -> Changed:
         """Set the named fields from ``change``.
 
         Raises:
@@ -138,7 +140,7 @@ class Lifecycle:
 
         return await self._change("update", change.name, apply, caller)
 
-    async def delete(self, name: str, etag: str, caller: Caller, *, force: bool) -> AdapterRecord:
+    async def delete(self, name: str, etag: str, caller: Caller, *, force: bool) -> Changed:
         """Delete a name softly and return the tombstone; revisions without another reference are collected later.
 
         Raises:
@@ -161,7 +163,7 @@ class Lifecycle:
 
     async def set_alias(
         self, name: str, label: str, shares: Mapping[str, int], expected: str | None, caller: Caller
-    ) -> AdapterRecord:
+    ) -> Changed:
         """Move a label atomically.
 
         Args:
@@ -182,9 +184,7 @@ class Lifecycle:
 
         return await self._move("alias", name, apply, caller)
 
-    async def roll_back(
-        self, name: str, label: str, expected: str | None, caller: Caller
-    ) -> tuple[AdapterRecord, AliasMove]:
+    async def roll_back(self, name: str, label: str, expected: str | None, caller: Caller) -> tuple[Changed, AliasMove]:
         """Point a label at what it left last; return the record, and the move that was taken back.
 
         Twice in a row leaves it where it was.
@@ -218,7 +218,7 @@ class Lifecycle:
         found = await self._moves.of(name, label)
         return found[offset : offset + page_size], offset + page_size < len(found)
 
-    async def _move(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+    async def _move(self, kind: str, name: str, apply: Change, caller: Caller) -> Changed:
         try:
             return await self._change(kind, name, apply, caller)
         except RevisionGoneError as error:
@@ -232,23 +232,21 @@ class Lifecycle:
             raise AdapterNotFoundError(f"adapter {name} does not exist")
         return record.as_shown_to(tenant, is_admin=is_admin)
 
-    async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+    async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> Changed:
         with audited(kind, name) as facts:
-            record = await self._changed(kind, name, apply, caller)
-            facts["labels"] = dict(record.labels)
-            return record
+            changed = await self._changed(kind, name, apply, caller)
+            facts["labels"] = dict(changed.record.labels)
+            return changed
 
-    async def _changed(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+    async def _changed(self, kind: str, name: str, apply: Change, caller: Caller) -> Changed:
         asked = Answer(kind, name, content=caller.content)
         if (answer := await self._catalog.answer_to(caller.request_id)) is not None:
             asked.repeated(answer)
             record = await self._catalog.get(name)
             if record is not None:
-                await self._told(record)
-                return record
+                return Changed(record, await self._told(record))
         record = await self._catalog.change(name, apply, request_id=caller.request_id, answer=asked)
-        await self._told(record)
-        return record
+        return Changed(record, await self._told(record))
 
 
 def _left_last(record: AdapterRecord, label: str, moves: list[AliasMove]) -> tuple[AliasMove, dict[str, int]]:

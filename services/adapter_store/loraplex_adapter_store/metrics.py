@@ -41,6 +41,18 @@ class StoreMetrics:
         )
         self.churn = Counter("loraplex_store_churn_total", "Changes of residency.", ["action"], registry=registry)
         self.imports = Counter("loraplex_store_imports_total", "Imports by outcome.", ["outcome"], registry=registry)
+        self.resolutions = Counter(
+            "loraplex_store_resolutions_total",
+            "Requests of gateways to resolve a source, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.resolved_deletions = Counter(
+            "loraplex_store_resolved_deletions_total",
+            "Deletions of adapters that were resolved at request time, by cause.",
+            ["cause"],
+            registry=registry,
+        )
         self.import_seconds = Histogram("loraplex_store_import_seconds", "Time of an import.", registry=registry)
         self.image_cache_bytes = Gauge(
             "loraplex_store_image_cache_bytes", "Host memory of cached page images.", registry=registry

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError, ConflictError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 from loraplex_common.text_parts import TextPartsInfo
@@ -16,6 +19,15 @@ if TYPE_CHECKING:
 
 MAX_REVISIONS: Final = 100
 """Revisions kept per name; older ones without a label are released, so that frequent pushes do not grow without end."""
+
+NO_SPLITS: Final[dict[str, dict[str, int]]] = {}
+"""One for all records without a split label, which are nearly all; never changed."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_once(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words; equal ones are the same object while they are used often."""
+    return tuple(sys.intern(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +61,14 @@ class Revision:
     @classmethod
     def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None) -> Revision:
         """Decode what `to_json` wrote, and what is said of the text parts if there are any."""
-        fields: dict[str, Any] = json.loads(data)
+        fields: dict[str, Any] = msgspec.json.decode(data)
         info = TextPartsInfo.from_json(text_parts) if text_parts else None
-        return cls(**{**fields, "target_modules": tuple(fields["target_modules"]), "text_parts": info})
+        # A hundred thousand revisions have a few base models and sets of modules: these are kept once.
+        shared = {
+            "base_fingerprint": sys.intern(fields["base_fingerprint"]),
+            "target_modules": _kept_once(tuple(fields["target_modules"])),
+        }
+        return cls(**{**fields, **shared, "text_parts": info})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +104,15 @@ class AdapterRecord:
     @classmethod
     def from_json(cls, data: str | bytes) -> AdapterRecord:
         """Decode what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(data)
-        tuples = {key: tuple(fields[key]) for key in ("allowed_tenants", "revisions")}
-        return cls(**{**fields, **tuples})
+        fields: dict[str, Any] = msgspec.json.decode(data)
+        # JSON has a text anew wherever it occurs; in memory labels refer to the texts of `revisions`.
+        digests = {digest: digest for digest in fields["revisions"]}
+        own = {
+            "allowed_tenants": tuple(sys.intern(tenant) for tenant in fields["allowed_tenants"]),
+            "labels": {sys.intern(label): digests.get(at, at) for label, at in fields["labels"].items()},
+            "revisions": tuple(digests),
+        }
+        return cls(**{"splits": NO_SPLITS, **fields, **own})
 
     @property
     def etag(self) -> str:

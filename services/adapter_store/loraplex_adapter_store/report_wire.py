@@ -33,6 +33,7 @@ def _notes(source: ImportNotes) -> AdapterReport.ImportNotes:
         folded=source.folded,
         warnings=source.warnings,
         num_omitted=source.num_omitted,
+        signer=source.signer,
     )
 
 

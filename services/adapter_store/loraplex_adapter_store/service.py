@@ -17,6 +17,7 @@ from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
 from loraplex_adapter_store.aliases import AliasTable
+from loraplex_adapter_store.arrivals import Arrivals
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.contents import Contents
@@ -38,15 +39,18 @@ from loraplex_adapter_store.push.assembly import make_pusher
 from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.moves import AliasMoves
+from loraplex_adapter_store.resolve.assembly import make_resolver
 from loraplex_adapter_store.revisions import RevisionFinder
 from loraplex_adapter_store.servicer import AdapterStoreServicer
 from loraplex_adapter_store.tiers import find_adapters
+from loraplex_adapter_store.watchers import Watchers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.repository.engines import EngineHoldings
+    from loraplex_adapter_store.resolve.sweeper import ResolvedSweeper
 
 MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
@@ -82,26 +86,29 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         core = make_core(config, bases, stack)
         images = make_images(core, stack)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
-        aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
+        watchers = Watchers(core.client)
+        aliases = AliasTable(core.client, core.catalog, bases.fingerprints, watchers)
         hints = Hints(attached, core.holdings, core.catalog, images)
         preparer = ImagePreparer(images, attached.geometries, max_waiting=config.prepare_images)
         importer = _importer(core, bases, aliases, attached, preparer)
-        operations = _operations(core, stack)
-        intake = _intake(core, importer, operations, stack)
+        operations, sources = _operations(core, stack), _sources(core, stack)
+        intake = _intake(core, importer, operations, sources)
+        lifecycle = _lifecycle(core, aliases, attached)
+        resolver, sweeper = make_resolver(core, sources, importer, lifecycle, stack)
         servicer = AdapterStoreServicer(
-            lifecycle=_lifecycle(core, aliases, attached),
-            intake=intake,
-            pusher=make_pusher(core, intake, importer, attached, hints),
+            lifecycle=lifecycle,
+            arrivals=Arrivals(intake, make_pusher(core, intake, importer, attached, hints), resolver),
             aliases=aliases,
             attached=attached,
             hints=hints,
             contents=_contents(core, aliases, attached, stack),
         )
-        server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, ReplicaFactorCollector(attached.held, aliases.label_of), stack)
         supervisor = await stack.enter_async_context(Supervisor())
         await find_adapters(config, core.client, supervisor)
-        _spawn(supervisor, core, aliases, hints, preparer)
+        supervisor.spawn(watchers.run(), name="leases of watches")
+        _spawn(supervisor, core, aliases, hints, preparer, sweeper)
+        server = _server(core, servicer, operations)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -147,17 +154,21 @@ def _importer(
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
+    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor, core.signatures)
     return Importer(
         checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for, on_stored=preparer.imported
     )
 
 
-def _intake(core: Core, importer: Importer, operations: LongRunning, stack: AsyncExitStack) -> Intake:
-    sources = Sources(core.config, core.credentials)
-    stack.push_async_callback(sources.close)
+def _intake(core: Core, importer: Importer, operations: LongRunning, sources: Sources) -> Intake:
     max_bytes = core.config.max_adapter_bytes
     return Intake(importer, operations, core.catalog, importer.budget, sources, max_adapter_bytes=max_bytes)
+
+
+def _sources(core: Core, stack: AsyncExitStack) -> Sources:
+    sources = Sources(core.config, core.credentials, core.signatures)
+    stack.push_async_callback(sources.close)
+    return sources
 
 
 def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
@@ -177,7 +188,14 @@ def _server(core: Core, servicer: AdapterStoreServicer, operations: LongRunning)
     return server
 
 
-def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints, preparer: ImagePreparer) -> None:
+def _spawn(
+    supervisor: Supervisor,
+    core: Core,
+    aliases: AliasTable,
+    hints: Hints,
+    preparer: ImagePreparer,
+    sweeper: ResolvedSweeper,
+) -> None:
     """Start what runs beside the servers."""
     collector = GarbageCollector(
         core.client,
@@ -190,6 +208,7 @@ def _spawn(supervisor: Supervisor, core: Core, aliases: AliasTable, hints: Hints
     supervisor.spawn(core.authenticator.follow(), name="credentials")
     supervisor.spawn(collector.run(), name="garbage collector")
     supervisor.spawn(preparer.run(), name="image preparer")
+    supervisor.spawn(sweeper.run(), name="resolved adapters")
 
 
 async def _serve_metrics(core: Core, replicas: ReplicaFactorCollector, stack: AsyncExitStack) -> int:

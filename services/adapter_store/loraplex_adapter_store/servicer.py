@@ -20,8 +20,9 @@ from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.stream import read_hello, run_session
 from loraplex_adapter_store.callers import caller_of
 from loraplex_adapter_store.lifecycle import Caller
-from loraplex_adapter_store.records import AdapterRecord
+from loraplex_adapter_store.records import AdapterRecord, Position
 from loraplex_adapter_store.servicer_imports import ImportRpcs
+from loraplex_adapter_store.watchers import check_watcher_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from loraplex.v1.adapter_pb2 import Alias
 
     from loraplex_adapter_store.aliases import AliasTable
+    from loraplex_adapter_store.arrivals import Arrivals
     from loraplex_adapter_store.attach.attached import AttachedEngines
     from loraplex_adapter_store.contents import Contents
     from loraplex_adapter_store.hints import Hints
-    from loraplex_adapter_store.imports.intake import Intake
     from loraplex_adapter_store.lifecycle import Lifecycle
-    from loraplex_adapter_store.push.pusher import Pusher
+    from loraplex_adapter_store.visibility import Changed
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,14 +47,13 @@ class AdapterStoreServicer(ImportRpcs):
         self,
         *,
         lifecycle: Lifecycle,
-        intake: Intake,
-        pusher: Pusher,
+        arrivals: Arrivals,
         aliases: AliasTable,
         attached: AttachedEngines,
         hints: Hints,
         contents: Contents,
     ) -> None:
-        super().__init__(intake, pusher, contents.revisions)
+        super().__init__(arrivals, contents.revisions)
         self._store_id = f"store-{uuid.uuid4().hex[:12]}"
         self._lifecycle = lifecycle
         self._aliases = aliases
@@ -66,8 +66,8 @@ class AdapterStoreServicer(ImportRpcs):
         caller = caller_of(request)
         name = check_adapter_name(request.adapter.name, field="adapter.name")
         tenants = tuple(request.adapter.allowed_tenants)
-        record = await self._lifecycle.create(name, request.adapter.description, tenants, caller)
-        return pb.CreateAdapterResponse(adapter=await self._adapter(record))
+        changed = await self._lifecycle.create(name, request.adapter.description, tenants, caller)
+        return pb.CreateAdapterResponse(**await self._after(changed))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Describe one adapter."""
@@ -113,15 +113,15 @@ class AdapterStoreServicer(ImportRpcs):
             allowed_tenants=tuple(request.adapter.allowed_tenants),
         )
         fields = tuple(request.update_mask.paths)
-        record = await self._lifecycle.update(change, fields, request.adapter.etag, caller)
-        return pb.UpdateAdapterResponse(adapter=await self._adapter(record))
+        changed = await self._lifecycle.update(change, fields, request.adapter.etag, caller)
+        return pb.UpdateAdapterResponse(**await self._after(changed))
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Delete a name softly."""
         caller = caller_of(request)
         name = check_adapter_name(request.name)
-        record = await self._lifecycle.delete(name, request.etag, caller, force=request.force)
-        return pb.DeleteAdapterResponse(adapter=await self._adapter(record))
+        changed = await self._lifecycle.delete(name, request.etag, caller, force=request.force)
+        return pb.DeleteAdapterResponse(**await self._after(changed))
 
     async def ListAdapterRevisions(
         self, request: pb.ListAdapterRevisionsRequest, context: Context
@@ -143,18 +143,16 @@ class AdapterStoreServicer(ImportRpcs):
         name = check_adapter_name(request.alias.name, field="alias.name")
         label = check_label(request.alias.label, field="alias.label")
         shares = await self._shares(request.alias, name)
-        record = await self._lifecycle.set_alias(name, label, shares, await self._expected(request, name), caller)
-        return pb.SetAliasResponse(adapter=await self._adapter(record))
+        changed = await self._lifecycle.set_alias(name, label, shares, await self._expected(request, name), caller)
+        return pb.SetAliasResponse(**await self._after(changed))
 
     async def RollBackAlias(self, request: pb.RollBackAliasRequest, context: Context) -> pb.RollBackAliasResponse:
         """Point a label at what it left last."""
         caller = caller_of(request)
         name = check_adapter_name(request.name)
         label = check_label(request.label or DEFAULT_LABEL)
-        record, move = await self._lifecycle.roll_back(name, label, await self._expected(request, name), caller)
-        return pb.RollBackAliasResponse(
-            adapter=await self._adapter(record), left_revision=move.revision, revision=move.left
-        )
+        changed, move = await self._lifecycle.roll_back(name, label, await self._expected(request, name), caller)
+        return pb.RollBackAliasResponse(**await self._after(changed), left_revision=move.revision, revision=move.left)
 
     async def ListAliasMoves(self, request: pb.ListAliasMovesRequest, context: Context) -> pb.ListAliasMovesResponse:
         """Page through where a name's labels have pointed, newest first."""
@@ -189,9 +187,21 @@ class AdapterStoreServicer(ImportRpcs):
         self, request: pb.WatchAliasesRequest, context: Context
     ) -> AsyncIterator[pb.WatchAliasesResponse]:
         """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
-        async with aclosing(self._aliases.watch(request.start_sequence, request.start_history_id)) as updates:
+        watcher_id = check_watcher_id(request.watcher_id) if request.watcher_id else ""
+        async with (
+            self._aliases.watchers.watching(watcher_id),
+            aclosing(self._aliases.watch(request.start_sequence, request.start_history_id)) as updates,
+        ):
             async for update in updates:
                 yield wire.alias_update(update, with_text_parts=request.uses_text_parts)
+
+    async def AcknowledgeAliases(
+        self, request: pb.AcknowledgeAliasesRequest, context: Context
+    ) -> pb.AcknowledgeAliasesResponse:
+        """Note what a watcher has taken in."""
+        watcher_id = check_watcher_id(request.watcher_id)
+        await self._aliases.watchers.acknowledge(watcher_id, Position(request.history_id, request.sequence))
+        return pb.AcknowledgeAliasesResponse()
 
     async def GetTextParts(self, request: pb.GetTextPartsRequest, context: Context) -> pb.GetTextPartsResponse:
         """Return what a revision brings besides weights."""
@@ -246,6 +256,8 @@ class AdapterStoreServicer(ImportRpcs):
             return None
         return await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
 
-    async def _adapter(self, record: AdapterRecord) -> Any:
-        latest = await self._lifecycle.latest_of([record])
-        return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
+    async def _after(self, changed: Changed) -> dict[str, Any]:
+        """Return what the answers to all changes of a name have in common."""
+        latest = await self._lifecycle.latest_of([changed.record])
+        adapter = wire.adapter(changed.record, latest.get(wire.latest_of(changed.record) or ""))
+        return {"adapter": adapter, "visibility": wire.visibility(changed.visibility)}

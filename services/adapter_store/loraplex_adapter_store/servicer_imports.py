@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
@@ -25,19 +25,18 @@ if TYPE_CHECKING:
 
     from google.longrunning import operations_pb2
 
-    from loraplex_adapter_store.imports.intake import Intake
-    from loraplex_adapter_store.push.pusher import Pusher
+    from loraplex_adapter_store.arrivals import Arrivals
     from loraplex_adapter_store.revisions import RevisionFinder
 
+MAX_TENANT: Final = 256
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     """A part of `AdapterStoreServicer`."""
 
-    def __init__(self, intake: Intake, pusher: Pusher, revisions: RevisionFinder) -> None:
-        self._intake = intake
-        self._pusher = pusher
+    def __init__(self, arrivals: Arrivals, revisions: RevisionFinder) -> None:
+        self._intake, self._pusher, self._resolver = arrivals.intake, arrivals.pusher, arrivals.resolver
         self._revisions = revisions
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
@@ -53,6 +52,15 @@ class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             case _:
                 raise InvalidParameterError("no source is set", field="source")
         return await self._intake.start(source, target, credential=request.credential_ref)
+
+    async def ResolveAdapter(self, request: pb.ResolveAdapterRequest, context: Context) -> pb.ResolveAdapterResponse:
+        """Return the adapter that a source is for a tenant."""
+        if not 0 < len(request.tenant) <= MAX_TENANT:
+            raise InvalidParameterError(f"not of 1 to {MAX_TENANT} characters", field="tenant")
+        resolved = await self._resolver.resolve(request.source, request.tenant)
+        return pb.ResolveAdapterResponse(
+            name=resolved.name, source=resolved.source, revision=resolved.revision, is_new=resolved.is_new
+        )
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
@@ -76,6 +84,7 @@ class ImportRpcs(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             revision=outcome.revision,
             already_existed=outcome.already_existed,
             warnings=outcome.warnings,
+            visibility=outcome.visibility,
         )
 
     async def PushAdapter(

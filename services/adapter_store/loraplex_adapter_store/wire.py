@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import crc32c
+from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common import geometry_wire
 from loraplex_common.adapter_image import ImageError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.imports.importer import Progress
     from loraplex_adapter_store.imports.targets import ImportOutcome
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+    from loraplex_adapter_store.visibility import Visibility
 
 _PLACES = {adapter_pb2.TIER_DEVICE: Place.DEVICE, adapter_pb2.TIER_ARENA: Place.ARENA}
 
@@ -121,7 +123,15 @@ def import_result(outcome: ImportOutcome) -> adapter_store_pb2.ImportAdapterResu
         revision=revision(outcome.revision),
         already_existed=outcome.already_existed,
         warnings=outcome.warnings,
+        visibility=visibility(outcome.visibility),
     )
+
+
+def visibility(known: Visibility) -> adapter_store_pb2.Visibility:
+    """Convert which gateways know of a change."""
+    timeout = Duration()
+    timeout.FromNanoseconds(round(known.timeout_s * 1e9))
+    return adapter_store_pb2.Visibility(gateways=known.gateways, late_gateways=known.late, timeout=timeout)
 
 
 def latest_of(record: AdapterRecord) -> str | None:
@@ -209,7 +219,7 @@ def _arena(message: adapter_store_pb2.AttachEngineRequest.Arena) -> ArenaInfo:
 def _want(message: adapter_store_pb2.AttachEngineRequest.Want) -> Want:
     left = message.time_left
     time_left_s = left.seconds + left.nanos * 1e-9 if message.HasField("time_left") else None
-    return Want(_digest(message.digest, "want.digest"), time_left_s)
+    return Want(_digest(message.digest, "want.digest"), time_left_s, message.traceparent)
 
 
 def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:

@@ -29,6 +29,8 @@ TOKENIZER_FILES: Final = (
 GENERATION_FILE: Final = "generation_config.json"
 TEXT_FILES: Final = (*TOKENIZER_FILES, GENERATION_FILE)
 READ_FILES: Final = (CONFIG_FILE, *WEIGHTS_FILES, *TEXT_FILES)
+SIGNATURE_FILE: Final = "model.sig"
+"""The signature of a folder, as OpenSSF's model signing names it; not a part of the adapter."""
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_LISTED: Final = 2000
 MAX_DEPTH: Final = 2
@@ -110,6 +112,16 @@ def check_present(names: Iterable[str]) -> list[str]:
     if weights is None or CONFIG_FILE not in present:
         raise diagnose(present)
     return [name for name in READ_FILES if name in present and (name == weights or name not in WEIGHTS_FILES)]
+
+
+def check_present_signed(names: Iterable[str], *, signature: bool) -> list[str]:
+    """Return what `check_present` does, with the folder's signature behind it if it is wanted and there.
+
+    Raises:
+        LoraplexError: In the cases of `check_present`.
+    """
+    listed = list(names)
+    return check_present(listed) + [SIGNATURE_FILE] * (signature and SIGNATURE_FILE in listed)
 
 
 def diagnose(names: Collection[str]) -> LoraplexError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
+from loraplex_common.alias_acks import Acknowledgements
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
@@ -28,6 +30,8 @@ SLICE_NAMES: Final = 256
 """Names of a whole table that are taken in at one step: some milliseconds."""
 NO_SPLITS: Final[Mapping[str, tuple[tuple[str, int], ...]]] = MappingProxyType({})
 """One for all adapters without a split label, which are nearly all."""
+NO_TEXT_PARTS: Final[Mapping[str, str]] = MappingProxyType({})
+"""One for all adapters of which no revision brings text parts."""
 Item = TypeVar("Item")
 
 _log = get_logger()
@@ -52,7 +56,7 @@ class AdapterEntry:
     labels: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=lambda: NO_SPLITS)
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
-    text_parts: Mapping[str, str] = field(default_factory=dict)
+    text_parts: Mapping[str, str] = field(default_factory=lambda: NO_TEXT_PARTS)
     created: Mapping[str, int] = field(default_factory=dict)
     num_bytes: Mapping[str, int] = field(default_factory=dict)
     allowed_tenants: frozenset[str] = frozenset()
@@ -81,11 +85,15 @@ class AliasFeed:
     Args:
         channel: Channel to the adapter store.
         tables: The tables to keep up to date; they stay unchanged while the store is away.
+        watcher_id: A name unique among all watchers, of one for which changes wait: the store is told what has been taken
+            in. Empty for one that need not know at once.
     """
 
-    def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable]) -> None:
+    def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable], *, watcher_id: str = "") -> None:
         self._channel = channel
         self._tables = tables
+        self._watcher_id = watcher_id
+        self._acknowledgements = Acknowledgements(watcher_id)
         self._is_away = False
         self._has_heard = False
         self._history_id, self._sequence = "", 0
@@ -109,19 +117,24 @@ class AliasFeed:
         async with self._channel.use() as channel:
             stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub
             stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
-            request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0, uses_text_parts=True)
+            request = adapter_store_pb2.WatchAliasesRequest(
+                start_sequence=0, uses_text_parts=True, watcher_id=self._watcher_id
+            )
             call = stub.WatchAliases(request, wait_for_ready=True)
+            self._acknowledgements = Acknowledgements(self._watcher_id)
+            acknowledging = asyncio.create_task(self._acknowledgements.run(stub), name="alias-feed-acknowledgements")
             try:
                 await self._take_in(call)
             finally:
                 call.cancel()
+                await cancel_and_wait(acknowledging)
 
     async def _take_in(self, call: grpc.aio.UnaryStreamCall[Any, adapter_store_pb2.WatchAliasesResponse]) -> None:
         staged: list[AdapterEntry] | None = None
         response: Any = await self._first_word(call)
         while response is not None and response is not grpc.aio.EOF:
             self._has_heard, self._is_away = True, False
-            entries = [_entry(entry) for entry in response.entries]
+            entries = [entry_of(entry) for entry in response.entries]
             if response.snapshot_start:
                 staged = []
                 self._compare(response)
@@ -141,6 +154,8 @@ class AliasFeed:
                     _log.info("received the name table", num_adapters=num_adapters, sequence=response.sequence)
                     staged = None
             self._history_id, self._sequence = response.history_id, response.sequence
+            if staged is None:
+                self._acknowledgements.took_in(self._history_id, self._sequence)
             response = await call.read()
 
     async def _first_word(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
@@ -181,19 +196,23 @@ def _splits(
     return found or NO_SPLITS
 
 
-def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
+def entry_of(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
+    """Return an entry of a message."""
+    # Each field of a message is a text anew. A table of a hundred thousand names keeps each text once.
+    revisions = [(revision.revision, revision) for revision in entry.revisions]
+    digests = {digest: digest for digest, _ in revisions}
+    labels = ((sys.intern(alias.label), alias.revision) for alias in entry.aliases)
+    text_parts = {
+        digest: revision.text_parts.digest for digest, revision in revisions if revision.HasField("text_parts")
+    }
     return AdapterEntry(
         name=entry.name,
-        labels={alias.label: alias.revision for alias in entry.aliases},
+        labels={label: digests.get(digest, digest) for label, digest in labels},
         splits=_splits(entry),
-        base_fingerprints={revision.revision: revision.base_fingerprint for revision in entry.revisions},
-        text_parts={
-            revision.revision: revision.text_parts.digest
-            for revision in entry.revisions
-            if revision.HasField("text_parts")
-        },
-        created={revision.revision: revision.create_time.seconds for revision in entry.revisions},
-        num_bytes={revision.revision: revision.canonical_bytes for revision in entry.revisions},
-        allowed_tenants=frozenset(entry.allowed_tenants),
+        base_fingerprints={digest: sys.intern(revision.base_fingerprint) for digest, revision in revisions},
+        text_parts=text_parts or NO_TEXT_PARTS,
+        created={digest: revision.create_time.seconds for digest, revision in revisions},
+        num_bytes={digest: revision.canonical_bytes for digest, revision in revisions},
+        allowed_tenants=frozenset(sys.intern(tenant) for tenant in entry.allowed_tenants),
         is_deleted=entry.deleted,
     )

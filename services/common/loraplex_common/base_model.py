@@ -69,11 +69,13 @@ class BaseModelInfo:
         With several tensor-parallel ranks it offers nothing outside of the layers.
 
         Raises:
-            ImageError: If it is none, or tensor-parallel ranks would share a head.
+            ImageError: If it is none, or heads cannot be divided evenly; ranks that are more than the heads of keys share them.
         """
-        for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
-            if tp_degree <= 0 or heads % tp_degree:  # a projection only tells how wide its heads are together
-                raise ImageError(f"{name} {heads} cannot be split over tp_degree {tp_degree}")
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if tp_degree <= 0 or heads % tp_degree:  # a projection only tells how wide its heads are together
+            raise ImageError(f"num_heads {heads} cannot be split over tp_degree {tp_degree}")
+        if kv_heads % tp_degree and tp_degree % kv_heads:
+            raise ImageError(f"num_kv_heads {kv_heads} can neither be split over nor shared by tp_degree {tp_degree}")
         outside = self.outside if tp_degree == 1 else ()
         return Geometry.of(self.layers, outside, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
 

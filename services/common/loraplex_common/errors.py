@@ -95,6 +95,12 @@ class AdapterIncompatibleError(LoraplexError):
     code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE", 422
 
 
+class AdapterUntrustedError(LoraplexError):
+    """The adapter's files are not signed by a signer that the operator trusts; the message has the remedy."""
+
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNTRUSTED", 422
+
+
 class AdapterInUseError(LoraplexError):
     """Refused while running requests lease the adapter; `force` overrides."""
 

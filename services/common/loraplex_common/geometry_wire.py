@@ -7,7 +7,7 @@ from typing import Final
 from loraplex.v1 import adapter_pb2
 
 from loraplex_common.image_geometry import LAYOUT_VERSION, Geometry, ImageError
-from loraplex_common.projections import Projection, Split
+from loraplex_common.projections import Projection, Section, Split
 
 _SPLITS: Final[dict[adapter_pb2.Projection.Split.ValueType, Split]] = {
     adapter_pb2.Projection.SPLIT_OUTPUTS: Split.OUTPUTS,
@@ -19,6 +19,8 @@ MAX_LAYERS: Final = 4096
 """Most decoder layers, and most descriptions of them, that are read; far more than any model has."""
 MAX_PROJECTIONS: Final = 4096
 """Most projections of all descriptions together."""
+MAX_SECTIONS: Final = 16
+"""Most sections of one projection."""
 
 
 def to_message(geometry: Geometry) -> adapter_pb2.Geometry:
@@ -89,11 +91,22 @@ def _projection_message(projection: Projection) -> adapter_pb2.Projection:
         op=projection.op,
         in_features=projection.in_features,
         out_features=projection.out_features,
-        split=_WIRE_SPLITS[projection.split],
+        # A reader that knows no sections refuses the projection instead of dividing it wrongly.
+        split=adapter_pb2.Projection.SPLIT_SECTIONS if projection.sections else _WIRE_SPLITS[projection.split],
+        sections=[
+            adapter_pb2.Projection.Section(width=section.width, units=section.units) for section in projection.sections
+        ],
     )
 
 
 def _projection(message: adapter_pb2.Projection) -> Projection:
+    if len(message.sections) > MAX_SECTIONS:
+        raise ImageError(
+            f"projection {message.path!r}: {len(message.sections)} sections exceed the {MAX_SECTIONS} read"
+        )
+    sections = tuple(Section(each.width, each.units) for each in message.sections)
+    if message.split == adapter_pb2.Projection.SPLIT_SECTIONS and sections:
+        return Projection(message.path, message.op, message.in_features, message.out_features, sections=sections)
     if message.split not in _SPLITS:
         raise ImageError(
             f"projection {message.path!r}: split {message.split} is none that this version knows: upgrade the older side"

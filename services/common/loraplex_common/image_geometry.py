@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.projections import EMBED_OP, HEAD_OP, LayerProjections, Op, Projection, Split, ops_of
@@ -103,6 +103,8 @@ class Geometry:
             ImageError: If it is none: a dtype, size or layer makes no sense.
         """
         layers = (*layers, outside) if outside else tuple(layers)
+        if tp_degree == 1:  # sections say nothing then, and one geometry has one description
+            layers = tuple(tuple(replace(each, sections=()) for each in layer) for layer in layers)
         distinct = {layer: index for index, layer in enumerate(dict.fromkeys(layers))}
         return cls(
             dtype=dtype,
@@ -224,7 +226,13 @@ def _check_layer(layer: LayerProjections, tp_degree: int) -> None:
         if min(projection.shape) <= 0:
             raise ImageError(f"{projection.path}: {projection.in_features} x {projection.out_features} is no matrix")
         width = projection.in_features if projection.split is Split.INPUTS else projection.out_features
-        if tp_degree <= 0 or width % tp_degree:
+        if projection.sections and sum(section.width for section in projection.sections) != projection.out_features:
+            raise ImageError(f"{projection.path}: sections of other than its {projection.out_features} outputs")
+        if projection.split is Split.INPUTS:
+            is_even = tp_degree > 0 and not width % tp_degree
+        else:
+            is_even = all(section.can_be_split(tp_degree) for section in projection.all_sections)
+        if not is_even:
             raise ImageError(
                 f"{width} {projection.split.value} of {projection.path} cannot be split over tp_degree {tp_degree}"
             )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
-from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut
+from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut, own_outputs
 from loraplex_common.projections import Split
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class LowRankKind:
 def local_pair(projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
     """Return views of what one tensor-parallel rank computes with of A ``[rank, in]`` and B ``[out, rank]``."""
     a, b = arrays
-    columns, outputs = projection.local_shape(tp_degree)
+    columns = projection.local_shape(tp_degree)[0]
     if projection.split is Split.INPUTS:
         return a[:, tp_rank * columns : (tp_rank + 1) * columns], b
-    return a, b[tp_rank * outputs : (tp_rank + 1) * outputs]
+    return a, own_outputs(projection, b, tp_rank, tp_degree)

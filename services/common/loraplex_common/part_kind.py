@@ -175,6 +175,12 @@ class PartKind(Protocol):
         ...
 
 
+def own_outputs(projection: Projection, array: NDArray[Any], tp_rank: int, tp_degree: int) -> NDArray[Any]:
+    """Return one rank's outputs, the first dimension, of a projection that ranks divide along them; a view if they lie together."""
+    pieces = [array[outputs] for outputs in projection.local_outputs(tp_rank, tp_degree)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 def least_columns(item_bytes: int) -> int:
     """Return the fewest columns or outputs of a tile that is one of several: what a vector of 16 bytes holds, 8 at most."""
     return max(min(VECTOR_BYTES // item_bytes, 8), TILE_STEPS[-1])

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.grpc_channel import make_channel
+from loraplex_common.log import get_logger
+from loraplex_common.peer_targets import RESOLVE_S, channel_target, parse_targets
 from loraplex_common.secret import Secret
 from loraplex_common.tls_files import TlsFiles, watch_tls
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.tls_files import WatchedTls
 
+_log = get_logger()
 LOOK_S: Final = 1.0
 """Seconds between checks, by a task that waits for a connection, whether there are newer credentials."""
 
@@ -82,11 +85,12 @@ class Peers:
 class PeerChannel:
     """A channel to one peer for as long as the service runs; it is replaced once the identity has changed.
 
-    Calls under way end on the channel that they began on.
+    Calls under way end on the channel that they began on. Calls go to several addresses in turn, as far as they answer; if
+    a call cannot be made at one address, it is made at another.
 
     Args:
         peers: Opens the channel.
-        target: ``host:port`` or any gRPC name.
+        target: ``host:port`` or any gRPC name; or several of ``host:port`` separated by commas.
         tls_name: Name that the server's certificate must have, instead of the host in ``target``.
     """
 
@@ -95,8 +99,11 @@ class PeerChannel:
         self._target = target
         self._tls_name = tls_name
         self._version = peers.version
-        self._channel = peers.open(target, tls_name=tls_name)
-        self._num_users: dict[grpc.aio.Channel, int] = {self._channel: 0}
+        self._has_several = len(parse_targets(target)) > 1
+        self._resolved = "" if self._has_several else target
+        self._resolved_at = -RESOLVE_S
+        self._channel: grpc.aio.Channel | None = None if self._has_several else peers.open(target, tls_name=tls_name)
+        self._num_users: dict[grpc.aio.Channel, int] = {} if self._channel is None else {self._channel: 0}
 
     @property
     def is_outdated(self) -> bool:
@@ -106,8 +113,8 @@ class PeerChannel:
     @asynccontextmanager
     async def use(self) -> AsyncIterator[grpc.aio.Channel]:
         """Give out the channel for the block; it stays open while the block runs."""
-        await self._renew()
-        channel = self._channel
+        await self._resolve()
+        channel = await self._renew()
         self._num_users[channel] += 1
         try:
             yield channel
@@ -127,13 +134,29 @@ class PeerChannel:
         for channel in channels:
             await channel.close()
 
-    async def _renew(self) -> None:
-        if not self.is_outdated:
+    async def _resolve(self) -> None:
+        """Look the addresses of several names up, from time to time; where none resolves, those known stay."""
+        if not self._has_several or time.monotonic() - self._resolved_at < RESOLVE_S:
             return
-        self._version = self._peers.version
-        self._channel = self._peers.open(self._target, tls_name=self._tls_name)
-        self._num_users[self._channel] = 0
-        await self._close_unused()
+        try:
+            resolved = await channel_target(self._target)
+        except OSError as error:
+            _log.warning("no address is known", target=self._target, cause=str(error))
+            # The first name alone: its channel looks it up again by itself, and calls say that it is unavailable.
+            resolved = self._resolved or parse_targets(self._target)[0]
+        else:
+            self._resolved_at = time.monotonic()
+        if resolved != self._resolved:
+            self._resolved, self._version = resolved, -1
+
+    async def _renew(self) -> grpc.aio.Channel:
+        channel = self._channel
+        if channel is None or self.is_outdated:
+            self._version = self._peers.version
+            channel = self._channel = self._peers.open(self._resolved, tls_name=self._tls_name)
+            self._num_users[channel] = 0
+            await self._close_unused()
+        return channel
 
     async def _close_unused(self) -> None:
         unused = [channel for channel, num in self._num_users.items() if num == 0 and channel is not self._channel]

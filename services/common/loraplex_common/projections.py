@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 EMBED_OP: Final = "embed"
 """Op of the embedding, outside of the decoder layers: its input features are tokens."""
@@ -19,6 +20,40 @@ class Split(enum.Enum):
     INPUTS = "inputs"
 
 
+class Section(NamedTuple):
+    """Outputs of a projection that tensor-parallel ranks divide among themselves apart from its other outputs.
+
+    Attributes:
+        width: How many outputs.
+        units: How many parts that no rank divides, such as heads of keys, they are; ranks that are more than these share them,
+            several to a part. 0: the outputs are divided anywhere.
+    """
+
+    width: int
+    units: int = 0
+
+    def local_width(self, tp_degree: int) -> int:
+        """Return the outputs that one of ``tp_degree`` ranks computes."""
+        return self.width // self._shares(tp_degree)
+
+    def first(self, tp_rank: int, tp_degree: int) -> int:
+        """Return a rank's first output in the section."""
+        return tp_rank * self._shares(tp_degree) // tp_degree * self.local_width(tp_degree)
+
+    def is_first_holder(self, tp_rank: int, tp_degree: int) -> bool:
+        """Tell whether a rank is the first of those that compute its outputs of the section."""
+        return tp_rank == 0 or self.first(tp_rank - 1, tp_degree) != self.first(tp_rank, tp_degree)
+
+    def can_be_split(self, tp_degree: int) -> bool:
+        """Tell whether each rank gets as many outputs as the others."""
+        if tp_degree <= 0 or (self.units % tp_degree and tp_degree % self.units):
+            return False
+        return not self.width % self._shares(tp_degree)
+
+    def _shares(self, tp_degree: int) -> int:
+        return min(tp_degree, self.units) if self.units else tp_degree
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """One projection of one layer.
@@ -30,6 +65,7 @@ class Projection:
         in_features: Width of its input, before any split over ranks.
         out_features: Width of its output, before any split over ranks.
         split: How tensor-parallel ranks divide it.
+        sections: Sections of the outputs, if they are divided one by one or in whole units; empty: all outputs are one.
     """
 
     path: str
@@ -37,6 +73,7 @@ class Projection:
     in_features: int
     out_features: int
     split: Split = Split.OUTPUTS
+    sections: tuple[Section, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,7 +89,21 @@ class Projection:
         """Return the ``(in_features, out_features)`` that one of ``tp_degree`` tensor-parallel ranks computes."""
         if self.split is Split.INPUTS:
             return self.in_features // tp_degree, self.out_features
-        return self.in_features, self.out_features // tp_degree
+        return self.in_features, sum(section.local_width(tp_degree) for section in self.all_sections)
+
+    @property
+    def all_sections(self) -> tuple[Section, ...]:
+        """The sections of its outputs, one at least."""
+        return self.sections or (Section(self.out_features),)
+
+    def local_outputs(self, tp_rank: int, tp_degree: int) -> tuple[slice, ...]:
+        """Return which outputs one rank of a split along the outputs computes, in its order."""
+        begins = itertools.accumulate((section.width for section in self.all_sections), initial=0)
+        firsts = [
+            begin + each.first(tp_rank, tp_degree) for begin, each in zip(begins, self.all_sections, strict=False)
+        ]
+        widths = [section.local_width(tp_degree) for section in self.all_sections]
+        return tuple(slice(first, first + width) for first, width in zip(firsts, widths, strict=True))
 
 
 LayerProjections: TypeAlias = tuple[Projection, ...]
@@ -98,10 +149,11 @@ def gated_decoder_layer(
 ) -> LayerProjections:
     """Return the projections of a layer of the Llama family: attention, then an MLP with a gate."""
     query, key_value = num_heads * head_dim, num_kv_heads * head_dim
+    kv_heads = (Section(key_value, num_kv_heads),)
     return (
         Projection("self_attn.q_proj", "qkv", hidden_size, query),
-        Projection("self_attn.k_proj", "qkv", hidden_size, key_value),
-        Projection("self_attn.v_proj", "qkv", hidden_size, key_value),
+        Projection("self_attn.k_proj", "qkv", hidden_size, key_value, sections=kv_heads),
+        Projection("self_attn.v_proj", "qkv", hidden_size, key_value, sections=kv_heads),
         Projection("self_attn.o_proj", "o", query, hidden_size, Split.INPUTS),
         Projection("mlp.gate_proj", "gate_up", hidden_size, intermediate_size),
         Projection("mlp.up_proj", "gate_up", hidden_size, intermediate_size),
@@ -118,7 +170,8 @@ def with_fused(layer: LayerProjections, op: str, path: str) -> LayerProjections:
         path: Name of the module inside its layer.
     """
     parts = [each for each in layer if each.op == op]
-    fused = Projection(path, op, parts[0].in_features, sum(each.out_features for each in parts))
+    sections = tuple(section for each in parts for section in each.all_sections)
+    fused = Projection(path, op, parts[0].in_features, sum(each.out_features for each in parts), sections=sections)
     first = layer.index(parts[0])
     return (*layer[:first], fused, *layer[first + len(parts) :])
 

@@ -43,6 +43,8 @@ class TenantQuota:
         tokens_burst: Tokens that may be used at once after a pause.
         max_concurrent_requests: Requests under way at once, waiting ones included, on all gateways together.
         max_adapter_bytes: Canonical bytes of all kept revisions of the adapters that are restricted to the tenant.
+        imports_per_day: Imports, uploads, pushes and adapters resolved at request time, of adapters that are restricted to
+            the tenant; at once after a day's pause, and one more each time that this part of a day has passed.
     """
 
     requests_per_minute: int | None = None
@@ -51,6 +53,7 @@ class TenantQuota:
     tokens_burst: int | None = None
     max_concurrent_requests: int | None = None
     max_adapter_bytes: int | None = None
+    imports_per_day: int | None = None
 
     @property
     def limits_requests(self) -> bool:

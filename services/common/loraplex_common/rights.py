@@ -66,6 +66,8 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "DeleteAdapter": _ADMIN,
         STORE + "SetAlias": _ADMIN,
         STORE + "ImportAdapter": _ADMIN,
+        # A gateway names the tenant of its request; what tenants may name is the operator's list.
+        STORE + "ResolveAdapter": _WATCHERS,
         STORE + "UploadAdapter": _ADMIN,
         STORE + "PushAdapter": _ADMIN,
         STORE + "RollBackAlias": _ADMIN,
@@ -75,6 +77,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "PrefetchAdapter": _WATCHERS,
         STORE + "EvictAdapter": _WATCHERS,
         STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
+        STORE + "AcknowledgeAliases": _WATCHERS,
         STORE + "AttachEngine": _ENGINE,
         _OPERATIONS + "ListOperations": _ADMIN,
         _OPERATIONS + "GetOperation": _ADMIN,

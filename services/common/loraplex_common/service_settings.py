@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from loraplex_common import sentinel_url
 from loraplex_common.grpc_server import ServerConfig
+from loraplex_common.peer_targets import check_targets
 from loraplex_common.peers import PeerIdentity, Peers
 from loraplex_common.secret import HIDDEN, Secret
 from loraplex_common.sentinel_url import SentinelUrl
@@ -19,6 +21,7 @@ from loraplex_common.tls_files import TlsFiles
 if TYPE_CHECKING:
     from loraplex_common.valkey import TranslatingClient
 
+OTLP_ENDPOINT: Final = re.compile(r"https?://[^/@\s]+:\d{1,5}/?")
 TLS_SCHEMES: Final = ("rediss", sentinel_url.TLS_SCHEME)
 SCHEMES: Final = ("redis", sentinel_url.SCHEME, *TLS_SCHEMES)
 
@@ -81,6 +84,9 @@ class ServiceSettings:
         peer_tls_cert: Client certificate towards engines, stores and Valkey.
         peer_tls_key: The client certificate's private key.
         peer_api_key: Key towards engines and stores.
+        otlp_endpoint: Where spans of requests are sent, ``http://HOST:PORT`` of an OpenTelemetry collector's gRPC port; None
+            for nowhere.
+        trace_sample_ratio: Part of the traces that begin at this service which is sent, 0 to 1.
     """
 
     redis_password: Secret | None = secret(help="the password for Valkey")
@@ -102,13 +108,21 @@ class ServiceSettings:
     )
     peer_tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
     peer_api_key: Secret | None = secret(help="the key to send to engines and adapter stores")
+    otlp_endpoint: str | None = setting(
+        None, help="send traces to this OpenTelemetry collector, http://HOST:PORT (OTLP over gRPC)", metavar="URL"
+    )
+    trace_sample_ratio: float = setting(1.0, help="part of the traces that begin here which is sent, 0 to 1")
 
     def check_identity(self, redis_url: str | None) -> None:
         """Check settings that must be given together.
 
         Raises:
-            ValueError: If one of them is missing.
+            ValueError: If one of them is missing, or what is given is none.
         """
+        if self.otlp_endpoint is not None and not OTLP_ENDPOINT.fullmatch(self.otlp_endpoint):
+            raise ValueError(f"--otlp-endpoint {self.otlp_endpoint!r}: write http://HOST:PORT or https://HOST:PORT")
+        if not 0.0 <= self.trace_sample_ratio <= 1.0:
+            raise ValueError(f"--trace-sample-ratio {self.trace_sample_ratio:g} is not in [0, 1]")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -131,6 +145,11 @@ class ServiceSettings:
             tls_client_ca=self.tls_client_ca,
             **options,
         )
+
+    def check_store(self, store_target: str | None, store_tls_name: str | None) -> None:
+        """Raise `ValueError` if ``--store-target`` cannot be used."""
+        has_tls = self.peer_tls_ca is not None
+        check_targets("store-target", store_target, tls_name=store_tls_name, has_tls=has_tls)
 
     def peers(self) -> Peers:
         """Return an object that opens channels to engines and stores.

@@ -15,6 +15,7 @@ import numpy as np
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import MAX_SLICES
 from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut
+from loraplex_common.projections import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -88,28 +89,44 @@ class SparseDeltaKind:
         return {"values": (size,), "columns": (size,), "starts": (projection.out_features + 1,)}
 
     def local(self, projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
-        """See `PartKind`; `tiles` has refused several ranks."""
-        del projection, tp_rank, tp_degree
-        return arrays
+        """See `PartKind`: a rank's non-zeros, and as many zeros behind them as the other ranks have non-zeros.
+
+        So the size of a rank's image follows from the spec alone. The zeros belong to its last output and its first column.
+        """
+        if tp_degree == 1:
+            return arrays
+        values, columns, starts = arrays
+        each = np.arange(len(values), dtype=np.int32)
+        by_output = [each[starts[n] : starts[n + 1]] for n in range(projection.out_features)]
+        first = 0
+        if projection.split is Split.INPUTS:
+            width = projection.local_shape(tp_degree)[0]
+            first = tp_rank * width
+            own = (columns >= first) & (columns < first + width)
+            by_output = [places[own[places]] for places in by_output]
+        else:
+            by_output = [places for part in projection.local_outputs(tp_rank, tp_degree) for places in by_output[part]]
+        kept = np.concatenate(by_output)
+        local_values, local_columns = np.zeros_like(values), np.zeros_like(columns)
+        local_values[: len(kept)], local_columns[: len(kept)] = values[kept], columns[kept] - first
+        ends = np.cumsum([0, *(len(places) for places in by_output)], dtype=starts.dtype)
+        ends[-1] = len(values)
+        return local_values, local_columns, ends
 
     def tiles(self, geometry: Geometry, layer: int, op: Op, sizes: Sequence[int]) -> Iterator[Tile]:
         """See `PartKind`: per slice the values, the columns, the starts.
 
         Raises:
-            ImageError: If there are several ranks: how many non-zeros each has follows from the values, and not from the
-                spec alone. Also if the projection has more columns than their type counts.
+            ImageError: If the projection has more columns than their type counts.
         """
-        if geometry.tp_degree > 1:
-            raise ImageError(
-                f"layer {layer} {op.name}: a sparse delta is not divided over tensor-parallel ranks: serve it at degree 1"
-            )
+        local = op.local_outputs(geometry.tp_degree)
         for index, (projection, size) in enumerate(zip(op.projections, sizes, strict=True)):
             if not size:
                 continue
             what = f"layer {layer} {projection.name}: sparse delta"
             if projection.in_features > MAX_COLUMNS:
                 raise ImageError(f"{what} has {projection.in_features} columns, at most {MAX_COLUMNS} are served")
-            lengths = {KIND_VALUES: size, KIND_COLUMNS: size, KIND_STARTS: projection.out_features + 1}
+            lengths = {KIND_VALUES: size, KIND_COLUMNS: size, KIND_STARTS: local[index] + 1}
             for entry, length in lengths.items():
                 for start, stop in cut(geometry, length, 1, what, self.entries[entry].item_bytes(geometry.dtype)):
                     yield Tile(entry, index, start, 1, stop - start)

@@ -18,7 +18,7 @@ import numpy as np
 
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import MAX_SLICES
-from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut
+from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut, own_outputs
 from loraplex_common.projections import Split
 
 if TYPE_CHECKING:
@@ -236,5 +236,4 @@ class InVectorKind:
 
 
 def _own_outputs(projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
-    outputs = projection.local_shape(tp_degree)[1]
-    return (arrays[0][tp_rank * outputs : (tp_rank + 1) * outputs],)
+    return (own_outputs(projection, arrays[0], tp_rank, tp_degree),)

@@ -8,12 +8,13 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraplex_common import descriptors, lifecycle, log, settings
+from loraplex_common import descriptors, lifecycle, log, settings, tracing
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.errors import EngineHungError
 from loraplex_common.hub_base import local_base
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.ports import require_free
+from loraplex_common.tracing import TracingError
 
 from loraplex_engine.config import ConfigError, EngineConfig
 
@@ -37,6 +38,7 @@ async def serve(config: EngineConfig) -> None:
     prepare_process(config)
     from loraplex_engine.service import EXIT_HUNG, EngineService  # imports torch
 
+    tracing.configure("engine", config.otlp_endpoint, config.trace_sample_ratio)
     stop = lifecycle.stop_on_signals()
     service = EngineService(config)
     try:
@@ -50,6 +52,7 @@ async def serve(config: EngineConfig) -> None:
         os._exit(EXIT_HUNG)  # a thread that hangs would keep the interpreter from its end
     finally:
         await service.close()
+        tracing.shut_down()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         directory, hub_name = local_base(config.model)
         name = config.served_model_name or hub_name
         asyncio.run(serve(replace(config, model=directory, served_model_name=name)))
-    except (BaseModelError, ConfigError, KeysFileError, OSError) as error:
+    except (BaseModelError, ConfigError, KeysFileError, TracingError, OSError) as error:
         sys.exit(f"loraplex-engine: {error}")
 
 

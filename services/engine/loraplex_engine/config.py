@@ -65,7 +65,9 @@ class EngineConfig(ServiceSettings):
         None, help="Valkey or Redis to register in (default: none, gateways must know the address)"
     )
     store_target: str | None = setting(
-        None, help="adapter store (default: none, only the base model and what the arena holds)", metavar="HOST:PORT"
+        None,
+        help="adapter store, or its replicas separated by commas (default: none, only the base model and what the arena holds)",
+        metavar="HOST:PORT",
     )
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8520, help="gRPC port, 0 picks a free one")
@@ -195,6 +197,7 @@ class EngineConfig(ServiceSettings):
     def _check_callers(self) -> None:
         try:
             self.check_identity(self.redis_url)
+            self.check_store(self.store_target, self.store_tls_name)
             require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -62,6 +62,7 @@ class Submission:
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
+        traceparent: W3C trace context that further spans of the request belong to; empty without.
         added_token_ids: The largest id of each field that has ids which only an adapter can add.
         structured_output: What the output must look like; None: anything.
         bad_token_sequences: Sequences of token ids of which the last cannot be drawn after the others.
@@ -87,6 +88,7 @@ class Submission:
     cache_salt: str = ""
     fail_fast: bool = False
     arrived_s: float = 0.0
+    traceparent: str = ""
     added_token_ids: tuple[AddedTokenId, ...] = ()
     structured_output: StructuredOutput | None = None
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
@@ -213,6 +215,9 @@ class Ended:
     Attributes:
         stop_token_id: The stop token that was drawn, for FinishReason.STOP; it is the output's last token.
         queue_s: Time until the request got a place in a batch, ``adapter_load_s``, the wait for the adapter, included.
+        kv_page_s: Page-seconds that its sequence held pages of the pool; a page's seconds are shared equally by the
+            sequences that hold it.
+        adapter_page_s: Page-seconds of its adapters while it ran, shared equally by the requests that used them.
     """
 
     session_slot: int
@@ -223,6 +228,8 @@ class Ended:
     adapter_load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    kv_page_s: float = 0.0
+    adapter_page_s: float = 0.0
 
 
 SessionEvent = Started | Loading | TokenWithLogprobs | PromptLogprobs | Ended
@@ -261,10 +268,11 @@ class ResidencyState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class WantImage:
-    """An image is needed from the store."""
+    """An image is needed from the store; ``traceparent`` is that of the request which needs it."""
 
     digest: str
     deadline_s: float | None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

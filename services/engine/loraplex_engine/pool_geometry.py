@@ -99,16 +99,18 @@ class PoolGeometry:
 def choose_pool_geometry(info: BaseModelInfo, *, dtype: str, tp_degree: int = 1, kv_dtype: str = "") -> PoolGeometry:
     """Pick ``block_tokens``: the smallest power of two up to 16 whose page reaches 2 MiB, else 16.
 
+    Ranks that are more than the heads of keys have one of them each, which others have, too.
+
     Raises:
         ValueError: If the model's heads cannot be split evenly or its pages cannot be aligned.
     """
-    if info.num_kv_heads % tp_degree:
+    if info.num_kv_heads % tp_degree and tp_degree % info.num_kv_heads:
         raise ValueError(f"{info.num_kv_heads} KV heads cannot be split over {tp_degree} ranks")
     sizes = [
         PoolGeometry(
             dtype=dtype,
             num_layers=info.num_layers,
-            num_kv_heads=info.num_kv_heads // tp_degree,
+            num_kv_heads=max(info.num_kv_heads // tp_degree, 1),
             head_dim=info.head_dim,
             block_tokens=block_tokens,
             kv_dtype=kv_dtype,

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from loraplex.v1 import adapter_pb2, engine_pb2_grpc
@@ -18,6 +19,7 @@ from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.log import get_logger
 from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.peer_targets import in_turn
 from loraplex_common.peers import PeerChannel
 from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
@@ -41,7 +43,7 @@ from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import grpc
     from prometheus_client import CollectorRegistry
@@ -146,9 +148,8 @@ class EngineService:
         metrics_port = await self._metrics_http.start()
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._config.store_target is not None:
-            self._client = AdapterClient(
-                self._dial_store, self.engine, self._feed, self._attachment(), wait_s=self._config.store_wait_s
-            )
+            dial, wait_s = partial(self._dial_store, in_turn(self._config.store_target)), self._config.store_wait_s
+            self._client = AdapterClient(dial, self.engine, self._feed, self._attachment(), wait_s=wait_s)
             self._supervisor.spawn(self._client.run(), name="adapter-client")
             self._supervisor.spawn(self._follow_names(self._config.store_target), name="alias-feed")
         self._grpc.set_ready(True)
@@ -204,9 +205,8 @@ class EngineService:
         finally:
             await channel.close()
 
-    def _dial_store(self) -> grpc.aio.Channel:
-        assert self._config.store_target is not None
-        return self._peers.open(self._config.store_target, tls_name=self._config.store_tls_name)
+    def _dial_store(self, targets: Iterator[str]) -> grpc.aio.Channel:
+        return self._peers.open(next(targets), tls_name=self._config.store_tls_name)
 
     def _call_soon(self, function: Callable[[_Argument], None], argument: _Argument) -> None:
         """Call a function on this thread from the step loop's; nothing happens once the event loop is closed."""

@@ -19,9 +19,9 @@ from loraplex_common.tasks import Supervisor
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.resolution import SourceResolver
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
-from loraplex_gateway.engines.pool import EnginePool, LinkOptions
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
@@ -42,6 +42,7 @@ from loraplex_gateway.servers import (
     add_services,
     control_server,
     drain,
+    engine_pool,
     grpc_server,
     http_server,
     metrics_server,
@@ -50,6 +51,7 @@ from loraplex_gateway.servers import (
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_models
 from loraplex_gateway.text.voices import Voices
+from loraplex_gateway.usage.ledger import UsageLedger
 from loraplex_gateway.workers.control import load_of_all
 from loraplex_gateway.workers.setup import new_gateway_id
 
@@ -102,7 +104,7 @@ class GatewayApp:
         self._adapter_names = AdapterNames()
         self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
-        self.pool = self._make_pool()
+        self.pool = engine_pool(config, self.catalog, self.gateway_id, self._dial)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,
@@ -110,10 +112,12 @@ class GatewayApp:
             clock=time.monotonic,
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
-        key_file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
-        self._resume_keys = ResumeKeys(file=key_file, valkey=self._valkey)
+        file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
+        self._resume_keys = ResumeKeys(file=file, valkey=self._valkey)
         self.metrics = self._make_metrics()
         self.quotas = self._make_quotas()
+        self.sources = SourceResolver.over(self._store, self.names, config, self.metrics)
+        self.ledger = UsageLedger.of(config, self._valkey, self.metrics)
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._models = ModelList(self._listing)
@@ -142,11 +146,12 @@ class GatewayApp:
         self._supervisor.spawn(self.claims.run(), name="claims")
         self._supervisor.spawn(self.quotas.run(), name="quotas")
         self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
+        self._supervisor.spawn(self.ledger.run(), name="usage-ledger")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
         if self._store is not None:
-            feed = AliasFeed(self._store, [self.names, self._adapter_names])
+            feed = AliasFeed(self._store, [self.names, self._adapter_names], watcher_id=self.gateway_id)
             self._supervisor.spawn(feed.run(), name="alias-feed")
             self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
@@ -187,6 +192,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.sources.close()
         await self.voices.close()
         await self.quotas.close()
         await self.claims.close()
@@ -194,6 +200,7 @@ class GatewayApp:
             await self._store.close()
         if self._store_admin is not None:
             await self._store_admin.close()
+        await self.ledger.close()
         await self._valkey.aclose()
         self.workers.close()
 
@@ -213,32 +220,17 @@ class GatewayApp:
             await changed.wait()
 
     def _load_models(self) -> ModelCatalog:
-        config = self.config
-        aliases = tuple(config.model_alias)
+        config, name = self.config, self.config.served_model_name
         models = load_served_models(
-            config.model, self.workers, name=config.served_model_name, aliases=aliases, text_only=config.text_only
+            config.model, self.workers, name=name, aliases=tuple(config.model_alias), text_only=config.text_only
         )
         return ModelCatalog(models, self.names)
-
-    def _make_pool(self) -> EnginePool:
-        config = self.config
-        return EnginePool(
-            self.catalog,
-            LinkOptions(
-                gateway_id=self.gateway_id,
-                max_buffered_tokens=config.max_buffered_tokens,
-                silence_s=config.engine_silence_s,
-                dial=self._dial,
-            ),
-            failover_wait_s=config.failover_wait_s,
-            allows_mixed_numerics=config.allow_mixed_numerics,
-        )
 
     def _make_metrics(self) -> GatewayMetrics:
         metrics = GatewayMetrics(self._metrics_registry)
         metrics.watch_queue(self.admission.waiting_by_priority)
-        fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, metrics.vllm.num_waiting)
-        self._metrics_registry.register(fleet)
+        num_waiting = metrics.vllm.num_waiting
+        self._metrics_registry.register(FleetCollector(self.catalog, self.pool, self._adapter_names, num_waiting))
         return metrics
 
     def _as_worker(self) -> ControlServer | None:
@@ -260,8 +252,8 @@ class GatewayApp:
 
     def _make_core(self) -> GatewayCore:
         limits = RequestLimits.of(self.config)
-        preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
-        return GatewayCore(
+        preparer = Preparer(self.catalog, self.names, self.pool, self.sources, voices=self.voices, limits=limits)
+        core = GatewayCore(
             preparer,
             self.admission,
             self.claims,
@@ -270,6 +262,8 @@ class GatewayApp:
             hints=self._hints,
             metrics=self.metrics,
         )
+        core.ledger = self.ledger
+        return core
 
     def _make_grpc(self) -> GrpcServer:
         generation = GatewayServicer(self.core, self.quotas, self._listing, slow_client_s=self.config.slow_client_s)

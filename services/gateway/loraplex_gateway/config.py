@@ -26,7 +26,7 @@ class GatewayConfig(ServiceSettings):
         model_alias: Other names of the first model, e.g. its hub id.
         text_only: Serve the text part of a multimodal model; without it, one is refused.
         redis_url: Valkey or Redis with the engine registry and the request claims.
-        store_target: ``host:port`` of the adapter store; None serves base models alone.
+        store_target: ``host:port`` of the adapter store, or of its replicas separated by commas; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
@@ -37,6 +37,7 @@ class GatewayConfig(ServiceSettings):
             and metrics.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
+        max_resolving_requests: Most requests that wait for an adapter which they name by its source.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
@@ -46,6 +47,7 @@ class GatewayConfig(ServiceSettings):
         resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
             Read again when it changes. None: the gateways agree on a key in Valkey.
         resume_window_s: How long after its start a client may resume a broken stream; 0 turns that off.
+        usage_records: About how many records of requests' usage Valkey keeps for `loraplex usage`; 0 keeps none.
         engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
         failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
         max_buffered_tokens: Unread output of one client at which its request is ended.
@@ -61,7 +63,9 @@ class GatewayConfig(ServiceSettings):
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
     text_only: bool = setting(False, help="serve the text part of a multimodal model, without images")
     redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
-    store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    store_target: str | None = setting(
+        None, help="adapter store, or its replicas separated by commas", metavar="HOST:PORT"
+    )
     engine_tls_name: str | None = setting(
         None, help="name in engines' certificates (default: the host dialled)", metavar="NAME"
     )
@@ -81,6 +85,9 @@ class GatewayConfig(ServiceSettings):
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
+    max_resolving_requests: int = setting(
+        256, help="most requests that wait for an adapter which they name by its source; half of them of one tenant"
+    )
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
     max_connections: int = setting(8192, help="most connections at once, of gRPC and of HTTP each")
     max_connection_age_s: float = setting(
@@ -96,6 +103,7 @@ class GatewayConfig(ServiceSettings):
     resume_window_s: float = setting(
         3600.0, help="how long after its start a broken stream may be resumed, 0 for never"
     )
+    usage_records: int = setting(100_000, help="records of requests' usage to keep in Valkey, 0 for none")
     engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
     allow_mixed_numerics: bool = setting(
         False,
@@ -113,6 +121,7 @@ class GatewayConfig(ServiceSettings):
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
         self.check_identity(self.redis_url)
+        self.check_store(self.store_target, self.store_tls_name)
         for origin in self.cors_allow_origin:
             if origin != ANY_ORIGIN and ORIGIN.fullmatch(origin) is None:
                 raise ValueError(f"--cors-allow-origin {origin!r}: write scheme://host[:port] without a path, or *")
@@ -121,6 +130,7 @@ class GatewayConfig(ServiceSettings):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         positive = (
             "max_concurrent_requests",
+            "max_resolving_requests",
             "max_stream_s",
             "max_buffered_tokens",
             "slow_client_s",
@@ -131,6 +141,7 @@ class GatewayConfig(ServiceSettings):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in (
             "max_queued_requests",
+            "usage_records",
             "resume_window_s",
             "failover_wait_s",
             "max_connection_age_s",

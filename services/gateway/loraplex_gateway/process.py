@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common import tracing
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.quotas_file import QuotasFileError
+from loraplex_common.tracing import TracingError
 
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.resume.keys import ResumeKeyError
@@ -26,6 +28,7 @@ STARTING_ERRORS: Final = (
     KeysFileError,
     QuotasFileError,
     ResumeKeyError,
+    TracingError,
     OSError,
 )
 """What an operator can mend: told in one line."""
@@ -33,6 +36,7 @@ STARTING_ERRORS: Final = (
 
 async def serve(config: GatewayConfig, setup: WorkerSetup | None = None) -> None:
     """Run one gateway process until SIGTERM or SIGINT, then drain it; `setup` is a worker's."""
+    tracing.configure("gateway", config.otlp_endpoint, config.trace_sample_ratio)
     stop = stop_on_signals()
     app = GatewayApp(config, setup)
     try:
@@ -43,6 +47,7 @@ async def serve(config: GatewayConfig, setup: WorkerSetup | None = None) -> None
         await app.drain()
     finally:
         await app.close()
+        tracing.shut_down()
 
 
 def run(main: Coroutine[None, None, None]) -> None:

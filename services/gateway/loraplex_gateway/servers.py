@@ -1,4 +1,4 @@
-"""The gateway's three ports, gRPC, HTTP and /metrics, and its way to the store, as its configuration has them."""
+"""The gateway's three ports, gRPC, HTTP and /metrics, and its ways to engines and store, as its configuration has them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from loraplex_common.tasks import cancel_and_wait
 from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
+from loraplex_gateway.engines.pool import EnginePool, LinkOptions
 from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.workers.control import ControlServer, cancel_at_sibling
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
     from loraplex_common.auth import Authenticator
     from loraplex_common.peers import Peers
     from prometheus_client import CollectorRegistry
@@ -33,12 +37,30 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.admission import AdmissionController
     from loraplex_gateway.requests.claims import RequestClaims
     from loraplex_gateway.requests.core import GatewayCore
+    from loraplex_gateway.text.models import ModelCatalog
     from loraplex_gateway.workers.setup import WorkerSetup
 
 # Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
 MAX_STREAMS: Final = 16_384
 # How long before the end of the grace streams are told to go on elsewhere, so that it reaches their clients.
 HAND_OVER_S: Final = 1.0
+
+
+def engine_pool(
+    config: GatewayConfig, catalog: ModelCatalog, gateway_id: str, dial: Callable[[str], grpc.aio.Channel]
+) -> EnginePool:
+    """Return the engines, none of them known yet; ``dial`` opens a channel to an engine's address."""
+    return EnginePool(
+        catalog,
+        LinkOptions(
+            gateway_id=gateway_id,
+            max_buffered_tokens=config.max_buffered_tokens,
+            silence_s=config.engine_silence_s,
+            dial=dial,
+        ),
+        failover_wait_s=config.failover_wait_s,
+        allows_mixed_numerics=config.allow_mixed_numerics,
+    )
 
 
 def grpc_server(

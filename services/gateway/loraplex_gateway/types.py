@@ -209,6 +209,7 @@ class Started:
 
     Attributes:
         adapter_revisions: Revisions of `GenerationRequest.adapters`.
+        adapter_sources: Pinned sources of the adapters that are named by their source.
         numerics: What loading did to the base model's numbers there.
         prompt_token_ids: The prompt's tokens.
         prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
@@ -223,6 +224,7 @@ class Started:
     engine_id: str
     adapter_revision: str
     adapter_revisions: tuple[str, ...] = ()
+    adapter_sources: tuple[str, ...] = ()
     numerics: str = ""
     seed: int
     resume_token: str = ""

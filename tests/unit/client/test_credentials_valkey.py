@@ -11,7 +11,9 @@ import pytest
 import redis
 from loraplex_client.credentials.folder import CredentialsFolder, Plan
 from loraplex_common.registry import ENGINES_KEY, claim_key, engine_key, gateway_key
+from loraplex_common.usage_records import USAGE_KEY
 from loraplex_common.valkey import server_binary
+from loraplex_gateway.usage.script import WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +77,8 @@ ALLOWED: list[tuple[str, tuple[str | bytes, ...]]] = [
     ("gateway", ("EVAL", "return redis.call('set', KEYS[1], 'g')", "1", CLAIM)),
     ("gateway", ("SET", gateway_key("g"), "1")),
     ("gateway", ("UNLINK", "loraplex:nothing")),
+    ("gateway", ("EVAL", WRITE, "2", USAGE_KEY, f"{USAGE_KEY}:mark:u", "100", "{}", "call", "60")),
+    ("admin", ("XRANGE", USAGE_KEY, "-", "+")),
     ("adapter_store", ("HSET", CATALOG, "version", "1")),
     ("adapter_store", ("SET", "a:{sha}:c:0", "bytes")),
     ("adapter_store", ("XADD", "loraplex:hints:e", "*", "kind", "prefetch")),
@@ -91,6 +95,8 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     ("gateway", ("SET", engine_key("e"), "another address")),
     ("gateway", ("GET", "a:{sha}:c:0")),
     ("admin", ("SET", engine_key("e"), "x")),
+    ("admin", ("XADD", USAGE_KEY, "*", "record", "{}")),
+    ("engine", ("XRANGE", USAGE_KEY, "-", "+")),
     *((user, ("FLUSHALL",)) for user in ("engine", "gateway", "adapter_store", "admin")),
     *((user, ("CONFIG", "GET", "*")) for user in ("engine", "gateway", "adapter_store", "admin")),
     *((user, ("ACL", "LIST")) for user in ("engine", "gateway", "adapter_store", "admin")),

@@ -43,11 +43,11 @@ def test_the_facts_are_those_of_the_directory(model: Path) -> None:
     assert geometry.projection(1, "k_proj").shape == (tiny.hidden_size, tiny.num_kv_heads * 16)
 
 
-@pytest.mark.parametrize("tp_degree", [0, 4])
-def test_ranks_that_would_share_a_head_are_refused(model: Path, tp_degree: int) -> None:
-    info = replace(load_base_model(model), num_heads=4, num_kv_heads=2)
+@pytest.mark.parametrize(("tp_degree", "heads"), [(0, "num_heads 6"), (4, "num_heads 6"), (3, "num_kv_heads 2")])
+def test_ranks_that_would_divide_a_head_are_refused(model: Path, tp_degree: int, heads: str) -> None:
+    info = replace(load_base_model(model), num_heads=6, num_kv_heads=2)
 
-    with pytest.raises(ImageError, match=f"heads [24] cannot be split over tp_degree {tp_degree}"):
+    with pytest.raises(ImageError, match=f"{heads} can.* tp_degree {tp_degree}"):
         info.geometry(dtype="float32", page_bytes=4096, tp_degree=tp_degree)
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, ImageError, ModuleSpec, layout, pack, tile_values
+from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, ModuleSpec, layout, pack, tile_values
 from loraplex_common.adapter_parts import KINDS
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
 from loraplex_common.flora import KIND_FLORA_B, Flora
 from loraplex_common.low_rank import KIND_A, KIND_B, LowRank
-from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
+from loraplex_common.sparse_delta import SparseDelta
 from loraplex_common.vectors import IN_VECTOR, Bias, InVector, OutVector
 from support.decoder_shapes import OPS, PROJECTIONS, decoder_geometry
 
@@ -63,7 +62,7 @@ def adapters(draw: st.DrawFn) -> tuple[Geometry, AdapterSpec, Values]:
         OutVector(is_magnitude=draw(st.booleans())),
         Bias(),
         Flora(draw(st.integers(1, 8))),
-        *([SparseDelta(draw(st.integers(1, 6000)), 2.0)] if tp_degree == 1 else []),
+        SparseDelta(draw(st.integers(1, 6000)), 2.0),
     ]
     chosen = st.lists(st.sampled_from(parts), unique_by=lambda part: part.kind, max_size=len(parts))
     found: dict[tuple[int, str], list[Part]] = {
@@ -197,11 +196,3 @@ def test_a_factor_keeps_fp32_in_an_image_of_bf16() -> None:
     image = pack(geometry, spec, {(0, "q_proj", "out_vector"): (c,)})
 
     np.testing.assert_array_equal(tile_values(geometry, image, layout(geometry, spec.sizes).tiles[0])[0], c)
-
-
-def test_a_sparse_delta_of_several_ranks_is_refused_before_any_image_is_built() -> None:
-    sizes = AdapterSpec("ef" * 32, (ModuleSpec(0, "q_proj", (SparseDelta(5),)),)).sizes
-
-    with pytest.raises(ImageError, match=r"layer 0 qkv: a sparse delta is not divided .* degree 1"):
-        layout.__wrapped__(make_geometry(tp_degree=2), sizes)
-    assert sizes[0].kind == SPARSE_DELTA

@@ -18,7 +18,7 @@ from loraplex_bench.end_to_end.startup import run_startup
 from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
 from loraplex_bench.rig import COMPARABLE, RigSetup
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, LLAMA3_8B_FP8, AdapterFamily, Shape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,12 @@ def rates_case(shape: Shape, where: str, rates: tuple[float, ...]) -> Case:
 
 def gpu_cases() -> dict[str, Case]:
     """Return the cases by name."""
-    return {**burst_cases(LLAMA2_7B, LLAMA3_8B), **trace_cases(LLAMA2_7B), **other_cases(LLAMA2_7B, LLAMA3_8B)}
+    return {
+        **burst_cases(LLAMA2_7B, LLAMA3_8B),
+        **trace_cases(LLAMA2_7B),
+        **other_cases(LLAMA2_7B, LLAMA3_8B),
+        **fp8_cases(),
+    }
 
 
 def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
@@ -155,6 +160,19 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
             seconds=75,
             run=lambda bench: run_registered(
                 bench, setup_of(seven, QKVO, 2000, max_resident_adapters=1024), few=200, size=STANDARD
+            ),
+        ),
+    }
+
+
+def fp8_cases() -> dict[str, Case]:
+    """Return the cases of linear layers in FP8."""
+    return {
+        "bursts-8b-fp8": Case(
+            about="Llama-3-8B, linear layers in FP8, all seven r16, bursts over 0/32/200 adapters",
+            seconds=45,
+            run=lambda bench: run_bursts(
+                bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
             ),
         ),
     }

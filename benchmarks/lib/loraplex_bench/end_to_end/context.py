@@ -38,7 +38,7 @@ class Bench:
         self.results = Results()
         self.repeats = repeats
         self._dependent_launch = dependent_launch
-        self._weights: dict[str, SharedWeights] = {}
+        self._weights: dict[tuple[str, bool], SharedWeights] = {}
         self._kept: tuple[RigSetup, Rig] | None = None
         self._workloads = itertools.count()
 
@@ -46,13 +46,14 @@ class Bench:
         """Return a shape's weights, made at first use; another shape's are freed."""
         if shape.model_dir is not None:
             return None
-        if shape.name not in self._weights:
+        key = shape.name, shape.is_fp8
+        if key not in self._weights:
             from loraplex_bench.random_weights import RandomWeights
 
             self.release()
             source = RandomWeights(dtype=torch.bfloat16, device=torch.device("cuda", 0))
-            self._weights[shape.name] = SharedWeights(source)
-        return self._weights[shape.name]
+            self._weights[key] = SharedWeights(source)
+        return self._weights[key]
 
     def rig(self, setup: RigSetup) -> Rig:
         """Return an engine of a setup: the last one if it has the same, else a new one in its place."""

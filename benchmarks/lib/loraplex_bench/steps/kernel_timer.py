@@ -12,6 +12,22 @@ if TYPE_CHECKING:
 
 REPLAYS = 15
 MAX_ERROR = 2e-2
+COPY_BYTES = 2 << 30
+
+
+def copy_bytes_per_s() -> float:
+    """Return what a copy of 1 GiB reads and writes in a second, the best of six."""
+    source = torch.ones(COPY_BYTES // 8, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    best_ms = float("inf")
+    for _ in range(6):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        best_ms = min(best_ms, start.elapsed_time(stop))
+    return COPY_BYTES / best_ms * 1e3
 
 
 def time_us(calls: Sequence[Callable[[], object]], flush: torch.Tensor) -> float:

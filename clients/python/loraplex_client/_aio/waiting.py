@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import CancelledRequestError
+from loraplex_common.kept_status import answer_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     import grpc
+
+__all__ = ["CallOwner", "Flag", "GenerateCall", "answer_of", "in_thread", "next_message", "read_in_thread"]
 
 T = TypeVar("T")
 P = ParamSpec("P")

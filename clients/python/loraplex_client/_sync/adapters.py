@@ -15,7 +15,7 @@ from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
 from loraplex_client._sync.labels import Labels
-from loraplex_client._sync.waiting import in_thread, read_in_thread
+from loraplex_client._sync.waiting import answer_of, in_thread, read_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +121,7 @@ class Adapters(Labels):
         header = in_thread(messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage)
         stream = read_in_thread(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):
-            response = self._stub.UploadAdapter(stream, metadata=self._metadata)
+            response = answer_of(self._stub.UploadAdapter(stream, metadata=self._metadata))
         return messages.import_result(response)
 
     def push(
@@ -169,7 +169,7 @@ class Adapters(Labels):
         )
         stream = read_in_thread(push.messages())
         with translated(self._connection.target):
-            response = self._stub.PushAdapter(stream, metadata=self._metadata)
+            response = answer_of(self._stub.PushAdapter(stream, metadata=self._metadata))
         return push_messages.push_result(response)
 
     def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:

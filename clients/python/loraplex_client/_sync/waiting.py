@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import grpc
     from loraplex.v1 import gateway_pb2
 
-__all__ = ["CallOwner", "Flag", "GenerateCall", "in_thread", "next_message", "read_in_thread"]
+__all__ = ["CallOwner", "Flag", "GenerateCall", "answer_of", "in_thread", "next_message", "read_in_thread"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -36,6 +36,11 @@ def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def read_in_thread(items: Iterator[T]) -> Iterator[T]:
     """Return a generator that reads files; gRPC's thread reads them."""
     return items
+
+
+def answer_of(response: T) -> T:
+    """Return the answer of a call with a stream of requests: a blocking call has waited for it, and keeps its status."""
+    return response
 
 
 def next_message(call: GenerateCall) -> gateway_pb2.GenerateResponse | None:

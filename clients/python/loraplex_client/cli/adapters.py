@@ -11,7 +11,7 @@ from rich.table import Table
 
 from loraplex_client.adapter_manifest import HUB_SOURCE
 from loraplex_client.cli.apply import apply
-from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
+from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout, warn_of_late_gateways
 from loraplex_client.cli.global_options import remote
 from loraplex_client.cli.live import history, labels, push, rollback
 from loraplex_client.cli.make_random import make_random
@@ -254,6 +254,7 @@ def _print_import(name: str, result: ImportResult) -> None:
     )
     for warning in result.warnings:
         stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
+    warn_of_late_gateways(result.late_gateways)
 
 
 def _brings(revision: Revision) -> str:

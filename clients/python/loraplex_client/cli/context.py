@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -117,3 +117,12 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[name], completed=done, total=total or None)
 
         yield update
+
+
+def warn_of_late_gateways(gateways: Sequence[str]) -> None:
+    """Say which gateways do not serve a change yet."""
+    if gateways:
+        late = ", ".join(gateways)
+        stderr.print(
+            f"warning: not yet served by {late}: requests there may still be refused", markup=False, soft_wrap=True
+        )

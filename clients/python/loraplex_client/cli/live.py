@@ -8,7 +8,7 @@ from loraplex_common.sizes import format_size
 from rich.table import Table
 
 from loraplex_client.adapter_files import read_tensors
-from loraplex_client.cli.context import StoreTarget, connect, stderr, stdout
+from loraplex_client.cli.context import StoreTarget, connect, stderr, stdout, warn_of_late_gateways
 from loraplex_client.cli.wording import as_flags
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
@@ -50,6 +50,7 @@ def push(
     stdout.print(f"pushed {name}@{result.revision.digest[:12]}: {size}{ready}", soft_wrap=True)
     for warning in result.warnings:
         stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
+    warn_of_late_gateways(result.late_gateways)
     if result.late_engines:
         late = ", ".join(result.late_engines)
         stderr.print(f"warning: after {result.ready_timeout_s:g} s not yet on {late}", markup=False, soft_wrap=True)

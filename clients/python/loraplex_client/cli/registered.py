@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from loraplex_common.valkey import TranslatingClient
+
     from loraplex_client._connection import Connection
     from loraplex_client.valkey_access import ValkeyAccess
 
@@ -29,6 +31,28 @@ def refuse_password_in_view(context: typer.Context, url: str | None) -> None:
         raise typer.BadParameter(str(error), param_hint="--redis-url") from error
 
 
+def connect_valkey(access: ValkeyAccess, identity: Connection) -> TranslatingClient:
+    """Return a client of Valkey; the caller closes it.
+
+    Args:
+        access: Which Valkey.
+        identity: Whose client certificate is shown, if it has one.
+
+    Raises:
+        ConnectionError: If a file cannot be used.
+    """
+    from loraplex_common.secret import Secret
+    from loraplex_common.tls_files import TlsFiles
+    from loraplex_common.valkey import connect
+
+    tls = TlsFiles(cert=identity.tls_cert, key=identity.tls_key, ca=access.tls_ca or identity.tls_ca)
+    try:
+        password = Secret.from_file(access.password_file) if access.password_file else None
+        return connect(access.url, password=password, tls=tls)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(str(error)) from error
+
+
 async def registered_engines(access: ValkeyAccess, identity: Connection) -> list[str]:
     """Return the targets of all engines whose lease is good.
 
@@ -41,16 +65,8 @@ async def registered_engines(access: ValkeyAccess, identity: Connection) -> list
     """
     from loraplex_common.errors import LoraplexError
     from loraplex_common.registry import RegistryReader
-    from loraplex_common.secret import Secret
-    from loraplex_common.tls_files import TlsFiles
-    from loraplex_common.valkey import connect
 
-    tls = TlsFiles(cert=identity.tls_cert, key=identity.tls_key, ca=access.tls_ca or identity.tls_ca)
-    try:
-        password = Secret.from_file(access.password_file) if access.password_file else None
-        client = connect(access.url, password=password, tls=tls)
-    except (OSError, ValueError) as error:
-        raise ConnectionError(str(error)) from error
+    client = connect_valkey(access, identity)
     try:
         return [record.target for record in (await RegistryReader(client).read()).values()]
     except LoraplexError as error:

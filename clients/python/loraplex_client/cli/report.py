@@ -41,6 +41,8 @@ def _print_notes(notes: ReportNotes | None) -> None:
         _line("import: not recorded (an earlier version stored the revision; importing it again records it)")
         return
     _line(f"method: {notes.method}")
+    if notes.signer:
+        _line(f"signed by: {notes.signer}")
     for what, said in (("read", notes.rules), ("folded", notes.folded), ("warning", notes.warnings)):
         for note in said:
             _line(f"{what}: {note}")

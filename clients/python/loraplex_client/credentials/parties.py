@@ -36,9 +36,7 @@ class Party:
 # `+@all -@admin -@dangerous` leaves data commands and scripts; INFO says which run of the server an answer comes from.
 _COMMANDS: Final = "+@all -@admin -@dangerous +info"
 # The catalog (`loraplex:store:*`) and the adapters (`a:*`) are written by the store alone; the others write what is theirs.
-_GATEWAY_KEYS: Final = (
-    "%R~loraplex:* ~loraplex:claim* ~loraplex:gateway* ~loraplex:resume* ~loraplex:quota* ~loraplex:nothing"
-)
+_GATEWAY_KEYS: Final = "%R~loraplex:* ~loraplex:claim* ~loraplex:gateway* ~loraplex:resume* ~loraplex:quota* ~loraplex:usage* ~loraplex:nothing"
 _ENGINE_KEYS: Final = "~loraplex:engine* ~loraplex:nothing"
 
 GATEWAY: Final = Party(
@@ -67,7 +65,9 @@ VALKEY: Final = Party(
     valkey_rights="allkeys allchannels +@all",  # its operator: ACL LOAD, CONFIG, SHUTDOWN
 )
 ADMIN: Final = Party(
-    folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:engine* +@read +@connection +info"
+    folder="admin",
+    role=Role.ADMIN,
+    valkey_rights="resetchannels %R~loraplex:engine* %R~loraplex:usage +@read +@connection +info",
 )
 METRICS: Final = Party(folder="metrics", role=Role.METRICS, has_certificate=False)
 TENANT: Final = Party(folder="tenant", role=Role.TENANT, has_certificate=False)

@@ -3,7 +3,7 @@
 //
 // Grid: (ceil(width / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
 // Alignment: slices begin on 16 bytes. Registers: 6 CTAs per SM, hence at most 40. Architectures: sm_80 and up.
-#include "lora/parts.cuh"
+#include "lora/finish.cuh"
 
 struct Params {
     PartTables tables;
@@ -17,18 +17,6 @@ struct Params {
     int reserved;
 };
 static_assert(sizeof(Params) == 96, "params.py mirrors it");
-
-struct SliceVector {
-    int first, step, flags;
-    i64 offset;
-};
-__device__ __forceinline__ SliceVector load_slice(const VectorEntry* e, int slice) {
-    const Quad firsts = load_lasting16(e->first), steps = load_lasting16(e->step);
-    const i64 offset = load_lasting8(e->offset + slice);
-    const u32 first = slice == 0 ? firsts.x : slice == 1 ? firsts.y : firsts.z;
-    const u32 step = slice == 0 ? steps.x : slice == 1 ? steps.y : steps.z;
-    return {static_cast<int>(first), static_cast<int>(step), static_cast<int>(firsts.w), offset};
-}
 
 extern "C" __global__ void __launch_bounds__(256, 6) lora_finish(const Params p) {
     allow_dependents();
@@ -44,21 +32,10 @@ extern "C" __global__ void __launch_bounds__(256, 6) lora_finish(const Params p)
         c = load_slice(p.scales + entry, slice);
         b = load_slice(p.biases + entry, slice);
     }
-    Numbers factors = {}, added = {};
-    if (c.step != 0) factors = load_numbers(p.tables, c.first, c.step, c.offset, at);
-    if (b.step != 0) added = load_numbers(p.tables, b.first, b.step, b.offset, at);
+    const Finish finish = load_finish(p.tables, c, b, at);
     dependency_wait();  // also a CTA without work: its grid must not complete before the one it depends on
     if (c.step == 0 && b.step == 0) return;
     elem* to = p.y + row * p.width + column;
-    Vec y = load_vec(to), bias = {};
-    if (c.step != 0 && p.base_bias != nullptr && !(c.flags & kScalesBias)) bias = load_vec(p.base_bias + column);
-    const float scale = p.scale[row];
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-        float v = to_float(y.v[j]);
-        const float kept = to_float(bias.v[j]);
-        if (c.step != 0) v = factors.v[j] * (v - kept) + kept;
-        y.v[j] = from_float<elem>(v + scale * added.v[j]);
-    }
-    store_vec(to, y);
+    const elem* bias = p.base_bias == nullptr ? nullptr : p.base_bias + column;
+    store_vec(to, finished(load_vec(to), finish, c, bias, p.scale[row]));
 }

@@ -367,6 +367,8 @@ class Projection(_message.Message):
         """Each rank computes some of the outputs."""
         SPLIT_INPUTS: Projection._Split.ValueType  # 2
         """Each rank computes with some of the inputs."""
+        SPLIT_SECTIONS: Projection._Split.ValueType  # 3
+        """Each rank computes some of the outputs of each of `sections`."""
 
     class Split(_Split, metaclass=_SplitEnumTypeWrapper):
         """Split tells how tensor-parallel ranks divide a projection."""
@@ -377,12 +379,39 @@ class Projection(_message.Message):
     """Each rank computes some of the outputs."""
     SPLIT_INPUTS: Projection.Split.ValueType  # 2
     """Each rank computes with some of the inputs."""
+    SPLIT_SECTIONS: Projection.Split.ValueType  # 3
+    """Each rank computes some of the outputs of each of `sections`."""
+
+    @_typing.final
+    class Section(_message.Message):
+        """Section is some of the outputs, which ranks divide among themselves apart from the others."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WIDTH_FIELD_NUMBER: _builtins.int
+        UNITS_FIELD_NUMBER: _builtins.int
+        width: _builtins.int
+        """How many outputs."""
+        units: _builtins.int
+        """Parts that no rank divides, e.g. heads of keys; ranks that are more than these share them. 0: divided anywhere."""
+        def __init__(
+            self,
+            *,
+            width: _builtins.int = ...,
+            units: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["units", b"units", "width", b"width"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     PATH_FIELD_NUMBER: _builtins.int
     OP_FIELD_NUMBER: _builtins.int
     IN_FEATURES_FIELD_NUMBER: _builtins.int
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
+    SECTIONS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Name of the module inside its layer, e.g. `self_attn.q_proj`, or in the model if it is outside of the layers; its last part is unique within the layer."""
     op: _builtins.str
@@ -393,6 +422,10 @@ class Projection(_message.Message):
     """Width of its output, before any split over ranks."""
     split: Global___Projection.Split.ValueType
     """How ranks divide it."""
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection.Section]:
+        """With SPLIT_SECTIONS, all outputs in order."""
+
     def __init__(
         self,
         *,
@@ -401,10 +434,11 @@ class Projection(_message.Message):
         in_features: _builtins.int = ...,
         out_features: _builtins.int = ...,
         split: Global___Projection.Split.ValueType = ...,
+        sections: _abc.Iterable[Global___Projection.Section] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "op", b"op", "out_features", b"out_features", "path", b"path", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "op", b"op", "out_features", b"out_features", "path", b"path", "sections", b"sections", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,6 +25,42 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Visibility(_message.Message):
+    """Visibility says which gateways knew of a change when it was answered. Gateways of all replicas of the store count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    LATE_GATEWAYS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Gateways that serve it."""
+
+    @_builtins.property
+    def late_gateways(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Gateways that did not yet: the time was over. They serve it once they have read it."""
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """The time that the answer would have waited for gateways at most."""
+
+    def __init__(
+        self,
+        *,
+        gateways: _abc.Iterable[_builtins.str] | None = ...,
+        late_gateways: _abc.Iterable[_builtins.str] | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "late_gateways", b"late_gateways", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Visibility: _TypeAlias = Visibility  # noqa: Y015
+
+@_typing.final
 class CreateAdapterRequest(_message.Message):
     """CreateAdapterRequest reserves a name."""
 
@@ -59,18 +95,24 @@ class CreateAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> _adapter_pb2.Adapter:
         """The adapter."""
+
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
 
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,10 +233,15 @@ class AdapterReport(_message.Message):
         FOLDED_FIELD_NUMBER: _builtins.int
         WARNINGS_FIELD_NUMBER: _builtins.int
         NUM_OMITTED_FIELD_NUMBER: _builtins.int
+        SIGNER_FIELD_NUMBER: _builtins.int
         method: _builtins.str
         """`peft_type`, for example `LORA`."""
         num_omitted: _builtins.int
         """Notes left out, as they exceed the room of a revision."""
+        signer: _builtins.str
+        """Who signed the files: the store operator's name of the key, and the subject of the certificate if there is one. Empty if
+        no trusted signature was found or looked for.
+        """
         @_builtins.property
         def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """The rules of dialects by which the file was read; empty for PEFT's own form."""
@@ -215,10 +262,11 @@ class AdapterReport(_message.Message):
             folded: _abc.Iterable[_builtins.str] | None = ...,
             warnings: _abc.Iterable[_builtins.str] | None = ...,
             num_omitted: _builtins.int = ...,
+            signer: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "warnings", b"warnings"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "signer", b"signer", "warnings", b"warnings"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -510,18 +558,24 @@ class UpdateAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> _adapter_pb2.Adapter:
         """The adapter."""
+
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
 
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -568,18 +622,24 @@ class DeleteAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> _adapter_pb2.Adapter:
         """The adapter, now deleted."""
+
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
 
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -684,18 +744,24 @@ class SetAliasResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> _adapter_pb2.Adapter:
         """The adapter after the call."""
+
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
 
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -746,6 +812,7 @@ class RollBackAliasResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     LEFT_REVISION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     left_revision: _builtins.str
     """Where the label pointed before the call."""
     revision: _builtins.str
@@ -754,16 +821,21 @@ class RollBackAliasResponse(_message.Message):
     def adapter(self) -> _adapter_pb2.Adapter:
         """The adapter after the call."""
 
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
+
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
         left_revision: _builtins.str = ...,
         revision: _builtins.str = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "left_revision", b"left_revision", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "left_revision", b"left_revision", "revision", b"revision", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -973,6 +1045,66 @@ class ImportAdapterRequest(_message.Message):
 Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
 
 @_typing.final
+class ResolveAdapterRequest(_message.Message):
+    """ResolveAdapterRequest names a source that a request has named in the place of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """`hf:org/name[/folder][@commit]`, `s3://bucket/folder` or `oci://registry/repository@sha256:...`."""
+    tenant: _builtins.str
+    """The tenant of the request, by its credential."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterRequest: _TypeAlias = ResolveAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ResolveAdapterResponse(_message.Message):
+    """ResolveAdapterResponse is the adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    IS_NEW_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, which only this tenant may use."""
+    source: _builtins.str
+    """The source with the commit that it was pinned to."""
+    revision: _builtins.str
+    """Digest of its weights."""
+    is_new: _builtins.bool
+    """Whether this call, or one that it shared the work with, has made the name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        is_new: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_new", b"is_new", "name", b"name", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterResponse: _TypeAlias = ResolveAdapterResponse  # noqa: Y015
+
+@_typing.final
 class ImportAdapterMetadata(_message.Message):
     """ImportAdapterMetadata is the progress of an import Operation."""
 
@@ -1051,6 +1183,7 @@ class ImportAdapterResult(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     ALREADY_EXISTED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     already_existed: _builtins.bool
     """True if the store had this revision already."""
     @_builtins.property
@@ -1065,6 +1198,10 @@ class ImportAdapterResult(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What is odd about the adapter though it is served, or could not be told for certain (its base, say), for people."""
 
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
+
     def __init__(
         self,
         *,
@@ -1072,10 +1209,11 @@ class ImportAdapterResult(_message.Message):
         revision: _adapter_pb2.AdapterRevision | None = ...,
         already_existed: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "visibility", b"visibility", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1200,6 +1338,7 @@ class UploadAdapterResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     ALREADY_EXISTED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     already_existed: _builtins.bool
     """True if the store had this revision already."""
     @_builtins.property
@@ -1214,6 +1353,10 @@ class UploadAdapterResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As ImportAdapterResult.warnings."""
 
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
+
     def __init__(
         self,
         *,
@@ -1221,10 +1364,11 @@ class UploadAdapterResponse(_message.Message):
         revision: _adapter_pb2.AdapterRevision | None = ...,
         already_existed: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "visibility", b"visibility", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1389,6 +1533,7 @@ class PushAdapterResponse(_message.Message):
     READY_ENGINES_FIELD_NUMBER: _builtins.int
     LATE_ENGINES_FIELD_NUMBER: _builtins.int
     READY_TIMEOUT_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     already_existed: _builtins.bool
     """True if the store had this revision already."""
     @_builtins.property
@@ -1417,6 +1562,10 @@ class PushAdapterResponse(_message.Message):
     def ready_timeout(self) -> _duration_pb2.Duration:
         """The time that the labels would have waited at most."""
 
+    @_builtins.property
+    def visibility(self) -> Global___Visibility:
+        """Which gateways know of it."""
+
     def __init__(
         self,
         *,
@@ -1427,10 +1576,11 @@ class PushAdapterResponse(_message.Message):
         ready_engines: _abc.Iterable[_builtins.str] | None = ...,
         late_engines: _abc.Iterable[_builtins.str] | None = ...,
         ready_timeout: _duration_pb2.Duration | None = ...,
+        visibility: Global___Visibility | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "ready_timeout", b"ready_timeout", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "ready_timeout", b"ready_timeout", "revision", b"revision", "visibility", b"visibility"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "late_engines", b"late_engines", "ready_engines", b"ready_engines", "ready_timeout", b"ready_timeout", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "late_engines", b"late_engines", "ready_engines", b"ready_engines", "ready_timeout", b"ready_timeout", "revision", b"revision", "visibility", b"visibility", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1539,6 +1689,7 @@ class WatchAliasesRequest(_message.Message):
     START_SEQUENCE_FIELD_NUMBER: _builtins.int
     START_HISTORY_ID_FIELD_NUMBER: _builtins.int
     USES_TEXT_PARTS_FIELD_NUMBER: _builtins.int
+    WATCHER_ID_FIELD_NUMBER: _builtins.int
     start_sequence: _builtins.int
     """Changes after this sequence; 0 means the whole table first. Too old: OUT_OF_RANGE."""
     start_history_id: _builtins.str
@@ -1547,20 +1698,72 @@ class WatchAliasesRequest(_message.Message):
     """Whether the watcher uses text parts. Revisions that have some are left out for others, which would answer their requests
     with the base model's template.
     """
+    watcher_id: _builtins.str
+    """The watcher's own name, unique among all: set by one that acknowledges what it has taken in, for which changes wait then.
+    At most 128 letters, digits, `-`, `_` and `.`.
+    """
     def __init__(
         self,
         *,
         start_sequence: _builtins.int = ...,
         start_history_id: _builtins.str = ...,
         uses_text_parts: _builtins.bool = ...,
+        watcher_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_history_id", b"start_history_id", "start_sequence", b"start_sequence", "uses_text_parts", b"uses_text_parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_history_id", b"start_history_id", "start_sequence", b"start_sequence", "uses_text_parts", b"uses_text_parts", "watcher_id", b"watcher_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchAliasesRequest: _TypeAlias = WatchAliasesRequest  # noqa: Y015
+
+@_typing.final
+class AcknowledgeAliasesRequest(_message.Message):
+    """AcknowledgeAliasesRequest says how far a watcher is. It may reach another replica than the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WATCHER_ID_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    watcher_id: _builtins.str
+    """The name that the stream was opened with."""
+    history_id: _builtins.str
+    """The history_id of the last message that was taken in."""
+    sequence: _builtins.int
+    """Its sequence."""
+    def __init__(
+        self,
+        *,
+        watcher_id: _builtins.str = ...,
+        history_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_id", b"history_id", "sequence", b"sequence", "watcher_id", b"watcher_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeAliasesRequest: _TypeAlias = AcknowledgeAliasesRequest  # noqa: Y015
+
+@_typing.final
+class AcknowledgeAliasesResponse(_message.Message):
+    """AcknowledgeAliasesResponse has no content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeAliasesResponse: _TypeAlias = AcknowledgeAliasesResponse  # noqa: Y015
 
 @_typing.final
 class WatchAliasesResponse(_message.Message):
@@ -2067,8 +2270,11 @@ class AttachEngineRequest(_message.Message):
 
         DIGEST_FIELD_NUMBER: _builtins.int
         TIME_LEFT_FIELD_NUMBER: _builtins.int
+        TRACEPARENT_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """Digest of the weights."""
+        traceparent: _builtins.str
+        """W3C trace context of that request; empty without."""
         @_builtins.property
         def time_left(self) -> _duration_pb2.Duration:
             """Time until the request that needs it gives up; unset means none."""
@@ -2078,10 +2284,11 @@ class AttachEngineRequest(_message.Message):
             *,
             digest: _builtins.str = ...,
             time_left: _duration_pb2.Duration | None = ...,
+            traceparent: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,11 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
                 response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
+        self.ResolveAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/ResolveAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.FromString,
+                _registered_method=True)
         self.UploadAdapter = channel.stream_unary(
                 '/loraplex.v1.AdapterStoreService/UploadAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.SerializeToString,
@@ -116,6 +121,11 @@ class AdapterStoreServiceStub:
                 '/loraplex.v1.AdapterStoreService/WatchAliases',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.FromString,
+                _registered_method=True)
+        self.AcknowledgeAliases = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/AcknowledgeAliases',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.FromString,
                 _registered_method=True)
         self.DownloadAdapter = channel.unary_stream(
                 '/loraplex.v1.AdapterStoreService/DownloadAdapter',
@@ -216,6 +226,14 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveAdapter(self, request, context):
+        """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+        call that ends early ends no import.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadAdapter(self, request_iterator, context):
         """UploadAdapter is ImportAdapter with the files in the stream.
         """
@@ -247,6 +265,13 @@ class AdapterStoreServiceServicer:
 
     def WatchAliases(self, request, context):
         """WatchAliases streams the whole name table, then every change to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcknowledgeAliases(self, request, context):
+        """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -331,6 +356,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.FromString,
                     response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
+            'ResolveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.SerializeToString,
+            ),
             'UploadAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.UploadAdapterRequest.FromString,
@@ -355,6 +385,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.WatchAliases,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.SerializeToString,
+            ),
+            'AcknowledgeAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeAliases,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.SerializeToString,
             ),
             'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadAdapter,
@@ -682,6 +717,33 @@ class AdapterStoreService:
             _registered_method=True)
 
     @staticmethod
+    def ResolveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/ResolveAdapter',
+            loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.ResolveAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UploadAdapter(request_iterator,
             target,
             options=(),
@@ -806,6 +868,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/WatchAliases',
             loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__store__pb2.WatchAliasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/AcknowledgeAliases',
+            loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.AcknowledgeAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,10 @@ class AdapterStoreServiceStub:
     """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
+    ResolveAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ResolveAdapterRequest, _adapter_store_pb2.ResolveAdapterResponse]
+    """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+    call that ends early ends no import.
+    """
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]
     """UploadAdapter is ImportAdapter with the files in the stream."""
     PushAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]
@@ -70,6 +74,8 @@ class AdapterStoreServiceStub:
     """EvictAdapter hints that an adapter will not be wanted. Always OK."""
     WatchAliases: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.WatchAliasesRequest, _adapter_store_pb2.WatchAliasesResponse]
     """WatchAliases streams the whole name table, then every change to it."""
+    AcknowledgeAliases: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.AcknowledgeAliasesRequest, _adapter_store_pb2.AcknowledgeAliasesResponse]
+    """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]
     """DownloadAdapter streams the canonical form from an offset."""
     GetTextParts: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]
@@ -106,6 +112,10 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """ListAliasMoves pages through where the labels of one name have pointed, newest first."""
     ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
+    ResolveAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ResolveAdapterRequest, _adapter_store_pb2.ResolveAdapterResponse]  # type: ignore[assignment]
+    """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+    call that ends early ends no import.
+    """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """UploadAdapter is ImportAdapter with the files in the stream."""
     PushAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.PushAdapterRequest, _adapter_store_pb2.PushAdapterResponse]  # type: ignore[assignment]
@@ -118,6 +128,8 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """EvictAdapter hints that an adapter will not be wanted. Always OK."""
     WatchAliases: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.WatchAliasesRequest, _adapter_store_pb2.WatchAliasesResponse]  # type: ignore[assignment]
     """WatchAliases streams the whole name table, then every change to it."""
+    AcknowledgeAliases: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.AcknowledgeAliasesRequest, _adapter_store_pb2.AcknowledgeAliasesResponse]  # type: ignore[assignment]
+    """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
     """DownloadAdapter streams the canonical form from an offset."""
     GetTextParts: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]  # type: ignore[assignment]
@@ -219,6 +231,16 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
 
     @_abc_1.abstractmethod
+    def ResolveAdapter(
+        self,
+        request: _adapter_store_pb2.ResolveAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.ResolveAdapterResponse, _abc.Awaitable[_adapter_store_pb2.ResolveAdapterResponse]]:
+        """ResolveAdapter returns the adapter that a source is for a tenant; it is imported if there is none yet. For gateways. A
+        call that ends early ends no import.
+        """
+
+    @_abc_1.abstractmethod
     def UploadAdapter(
         self,
         request_iterator: _MaybeAsyncIterator[_adapter_store_pb2.UploadAdapterRequest],
@@ -259,6 +281,14 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_store_pb2.WatchAliasesResponse], _abc.AsyncIterator[_adapter_store_pb2.WatchAliasesResponse]]:
         """WatchAliases streams the whole name table, then every change to it."""
+
+    @_abc_1.abstractmethod
+    def AcknowledgeAliases(
+        self,
+        request: _adapter_store_pb2.AcknowledgeAliasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.AcknowledgeAliasesResponse, _abc.Awaitable[_adapter_store_pb2.AcknowledgeAliasesResponse]]:
+        """AcknowledgeAliases says what a watcher has taken in; changes are answered once every watcher that does so has them."""
 
     @_abc_1.abstractmethod
     def DownloadAdapter(

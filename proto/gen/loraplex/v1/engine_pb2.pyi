@@ -390,6 +390,7 @@ class Output(_message.Message):
     LOADING_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The request's slot."""
     sequence: _builtins.int
@@ -418,6 +419,10 @@ class Output(_message.Message):
     def error(self) -> _status_pb2.Status:
         """A failure of this request alone."""
 
+    @_builtins.property
+    def usage(self) -> Global___EngineUsage:
+        """What the request used on this engine; comes with its end, whichever that is. Unset: an earlier version, or nothing."""
+
     def __init__(
         self,
         *,
@@ -429,16 +434,43 @@ class Output(_message.Message):
         loading: _gateway_pb2.AdapterLoading | None = ...,
         finish: Global___EngineFinish | None = ...,
         error: _status_pb2.Status | None = ...,
+        usage: Global___EngineUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error", b"error", "finish", b"finish", "loading", b"loading", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error", b"error", "finish", b"finish", "loading", b"loading", "started", b"started", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error", b"error", "finish", b"finish", "loading", b"loading", "logprobs", b"logprobs", "sequence", b"sequence", "slot", b"slot", "started", b"started", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error", b"error", "finish", b"finish", "loading", b"loading", "logprobs", b"logprobs", "sequence", b"sequence", "slot", b"slot", "started", b"started", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_end: _TypeAlias = _typing.Literal["finish", "error"]  # noqa: Y015
     _WhichOneofArgType_end: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_end) -> _WhichOneofReturnType_end | None: ...
 
 Global___Output: _TypeAlias = Output  # noqa: Y015
+
+@_typing.final
+class EngineUsage(_message.Message):
+    """EngineUsage is what one request used of an engine's page pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_PAGE_SECONDS_FIELD_NUMBER: _builtins.int
+    ADAPTER_PAGE_SECONDS_FIELD_NUMBER: _builtins.int
+    kv_page_seconds: _builtins.float
+    """Pages that its sequence held, times seconds; a page held by several sequences counts equal parts for each."""
+    adapter_page_seconds: _builtins.float
+    """Pages of its adapters while it ran, times seconds; an adapter used by several requests counts equal parts for each."""
+    def __init__(
+        self,
+        *,
+        kv_page_seconds: _builtins.float = ...,
+        adapter_page_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_page_seconds", b"adapter_page_seconds", "kv_page_seconds", b"kv_page_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineUsage: _TypeAlias = EngineUsage  # noqa: Y015
 
 @_typing.final
 class EngineStarted(_message.Message):

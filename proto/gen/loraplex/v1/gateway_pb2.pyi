@@ -977,6 +977,7 @@ class Started(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADAPTER_REVISIONS_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
+    ADAPTER_SOURCES_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt, special tokens included."""
     cached_tokens: _builtins.int
@@ -1001,6 +1002,12 @@ class Started(_message.Message):
     def adapter_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Digests of all adapters in use, in the order of GenerateRequest.adapters; empty unless that was set."""
 
+    @_builtins.property
+    def adapter_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the adapters that the request names by their source, in its order: the sources with the commits that they were pinned to.
+        Empty where there are none, and when a stream is resumed.
+        """
+
     def __init__(
         self,
         *,
@@ -1013,10 +1020,11 @@ class Started(_message.Message):
         prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
         adapter_revisions: _abc.Iterable[_builtins.str] | None = ...,
         numerics: _builtins.str = ...,
+        adapter_sources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "adapter_revisions", b"adapter_revisions", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "numerics", b"numerics", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "adapter_revisions", b"adapter_revisions", "adapter_sources", b"adapter_sources", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "numerics", b"numerics", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

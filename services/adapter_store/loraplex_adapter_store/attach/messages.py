@@ -77,10 +77,12 @@ class Want:
 
     Attributes:
         time_left_s: How long the most urgent request that waits for it can wait; None if there is no limit.
+        traceparent: W3C trace context of that request; empty without.
     """
 
     digest: str
     time_left_s: float | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

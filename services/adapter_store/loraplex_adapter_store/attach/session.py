@@ -28,6 +28,7 @@ from loraplex_adapter_store.attach.messages import (
 )
 from loraplex_adapter_store.attach.outbox import Outbox
 from loraplex_adapter_store.attach.transfer import Transfer, TransferState
+from loraplex_adapter_store.attach.transfer_span import begin_span, ending_span
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -103,7 +104,7 @@ class EngineSession:
         """
         match message:
             case Want():
-                self.want(message.digest, message.time_left_s)
+                self.want(message.digest, message.time_left_s, message.traceparent)
             case Grant():
                 self._grant(message)
             case Decline():
@@ -111,17 +112,18 @@ class EngineSession:
             case Residency():
                 self._residency(message)
 
-    def want(self, digest: str, time_left_s: float | None = None) -> None:
+    def want(self, digest: str, time_left_s: float | None = None, traceparent: str = "") -> None:
         """Bring an image to the engine for a waiting request; ``time_left_s`` is how long the request can wait."""
         transfer = self._transfers.get(digest)
         if transfer is None:
             transfer = self._start(digest, is_wanted=True)
             if transfer is not None:
                 transfer.needed_within(time_left_s)
+                begin_span(transfer, traceparent)
             return
-        transfer.is_wanted = True
+        begin_span(transfer, traceparent)
+        transfer.want()
         transfer.needed_within(time_left_s)
-        transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
             self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # the engine may have declined the first offer
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
@@ -214,7 +216,8 @@ class EngineSession:
     async def _transfer(self, transfer: Transfer) -> None:
         """Bring one image into the engine; if a want cannot be met, exactly one refusal is sent."""
         try:
-            await self._carry_out(transfer)
+            with ending_span(transfer, self.hello.engine_id):
+                await self._carry_out(transfer)
         except LoraplexError as error:
             await self._refuse(transfer, error)
         except Exception:

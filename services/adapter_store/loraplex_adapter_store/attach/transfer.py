@@ -6,11 +6,14 @@ import asyncio
 import dataclasses
 import math
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_adapter_store.attach.messages import Grant, Offer, Place
+
+if TYPE_CHECKING:
+    from loraplex_common.tracing import Span
 
 
 class TransferState(Enum):
@@ -42,6 +45,7 @@ class Transfer:
         is_wanted: Whether a request waits for the image; may become true during the transfer.
         offers: One per rank, once the image is known; the pages themselves are not held while the engine decides.
         is_expected: Whether a label is about to move to the image.
+        span: Traces the transfer for the first request of a trace that waits for the image; None without one.
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
         needed_by_s: Time of the event loop's clock by which the first waiting request needs it; infinity without a
@@ -54,6 +58,7 @@ class Transfer:
         self.digest = digest
         self.is_wanted = is_wanted
         self.is_wanted_again = False
+        self.span: Span | None = None
         self.is_expected = False
         self.offers: list[Offer] = []
         self.failure: str | None = None
@@ -62,6 +67,7 @@ class Transfer:
         self.state = TransferState.PREPARING
         self._num_ranks = num_ranks
         self._has_unsolicited_offer = False
+        self._is_dropped = False
         self._slots: dict[int, tuple[int, ...]] = {}
         self._answered = asyncio.Event()
         self._arrived = asyncio.Event()
@@ -80,6 +86,12 @@ class Transfer:
         if time_left_s is not None:
             self.needed_by_s = min(self.needed_by_s, asyncio.get_running_loop().time() + time_left_s)
 
+    def want(self) -> None:
+        """Note that a request waits for the image; after everything had been sent, the engine needs it once more."""
+        self.is_wanted = True
+        self.is_wanted_again = self.state is TransferState.SENT
+        self._end_if_dropped()
+
     def advance(self, state: TransferState) -> None:
         """Move to a state.
 
@@ -92,6 +104,7 @@ class Transfer:
         if state is TransferState.PREPARING:
             self.failure = None
             self._slots = {}
+            self._is_dropped = False
             self._answered.clear()
             self._arrived.clear()
 
@@ -145,6 +158,14 @@ class Transfer:
             self._arrived.set()
             if self.state is TransferState.OFFERED:  # the engine has the image already, or cannot read the offer
                 self._answered.set()
+        elif self.state is TransferState.SENT:
+            self._is_dropped = True
+            self._end_if_dropped()
+
+    def _end_if_dropped(self) -> None:
+        """End the wait for an image that came and went between two reports, and that a request waits for again."""
+        if self._is_dropped and self.is_wanted_again:
+            self._arrived.set()
 
     async def wait_for_slots(self) -> dict[int, tuple[int, ...]] | None:
         """Return the slots by rank once all ranks have granted; None if one refuses."""

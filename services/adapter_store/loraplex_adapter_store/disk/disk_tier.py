@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 from loraplex_common import geometry_wire
@@ -21,7 +21,7 @@ from loraplex_adapter_store.page_image import Image, ImageKey
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from concurrent.futures import Executor
 
     from loraplex_common.adapter_image import Geometry
@@ -36,6 +36,9 @@ CHECKED_BYTES: Final = 16 * 1024 * 1024
 MAX_WAITING: Final = 8
 """Files that may wait to be written: they are in memory meanwhile. More are not kept."""
 CANONICAL_PAGE_BYTES: Final = 1024 * 1024
+_UNREADABLE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What a header raises that is whole, but not what this version writes."""
+T = TypeVar("T")
 
 
 class DiskTier:
@@ -53,22 +56,17 @@ class DiskTier:
         self._metrics = metrics
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._num_waiting = 0
-        self._checked: dict[str, tuple[CacheFile, int]] = {}  # by name; with the inode that was checked
+        self._checked: dict[str, tuple[CacheFile, tuple[int, int]]] = {}  # by name; with inode and bytes at the check
         self._trouble = Trouble()
 
     async def image(self, key: ImageKey) -> Image | None:
         """Return an image, its pages mapped; None if there is none, or it was damaged and is deleted now."""
-        file = await self._open(_image_name(key))
-        if file is None:
-            return None
-        fields = file.fields
-        spec = AdapterSpec.from_json(fields["spec"].encode())
-        return Image(spec, fields["base"], file.body(), tree_root([file.digests]))
+        return await self._open(_image_name(key), _image_in)
 
     async def canonical(self, digest: str) -> AsyncGenerator[bytes, None] | None:
         """Return a canonical form in pieces; None as in `image`."""
-        file = await self._open(f"{digest}.canonical")
-        return None if file is None else _pieces(file.body().reshape(-1)[: file.fields["bytes"]])
+        data = await self._open(f"{digest}.canonical", _canonical_in)
+        return None if data is None else _pieces(data)
 
     def keep_image(self, key: ImageKey, image: Image) -> None:
         """Write an image in the background."""
@@ -101,12 +99,15 @@ class DiskTier:
         await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
         self._index.close()
 
-    async def _open(self, name: str) -> CacheFile | None:
+    async def _open(self, name: str, read: Callable[[CacheFile], T]) -> T | None:
         if not self._index.touch(name):
             return None
         try:
-            return await self._checked_file(name)
-        except (CacheFileError, OSError, ValueError, KeyError) as error:
+            return read(await self._checked_file(name))
+        except FileNotFoundError:  # deleted since it was asked for: for its room, or with its revision
+            self._remove(name)
+            return None
+        except (CacheFileError, OSError, *_UNREADABLE) as error:
             self._metrics.verify_failures.inc()
             _log.warning("a file of the disk cache is damaged and deleted", file=name, error=str(error))
             self._remove(name)
@@ -117,9 +118,10 @@ class DiskTier:
         descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         work = ThreadWork(self._executor)
         try:
-            inode = os.fstat(descriptor).st_ino
+            status = os.fstat(descriptor)
+            state = (status.st_ino, status.st_size)
             known = self._checked.get(name)
-            if known is not None and known[1] == inode:
+            if known is not None and known[1] == state:
                 return known[0]
             file = await asyncio.to_thread(open_cache_file, path, descriptor)
             if file.fields.get("name") != name:
@@ -128,7 +130,7 @@ class DiskTier:
             for start in range(0, file.shape[0], step):
                 work.start(file.check_pages, descriptor, start, min(start + step, file.shape[0]))
             await work.done()
-            self._checked[name] = (file, inode)
+            self._checked[name] = (file, state)
             return file
         finally:
             await work.quiet()
@@ -167,6 +169,18 @@ class DiskTier:
             self._index.remove(name)
         except OSError as error:
             self._trouble.warn("a file of the disk cache cannot be deleted", file=name, error=error.strerror)
+
+
+def _image_in(file: CacheFile) -> Image:
+    spec = AdapterSpec.from_json(file.fields["spec"].encode())
+    return Image(spec, str(file.fields["base"]), file.body(), tree_root([file.digests]))
+
+
+def _canonical_in(file: CacheFile) -> NDArray[np.uint8]:
+    num_bytes, data = int(file.fields["bytes"]), file.body().reshape(-1)
+    if not 0 < num_bytes <= len(data):
+        raise CacheFileError(f"{num_bytes} of {len(data)} bytes are said to count")
+    return data[:num_bytes]
 
 
 async def _pieces(data: NDArray[np.uint8]) -> AsyncGenerator[bytes, None]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.attach.attached import WeightNorms
     from loraplex_adapter_store.bases import KnownBases
     from loraplex_adapter_store.imports.files import CheckpointFiles
+    from loraplex_adapter_store.signatures.check import Signatures
 
 
 class CheckpointChecker:
@@ -39,6 +40,7 @@ class CheckpointChecker:
         engines: Tells what the engines known can take.
         norms: Gives what is known of a base's weights, by its fingerprint; called in a thread.
         executor: Runs the checks.
+        signatures: Says whether files may be read at all.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class CheckpointChecker:
         engines: Callable[[], tuple[RankLimits, ...]],
         norms: Callable[[str], WeightNorms],
         executor: Executor,
+        signatures: Signatures,
     ) -> None:
+        self._signatures = signatures
         self._bases = bases
         self._norms = norms
         self._engines = engines
@@ -74,6 +78,7 @@ class CheckpointChecker:
     def _check_blocking(
         self, files: CheckpointFiles, base_model: str, engines: tuple[RankLimits, ...], confinement: Confinement
     ) -> CanonicalForm:
+        signed = self._signatures.check(files)  # first: nothing parses what is not trusted
         config = parse_peft_config(peft_config_data(files.config))
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
@@ -93,11 +98,13 @@ class CheckpointChecker:
         except ImageError as error:
             raise AdapterIncompatibleError(str(error)) from error
         exploding = exploding_of(checkpoint.modules, self._norms(base.info.fingerprint))
-        warnings = (*chosen.warnings, *texts.warnings, *form.warnings, *exploding)
+        unsigned = (signed.warning,) if signed.warning else ()
+        warnings = (*unsigned, *chosen.warnings, *texts.warnings, *form.warnings, *exploding)
         notes = ImportNotes(
             method=checkpoint.method,
             rules=checkpoint.rules,
             folded=checkpoint.folded,
+            signer=signed.signer,
             warnings=tuple(each for each in warnings if each not in checkpoint.rules),
         )
         return replace(form, warnings=warnings, notes=notes)

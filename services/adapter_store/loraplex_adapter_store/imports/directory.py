@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
-from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present
+from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present_signed
 from loraplex_common.errors import AdapterCorruptUploadError, InvalidParameterError
 
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
@@ -31,9 +31,11 @@ class ImportRoots:
 
     Args:
         roots: Existing directories; none means that directory imports are off.
+        reads_signature: Tells whether signatures are wanted.
     """
 
-    def __init__(self, roots: tuple[Path, ...]) -> None:
+    def __init__(self, roots: tuple[Path, ...], reads_signature: Callable[[], bool] = lambda: False) -> None:
+        self._reads_signature = reads_signature
         self._roots = tuple(root.resolve(strict=True) for root in roots)
 
     def locate(self, uri: str) -> tuple[Path, tuple[str, ...]]:
@@ -82,7 +84,7 @@ class ImportRoots:
         contents: dict[str, bytes] = {}
         try:
             with _open_below(root, parts, _DIRECTORY_FLAGS) as directory:
-                names = check_present(_listed(directory))
+                names = check_present_signed(_listed(directory), signature=self._reads_signature())
             for name in names:
                 contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes, take)
         except OSError as error:

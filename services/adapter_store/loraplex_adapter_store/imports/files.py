@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.adapter_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
+    SIGNATURE_FILE,
     TEXT_FILES,
     WEIGHTS_FILE,
     WEIGHTS_FILES,
@@ -31,6 +32,7 @@ class CheckpointFiles:
         texts: Name -> content of the texts beside it: tokenizer files, chat template, generation defaults.
         source: Where they came from, for people to read, e.g. ``dir:demo/json``.
         weights_file: Name of the file that the weights are from.
+        signature: The signature that came with them; empty if none came, or none was wanted.
     """
 
     config: bytes
@@ -38,13 +40,14 @@ class CheckpointFiles:
     source: str
     texts: dict[str, bytes] = field(default_factory=dict)
     weights_file: str = WEIGHTS_FILE
+    signature: bytes = b""
 
 
 def limit_of(name: str, max_adapter_bytes: int) -> int:
     """Return the most bytes read of a file."""
     if name in WEIGHTS_FILES:
         return max_adapter_bytes
-    return MAX_CONFIG_BYTES if name in (CONFIG_FILE, GENERATION_FILE) else MAX_TOKENIZER_BYTES
+    return MAX_CONFIG_BYTES if name in (CONFIG_FILE, GENERATION_FILE, SIGNATURE_FILE) else MAX_TOKENIZER_BYTES
 
 
 def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
@@ -70,4 +73,5 @@ def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> Che
             raise AdapterCorruptUploadError(f"{name}: {kind}")
     texts = {name: bytes(data) for name, data in contents.items() if name in TEXT_FILES}
     weights_file = next(name for name in WEIGHTS_FILES if name in contents)
-    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[weights_file], source, texts, weights_file)
+    config, signature = bytes(contents[CONFIG_FILE]), bytes(contents.get(SIGNATURE_FILE, b""))
+    return CheckpointFiles(config, contents[weights_file], source, texts, weights_file, signature)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from loraplex_common.adapter_folder import check_present
+from loraplex_common.adapter_folder import check_present_signed
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterForbiddenError,
@@ -75,9 +75,13 @@ class Hub:
     Args:
         endpoint: URL of the hub; None for the public one.
         threads: Where downloads run.
+        reads_signature: Tells whether signatures are wanted.
     """
 
-    def __init__(self, endpoint: str | None, threads: DownloadThreads) -> None:
+    def __init__(
+        self, endpoint: str | None, threads: DownloadThreads, reads_signature: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._reads_signature = reads_signature
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._threads = threads
 
@@ -107,32 +111,27 @@ class Hub:
             SaturatedError: If there is no memory for the bytes.
             StoreUnavailableError: If the hub cannot be reached.
         """
-        try:
+        with _hub_errors(source):
             return self._read(source, token, max_adapter_bytes, take)
-        except GatedRepoError as error:
-            raise AdapterForbiddenError(f"{source}: the repository is gated; name a credential with access") from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise AdapterNotFoundError(
-                f"{source}: no such repository or commit, or not visible with this credential"
-            ) from error
-        except HFValidationError as error:
-            raise InvalidParameterError(f"{source}: {error}", field="hf.repo") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if status in (401, 403):
-                raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
-            raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise StoreUnavailableError(
-                f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
-            ) from error
+
+    async def pin(self, source: HubSource, token: str | None) -> HubSource:
+        """Return a source at the commit where its default branch is; one with a commit as it is.
+
+        Raises:
+            LoraplexError: In the cases of `read`.
+        """
+        return source if source.revision else await self._threads.run(partial(self._pin, source, token))
+
+    def _pin(self, source: HubSource, token: str | None) -> HubSource:
+        with _hub_errors(source):
+            return _pinned(source, self._listing(source, token))
 
     def _read(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
     ) -> CheckpointFiles:
         listing = self._listing(source, token)
         source, sizes = _pinned(source, listing), _sizes(source, listing)
-        names = check_present(sizes)
+        names = check_present_signed(sizes, signature=self._reads_signature())
         for name in names:
             check_size(name, sizes[name] or 0, max_adapter_bytes)
         contents: dict[str, bytes | bytearray] = {}
@@ -158,6 +157,30 @@ class Hub:
 
 def _download(url: str, token: str | None, **options: Any) -> Download:
     return Download(url, f"Bearer {token}" if token else None, protocol=_HUB, **options)
+
+
+@contextmanager
+def _hub_errors(source: HubSource) -> Iterator[None]:
+    """Turn the failures of the hub inside the block into errors of the contract."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise AdapterForbiddenError(f"{source}: the repository is gated; name a credential with access") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise AdapterNotFoundError(
+            f"{source}: no such repository or commit, or not visible with this credential"
+        ) from error
+    except HFValidationError as error:
+        raise InvalidParameterError(f"{source}: {error}", field="hf.repo") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
+        raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise StoreUnavailableError(
+            f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.errors import LoraplexError, StoreUnavailableError, TenantQuotaError
 from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
@@ -112,13 +112,24 @@ class Importer:
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         # What follows the mark in an identity is the credential's name.
-        with audited("import", target.name, source=source.partition("#")[0]) as facts:
+        with audited(target.kind, target.name, source=source.partition("#")[0], **target.facts) as facts:
             outcome = await self._measured(self._import_from(source, fetch, target, progress))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
+    @asynccontextmanager
+    async def counted(self, target: ImportTarget) -> AsyncIterator[None]:
+        """Count an import for the tenants of its name; the block's failure gives it back.
+
+        Raises:
+            TenantQuotaError: If one of them has no import left.
+        """
+        tenants = target.tenants_of(await self._catalog.get(target.name))
+        async with self._catalog.imports.one(target.name, tenants):
+            yield
+
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
-        """Import uploaded files; the caller holds room for them.
+        """Import uploaded files; the caller holds room for them, inside of `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`.
@@ -126,11 +137,11 @@ class Importer:
         with audited("import", target.name, source=files.source) as facts:
             async with self._budget.place():
                 outcome = await self._measured(self._import_files(files, target, Progress(target.name)))
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def write_files(self, files: CheckpointFiles, target: ImportTarget) -> Written:
-        """Check files and write them without a name; the caller holds room for them, then calls `commit` or `abandon`.
+        """Check files and write them without a name; the caller holds room, then calls `commit` or `abandon`, all `counted`.
 
         Raises:
             LoraplexError: In the cases of `import_from`; nothing is left behind then.
@@ -154,9 +165,9 @@ class Importer:
             ConflictError: If the label is not where it is expected.
             StoreUnavailableError: If the weights have been deleted meanwhile.
         """
-        with audited("push", target.name, source=written.revision.source) as facts:
+        with audited(target.kind, target.name, source=written.revision.source, **target.facts) as facts:
             outcome = await self._commit_written(written, target)
-            facts |= _found(outcome, target)
+            facts |= outcome.facts(target)
             return outcome
 
     async def _commit_written(self, written: Written, target: ImportTarget) -> ImportOutcome:
@@ -170,8 +181,7 @@ class Importer:
             raise StoreUnavailableError(
                 f"revision {digest} was deleted while engines fetched it: push again", retry_after_s=1.0
             ) from None
-        await self._told(outcome.record)
-        return outcome
+        return await self.known(outcome)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -193,8 +203,8 @@ class Importer:
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         if (record := await self._catalog.get(target.name)) is not None:
             record.expect(target.expected_label, target.expected)
-        work = partial(self._checked, fetch, target.base_model, progress)
-        async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
+        work, key = partial(self._checked, fetch, target.base_model, progress), (source, target.base_model)
+        async with self.counted(target), self._shared.use(key, work, name=f"fetch {source}") as (form, origin):
             return await self._store(form, origin, target, progress)
 
     @asynccontextmanager
@@ -223,12 +233,16 @@ class Importer:
                 outcome = await self._commit(await self._write(form, source, target), target)
             except RevisionGoneError:
                 continue  # collected between check and commit: write it again
+            except TenantQuotaError as error:
+                await self.abandon(form.revision)
+                if target.make_room is None or not await target.make_room(form.num_bytes, error):
+                    raise
+                continue
             except BaseException:
                 await self.abandon(form.revision)
                 raise
             self._on_stored(form.revision, form.base_fingerprint)
-            await self._told(outcome.record)
-            return outcome
+            return await self.known(outcome)
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _write(self, form: CanonicalForm, source: str, target: ImportTarget) -> Written:
@@ -240,8 +254,8 @@ class Importer:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
         elif form.notes is not None:
-            await self._blobs.note_if_missing(form.revision, form.notes)
-        return Written(revision, exists, form.warnings)
+            await self._blobs.note_again(form.revision, form.notes)
+        return Written(revision, exists, form.warnings, signer="" if form.notes is None else form.notes.signer)
 
     async def _commit(self, written: Written, target: ImportTarget) -> ImportOutcome:
         revision, digest, exists = written.revision, written.revision.revision, written.already_existed
@@ -255,7 +269,11 @@ class Importer:
         _log.info("adapter imported", name=target.name, revision=digest, source=revision.source, already_existed=exists)
         for warning in written.warnings:
             _log.warning("adapter imported, but", name=target.name, revision=digest, warning=warning)
-        return ImportOutcome(record, revision, exists, written.warnings)
+        return ImportOutcome(record, revision, exists, written.warnings, signer=written.signer)
+
+    async def known(self, outcome: ImportOutcome) -> ImportOutcome:
+        """Return a finished import once gateways know of it, or the time for that is over."""
+        return replace(outcome, visibility=await self._told(outcome.record))
 
     async def abandon(self, digest: str) -> None:
         """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""
@@ -263,11 +281,6 @@ class Importer:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:
             _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
-
-
-def _found(outcome: ImportOutcome, target: ImportTarget) -> dict[str, str]:
-    """Return what an import's line says of its end."""
-    return {"revision": outcome.revision.revision, "label": target.label}
 
 
 def _describe(form: CanonicalForm, name: str, source: str) -> Revision:

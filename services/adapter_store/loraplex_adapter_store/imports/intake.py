@@ -93,7 +93,7 @@ class Intake:
             return earlier
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
-        async with self._budget.arrival(num_bytes) as arrival:
+        async with self._importer.counted(target), self._budget.arrival(num_bytes) as arrival:
             return await self._importer.import_files(await receive(files, parts, arrival.take), target)
 
     async def repeated(self, target: ImportTarget) -> ImportOutcome | None:
@@ -110,4 +110,4 @@ class Intake:
         known = await self._catalog.get_revisions([answer.revision])
         if record is None or not known:
             raise AdapterNotFoundError(f"adapter {answer.name} has been deleted since this request was answered")
-        return ImportOutcome(record, known[0], already_existed=True, warnings=answer.warnings)
+        return await self._importer.known(ImportOutcome(record, known[0], True, answer.warnings))

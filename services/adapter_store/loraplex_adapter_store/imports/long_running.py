@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from google.longrunning import operations_pb2
+from google.rpc import code_pb2
 from loraplex_common.answer_by import answering_within
 from loraplex_common.error_status import to_status
 from loraplex_common.errors import CancelledRequestError, InvalidParameterError, LoraplexError
@@ -26,17 +27,20 @@ from loraplex_common.tasks import cancel_and_wait
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.imports.importer import Progress
 from loraplex_adapter_store.imports.targets import ImportOutcome
-from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository import keys, scripts
 
 if TYPE_CHECKING:
     from loraplex_adapter_store.records import Answer
 
 _log = get_logger()
-RUNNING_TTL_S: Final = 30
-HEARTBEAT_S: Final = 2.0
+RUNNING_TTL_S: Final = 5
+"""Short: until it is over, a repeated import waits for a replica that has died."""
+HEARTBEAT_S: Final = 1.0
 FINISHED_TTL_S: Final = 24 * 3600
 POLL_S: Final = 0.1
 MAX_LISTED: Final = 1000
+PASSING: Final = frozenset({code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED})
+"""Failures after which the same call is to be made again, with the same request_id."""
 PREFIX: Final = "operations/"
 
 Report = Callable[[Progress], None]
@@ -69,7 +73,7 @@ class LongRunning:
     async def start(
         self, operation_id: str, progress: Progress, work: Work, *, asked: Answer
     ) -> operations_pb2.Operation:
-        """Start an import under an id, or return the operation that already has it.
+        """Start an import under an id, or return the operation that already has it; one that may be repeated starts again.
 
         Raises:
             AlreadyExistsError: If that operation does something else than this request asks for.
@@ -83,16 +87,27 @@ class LongRunning:
             )
             if used is not None:
                 asked.repeated(used)
+            if operation_id in self._running:  # while Valkey was away, its copy may have ended
+                return await self.get(operation_id)
             is_new = await self._client.set(
                 keys.operation(operation_id), running.operation.SerializeToString(), nx=True, ex=RUNNING_TTL_S
             )
-            if not is_new:
+            if not is_new and not await self._starts_again(operation_id, running):
                 return await self.get(operation_id)
             await self._client.zadd(keys.OPERATIONS, {operation_id: time.time()})
         self._running[operation_id] = running
         with answering_within(None):  # the operation goes on after this call
             running.task = asyncio.create_task(self._run(operation_id, running, work), name=f"operation {operation_id}")
         return _copy(running.operation)
+
+    async def _starts_again(self, operation_id: str, running: _Running) -> bool:
+        """Take the place of an operation that failed by what may have passed; False if it did not, or another call has."""
+        key = keys.operation(operation_id)
+        found = await self._client.get(key) or b""
+        if operations_pb2.Operation.FromString(found).error.code not in PASSING:
+            return False
+        begun = running.operation.SerializeToString()
+        return bool(await self._client.eval(scripts.START_AGAIN, 1, key, found, begun, RUNNING_TTL_S))
 
     async def get(self, operation_id: str) -> operations_pb2.Operation:
         """Return an operation in its present state.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
-from loraplex_common.adapter_folder import check_present
+from loraplex_common.adapter_folder import check_present_signed
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterIncompatibleError,
@@ -74,9 +74,17 @@ class OciImports:
         registries: Those that may be read from; none means that such imports are off.
         credentials: Logins and tokens by name.
         threads: Where downloads run.
+        reads_signature: Tells whether signatures are wanted.
     """
 
-    def __init__(self, registries: tuple[Registry, ...], credentials: Credentials, threads: DownloadThreads) -> None:
+    def __init__(
+        self,
+        registries: tuple[Registry, ...],
+        credentials: Credentials,
+        threads: DownloadThreads,
+        reads_signature: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._reads_signature = reads_signature
         self._registries = {registry.host: registry for registry in registries}
         self._credentials = credentials
         self._threads = threads
@@ -157,7 +165,7 @@ class OciImports:
         )
         _check_digest(manifest, source.digest, f"{source}: the manifest")
         layers = _layers(bytes(manifest), source)
-        names = check_present(layers)
+        names = check_present_signed(layers, signature=self._reads_signature())
         for name in names:
             check_size(name, layers[name].num_bytes, max_adapter_bytes)
         contents: dict[str, bytes | bytearray] = {}

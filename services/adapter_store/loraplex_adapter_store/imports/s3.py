@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
-from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present
+from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present_signed
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterNotFoundError,
@@ -72,9 +72,17 @@ class S3Imports:
         buckets: What may be read; none means that such imports are off.
         credentials: Keys by name.
         threads: Where downloads run.
+        reads_signature: Tells whether signatures are wanted.
     """
 
-    def __init__(self, buckets: tuple[Bucket, ...], credentials: Credentials, threads: DownloadThreads) -> None:
+    def __init__(
+        self,
+        buckets: tuple[Bucket, ...],
+        credentials: Credentials,
+        threads: DownloadThreads,
+        reads_signature: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._reads_signature = reads_signature
         self._buckets = buckets
         self._credentials = credentials
         self._threads = threads
@@ -130,7 +138,7 @@ class S3Imports:
         """
         reader = _Reader(source, credential or source.bucket.credential, self._credentials)
         listed = reader.list()
-        names = check_present(listed)
+        names = check_present_signed(listed, signature=self._reads_signature())
         for name in names:
             check_size(name, listed[name].num_bytes, max_adapter_bytes)
         contents: dict[str, bytes | bytearray] = {name: reader.read(listed[name], take) for name in names}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
     from loraplex_adapter_store.imports.importer import Fetch
+    from loraplex_adapter_store.signatures.check import Signatures
 
 
 class Sources:
@@ -26,21 +27,39 @@ class Sources:
     Args:
         config: What the operator allows.
         credentials: What private sources want, by name.
+        signatures: Tells of which sources a signature is wanted.
     """
 
-    def __init__(self, config: StoreConfig, credentials: Credentials) -> None:
+    def __init__(self, config: StoreConfig, credentials: Credentials, signatures: Signatures) -> None:
         self._threads = DownloadThreads()
-        self._roots = ImportRoots(config.import_root)
-        self._hub = Hub(config.hf_endpoint, self._threads)
-        self._buckets = S3Imports(config.import_bucket, credentials, self._threads)
-        self._registries = oci.OciImports(config.import_registry, credentials, self._threads)
+        self._roots = ImportRoots(config.import_root, partial(signatures.reads, "dir"))
+        self._hub = Hub(config.hf_endpoint, self._threads, partial(signatures.reads, "hf"))
+        self._buckets = S3Imports(config.import_bucket, credentials, self._threads, partial(signatures.reads, "s3"))
+        self._registries = oci.OciImports(
+            config.import_registry, credentials, self._threads, partial(signatures.reads, "oci")
+        )
         self._credentials = credentials
+        self._signatures = signatures
         self._max_adapter_bytes = config.max_adapter_bytes
 
     async def close(self) -> None:
         """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
         await self._threads.close()
         self._registries.close()
+
+    def wants_signature(self, source: str) -> bool:
+        """Return whether the signature of what a source holds is looked at."""
+        return self._signatures.reads(source.partition(":")[0])
+
+    async def pin(self, source: HubSource, credential: str) -> HubSource:
+        """Return a repository of the hub at the commit where its default branch is, unless it has one.
+
+        Raises:
+            InvalidParameterError: If the credential is unknown.
+            LoraplexError: If the hub refuses, or cannot be reached.
+        """
+        found = self._credentials.get(credential)
+        return await self._hub.pin(source, None if found is None else found.token)
 
     def fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
         """Return the identity of a source, which is equal for equal ones, and what fetches it.

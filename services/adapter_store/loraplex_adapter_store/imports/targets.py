@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 
+from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,11 @@ class ImportTarget:
         expected: Where `expected_label` must point when the import is stored; empty means nowhere, None anywhere.
         expected_label: The label that `expected` is about.
         kind: The call, as answers and moves of labels name it.
+        tenants: Tenants that a new name is for, and one that comes back after its deletion; none leaves the name's own. One
+            that is there keeps its own in any case.
+        description: Description of a name that gets `tenants`.
+        make_room: Deletes adapters of the tenant for so many further bytes, and returns whether they fit then; None never
+            does. It is given the refusal, too.
         release: Takes revisions out of the record as it is after the import; None takes out none.
     """
 
@@ -34,12 +41,26 @@ class ImportTarget:
     expected: str | None = None
     expected_label: str = DEFAULT_LABEL
     kind: str = "import"
+    tenants: tuple[str, ...] = ()
+    description: str = ""
+    make_room: Callable[[int, TenantQuotaError], Awaitable[bool]] | None = None
     release: Callable[[AdapterRecord], AdapterRecord] | None = None
 
     @property
     def asked(self) -> Answer:
         """What the request asks for; compared with what an earlier request of this id asked for."""
         return Answer(self.kind, self.name, content=self.content)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a line of the log says of the request besides its name."""
+        return {"tenants": ", ".join(self.tenants)} if self.tenants else {}
+
+    def tenants_of(self, record: AdapterRecord | None) -> tuple[str, ...]:
+        """Return the tenants of the name, once its import is stored; none if it is for all."""
+        if record is None or (record.is_deleted and self.tenants):
+            return self.tenants
+        return record.allowed_tenants
 
     def applied(self, old: AdapterRecord, revision: str, now: float) -> AdapterRecord:
         """Return a record after the import of a revision.
@@ -48,6 +69,8 @@ class ImportTarget:
             ConflictError: If the label is not where it is expected.
         """
         old.expect(self.expected_label, self.expected)
+        if self.tenants and (not old.version or old.is_deleted):
+            old = replace(old, allowed_tenants=self.tenants, description=self.description)
         new = old.with_import(revision, self.label, now, is_staged=self.is_staged)
         return new if self.release is None else self.release(new)
 
@@ -59,12 +82,14 @@ class Written:
     Attributes:
         already_existed: Whether the store had them before.
         seconds: Time that checking and writing took.
+        signer: Name of the signer of the files; may be empty.
     """
 
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    signer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +100,10 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+    visibility: Visibility = field(default_factory=Visibility)
+    signer: str = ""
+
+    def facts(self, target: ImportTarget) -> dict[str, str]:
+        """Return what a line of the log says of an import's end."""
+        signer = {"signer": self.signer} if self.signer else {}
+        return {"revision": self.revision.revision, "label": target.label} | signer

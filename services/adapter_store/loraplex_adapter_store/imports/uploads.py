@@ -14,8 +14,9 @@ from loraplex_common.adapter_folder import (
     CONFIG_FILE,
     PICKLE_SUFFIXES,
     READ_FILES,
+    SIGNATURE_FILE,
     WEIGHTS_FILE,
-    check_present,
+    check_present_signed,
 )
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
@@ -59,9 +60,9 @@ def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) ->
     for file in files:
         if file.name.lower().endswith(PICKLE_SUFFIXES):
             raise AdapterIncompatibleError(f"{file.name}: pickles are never read, because reading them runs code")
-        if file.name not in READ_FILES:
+        if file.name not in (*READ_FILES, SIGNATURE_FILE):
             raise InvalidParameterError(
-                f"{file.name[:200]!r} is not read; an upload is {CONFIG_FILE}, {WEIGHTS_FILE} and perhaps tokenizer files",
+                f"{file.name[:200]!r} is not read; an upload is {CONFIG_FILE}, {WEIGHTS_FILE} and perhaps tokenizer files and {SIGNATURE_FILE}",
                 field="header.files",
             )
         if _SHA256.fullmatch(file.sha256) is None:
@@ -71,7 +72,7 @@ def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) ->
     names = [file.name for file in files]
     if len(set(names)) != len(names):
         raise InvalidParameterError("a file is announced twice", field="header.files")
-    unread = sorted(set(names) - set(check_present(names)))
+    unread = sorted(set(names) - set(check_present_signed(names, signature=True)))
     if unread:
         raise InvalidParameterError(f"{unread[0]}: another file has the weights; upload one", field="header.files")
     return sum(check_size(file.name, file.num_bytes, max_adapter_bytes) for file in files)

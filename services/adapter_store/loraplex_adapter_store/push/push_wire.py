@@ -67,4 +67,5 @@ def response(outcome: PushOutcome) -> pb.PushAdapterResponse:
         ready_engines=outcome.engines.ready,
         late_engines=outcome.engines.late,
         ready_timeout=timeout,
+        visibility=imported.visibility,
     )

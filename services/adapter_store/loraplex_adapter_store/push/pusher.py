@@ -82,6 +82,12 @@ class Pusher:
         """
         if (earlier := await self._intake.repeated(target)) is not None:
             return PushOutcome(earlier, Readiness(), ready_timeout_s)
+        async with self._importer.counted(target):
+            return await self._push(adapter, parts, target, ready_timeout_s)
+
+    async def _push(
+        self, adapter: PushedAdapter, parts: AsyncIterator[Part], target: ImportTarget, ready_timeout_s: float
+    ) -> PushOutcome:
         written = await self._written(adapter, parts, target)
         try:
             left = await self._left(target, written)

@@ -148,10 +148,13 @@ class Blobs:
             data = await self._client.hget(keys.manifest(digest), NOTES)
         return ImportNotes.from_json(data) if data else None
 
-    async def note_if_missing(self, digest: str, notes: ImportNotes) -> None:
-        """Keep an import's notes with a revision that an earlier version stored without any."""
+    async def note_again(self, digest: str, notes: ImportNotes) -> None:
+        """Keep the notes of an import of a revision that was stored without any, or came unsigned and is signed now."""
+        kept = await self.notes(digest)
+        if kept is not None and (kept.signer or not notes.signer):
+            return
         with keys.translated():
-            await self._client.eval(scripts.ADD_FIELD, 1, keys.manifest(digest), NOTES, notes.to_json())
+            await self._client.eval(scripts.CHANGE_FIELD, 1, keys.manifest(digest), NOTES, notes.to_json())
 
     async def manifest(self, digest: str) -> Manifest | None:
         """Return a blob's manifest; None if there is no such blob.

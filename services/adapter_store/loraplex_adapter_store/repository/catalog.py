@@ -19,6 +19,8 @@ from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.commit_words import commit_words
 from loraplex_adapter_store.repository.on_disk import OnDisk
 from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
+from loraplex_adapter_store.repository.tenant_imports import TenantImports
+from loraplex_adapter_store.visibility import Visibility
 
 _log = get_logger()
 MAX_ATTEMPTS: Final = 20
@@ -28,8 +30,8 @@ MAX_COUNTED_AT_ONCE: Final = 500
 Change = Callable[[AdapterRecord], AdapterRecord]
 """Maps a record (version 0 if the name is new) to the record after the change; raises if it refuses the change."""
 
-Told = Callable[[AdapterRecord], Awaitable[None]]
-"""Waits until gateways have been told of a record's state after a change."""
+Told = Callable[[AdapterRecord], Awaitable[Visibility]]
+"""Waits until gateways know of a record's state after a change, and returns which do."""
 
 
 class RevisionGoneError(Exception):
@@ -45,6 +47,10 @@ class Catalog:
             deleted.
         limit_of: Gives the bytes of adapters that a tenant may have.
         on_disk: Waits until a change is on disk; by default on Valkey's own.
+        imports: Counts tenants' imports; by default none is limited.
+
+    Attributes:
+        imports: As given.
     """
 
     def __init__(
@@ -55,12 +61,14 @@ class Catalog:
         check_name: Callable[[str], None],
         limit_of: LimitOf = unlimited,
         on_disk: OnDisk | None = None,
+        imports: TenantImports | None = None,
     ) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
         self.check_name = check_name
         self._limit_of = limit_of
         self._on_disk = on_disk or OnDisk()
+        self.imports = imports or TenantImports(client, unlimited)
 
     async def get(self, name: str) -> AdapterRecord | None:
         """Return a record, deleted ones included; None if the name was never stored."""
@@ -73,10 +81,7 @@ class Catalog:
         if not names:
             return []
         with keys.translated():
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for name in names:
-                    pipeline.hget(keys.adapter(name), "record")
-                found = await pipeline.execute()
+            found = await self._client.eval(scripts.READ, len(names), *(keys.adapter(name) for name in names))
         return [AdapterRecord.from_json(data) for data in found if data]
 
     async def list_names(self, *, after: str, prefix: str, count: int) -> list[str]:
@@ -190,6 +195,12 @@ class Catalog:
             others = int(total or 0) - before
             if before < shares.num_bytes[number] and others + shares.num_bytes[number] > limit:
                 raise shares.refusal(name, number, others, before)
+
+    async def sizes_of(self, tenant: str) -> dict[str, int]:
+        """Return a tenant's adapters, and the bytes that each counts."""
+        with keys.translated():
+            found = await self._client.hgetall(keys.tenant_bytes(tenant))
+        return {name.decode(): int(size) for name, size in found.items() if name.decode() != TOTAL}
 
     async def _shares(self, old: AdapterRecord, new: AdapterRecord, revision: Revision | None) -> TenantShares:
         if not (old.allowed_tenants or new.allowed_tenants):

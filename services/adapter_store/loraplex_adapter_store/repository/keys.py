@@ -34,6 +34,16 @@ HOT: Final = _PREFIX + "hot"
 """Sorted set of the blobs with copies in Valkey, of a store with a cold tier, by their last use (unix ms)."""
 HOT_BYTES: Final = _PREFIX + "hot_bytes"
 """String: the bytes of all these copies."""
+RESOLVED_USES: Final = _PREFIX + "resolved:uses"
+"""Sorted set of the names of adapters that were resolved at request time, by their last use (unix ms)."""
+RESOLVED_INFO: Final = _PREFIX + "resolved:info"
+"""Hash of these names: name -> `ResolvedInfo` as JSON."""
+RESOLVED_BYTES: Final = _PREFIX + "resolved:bytes"
+"""String: the canonical bytes of all of them."""
+REFUSED: Final = _PREFIX + "resolve:refused"
+"""Hash of sources that could not be resolved: key of the source -> serialised google.rpc.Status."""
+REFUSED_UNTIL: Final = _PREFIX + "resolve:refused:until"
+"""Sorted set of the same keys, by the time (unix ms) until which the refusal is remembered."""
 OPERATIONS: Final = "loraplex:store:{operations}:index"
 """Sorted set of operation ids by creation time."""
 
@@ -72,6 +82,11 @@ def tenant_bytes(tenant: str) -> str:
     return f"{_PREFIX}bytes:{tenant}"
 
 
+def tenant_imports(tenant: str) -> str:
+    """String: Unix milliseconds at which all of a tenant's imports are free again, see `tenant_imports`."""
+    return f"{_PREFIX}imports:{tenant}"
+
+
 def collecting(digest: str) -> str:
     """Lock held while a revision's blob is being deleted."""
     return f"{_PREFIX}collecting:{digest}"
@@ -100,6 +115,21 @@ def hot_chunks(digest: str) -> str:
 def held(engine_id: str) -> str:
     """Hash of what an attached engine holds: digest -> number of leases. Expires when its store stops renewing it."""
     return f"loraplex:store:held:{engine_id}"
+
+
+def resolve_pin(source: str) -> str:
+    """String: what a source without a commit was pinned to last; expires."""
+    return f"{_PREFIX}resolve:pin:{source}"
+
+
+def resolve_digest(source: str) -> str:
+    """String: the revision that a pinned source is; expires."""
+    return f"{_PREFIX}resolve:digest:{source}"
+
+
+def resolve_lease(source: str) -> str:
+    """String: the import that fetches a source; expires unless it is renewed."""
+    return f"{_PREFIX}resolve:lease:{source}"
 
 
 def operation(operation_id: str) -> str:

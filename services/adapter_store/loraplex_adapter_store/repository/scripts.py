@@ -66,6 +66,14 @@ if ARGV[7] ~= '' then redis.call('SET', KEYS[6], ARGV[7], 'PX', ARGV[8]) end
 return {'ok', tostring(sequence)}
 """
 
+READ: Final = """
+-- Returns many adapters' records, nil for those that do not exist.  KEYS: adapters
+local found = {}
+for i = 1, #KEYS do found[i] = redis.call('HGET', KEYS[i], 'record') end
+return found
+"""
+"""One command instead of one for each record: packing those takes longer than all else that a page takes."""
+
 COUNT: Final = """
 -- Counts an adapter's bytes for its tenants, as `COMMIT` does with every change, unless it has changed meanwhile.
 -- KEYS: adapter, then bytes per tenant.  ARGV: version, name, bytes
@@ -128,15 +136,22 @@ return 1
 """
 )
 
-ADD_FIELD: Final = """
--- Sets a field of a hash that exists and lacks it.  KEYS: hash.  ARGV: field, value
+CHANGE_FIELD: Final = """
+-- Sets a field of a hash that exists.  KEYS: hash.  ARGV: field, value
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 """
 
 END_COLLECTION: Final = """
 -- KEYS: garbage, collecting.  ARGV: digest
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
+return 1
+"""
+
+START_AGAIN: Final = """
+-- Replaces an operation that nothing else has replaced.  KEYS: operation.  ARGV: as it was read, as it begins, seconds to live
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
 return 1
 """

@@ -177,13 +177,13 @@ class AdapterStates:
 
     # --- the store ---
 
-    def want(self, digest: str, deadline_s: float | None) -> None:
-        """Ask the store for an ABSENT adapter's image."""
+    def want(self, digest: str, deadline_s: float | None, traceparent: str = "") -> None:
+        """Ask the store for an ABSENT adapter's image; ``traceparent`` is that of the request which needs it."""
         adapter = self.know(digest)
         adapter.wanted_since_s = self._clock()
         adapter.wanted_by_s = math.inf if deadline_s is None else deadline_s
         self.move(adapter, ResidencyState.WANTED)
-        self._emit(WantImage(digest, deadline_s))
+        self._emit(WantImage(digest, deadline_s, traceparent))
 
     def hasten(self, adapter: Adapter, deadline_s: float) -> None:
         """Tell the store of a WANTED adapter's earlier deadline; a later one changes nothing."""

@@ -136,6 +136,17 @@ class Engine:
         return self._state.scheduler.prefix.num_evicted
 
     @property
+    def page_seconds(self) -> dict[str, float]:
+        """Integrals over time of the pool's pages: owner -> page-seconds; pages that are free or retiring are left out."""
+        integrals = self._state.pool.page_seconds
+        return {owner.name.lower(): integral.read() for owner, integral in integrals.items()}
+
+    @property
+    def leased_page_seconds(self) -> float:
+        """The part of the adapters' page-seconds in which requests used them."""
+        return self._state.scheduler.book.leases.total.read()
+
+    @property
     def measured_costs(self) -> dict[str, float]:
         """Seconds that things take, as measured lately: what -> seconds."""
         steps, copies = self._state.scheduler.costs, self._state.cache.ranking.costs

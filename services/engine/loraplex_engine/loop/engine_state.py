@@ -61,7 +61,7 @@ class EngineState:
         self.limits = limits
         self.filler = filler
         self.arena = arena
-        self.pool = PagePool(limits.num_pages)
+        self.pool = PagePool(limits.num_pages, clock)
         self.cache = AdapterCache(
             pool=self.pool,
             arena=arena,

@@ -68,8 +68,18 @@ class EngineCollector(Collector):
         ):
             pages.add_metric([owner], count)
         yield pages
+        yield from self._page_seconds()
         yield _gauge("loraplex_engine_leases", "Leases of running requests on adapters.", self._engine.num_leases)
         yield from self._steps()
+
+    def _page_seconds(self) -> Iterator[CounterMetricFamily]:
+        text = "Pages of the pool by owner, times the seconds that they were held."
+        family = CounterMetricFamily("loraplex_engine_page_seconds", text, labels=["owner"])
+        for owner, page_seconds in self._engine.page_seconds.items():
+            family.add_metric([owner], page_seconds)
+        yield family
+        text = "Of the adapters' page-seconds, those in which running requests used them."
+        yield CounterMetricFamily("loraplex_engine_leased_page_seconds", text, value=self._engine.leased_page_seconds)
 
     def _steps(self) -> Iterator[Metric]:
         totals, counters = self._engine.totals, self._engine.counters

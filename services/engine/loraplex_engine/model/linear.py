@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from loraplex_common.projections import Split
+from loraplex_common.projections import Projection, Split
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loraplex_common.projections import Projection
-
     from loraplex_engine.model.fp8 import Fp8Weight
 
 
@@ -87,6 +85,8 @@ class StoredLinear:
     Attributes:
         in_features: Width of its input, before any split over ranks; ``out_features`` likewise.
         split: How tensor-parallel ranks divide it; None if each rank has all of it.
+        projection: What it is to adapters, whose sections say how its outputs are divided; None if it is none in a layer.
+        is_vocabulary: Whether its outputs are tokens, which ranks divide as evenly as they can be.
     """
 
     name: str
@@ -94,6 +94,8 @@ class StoredLinear:
     out_features: int
     has_bias: bool = False
     split: Split | None = None
+    projection: Projection | None = None
+    is_vocabulary: bool = False
 
     @classmethod
     def of_projection(cls, name: str, projection: Projection, *, has_bias: bool) -> StoredLinear:
@@ -104,6 +106,7 @@ class StoredLinear:
             out_features=projection.out_features,
             has_bias=has_bias,
             split=projection.split,
+            projection=projection,
         )
 
     @property

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.model.linear import LinearForms
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.rank_group import RankGroup
 
 DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
     LLAMA_DECODER: LlamaModel,
@@ -48,7 +49,13 @@ DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {
 
 
 def read_model(
-    config: ModelConfig, weights: WeightSource, forms: LinearForms, *, max_model_len: int, device: torch.device
+    config: ModelConfig,
+    weights: WeightSource,
+    forms: LinearForms,
+    *,
+    max_model_len: int,
+    device: torch.device,
+    group: RankGroup | None = None,
 ) -> DecoderModel[Any]:
     """Read the weights of a model.
 
@@ -58,8 +65,9 @@ def read_model(
         forms: The backend's linear layers.
         max_model_len: Longest sequence, in tokens.
         device: Where the weights are.
+        group: The tensor-parallel ranks, of which this is one; None if it is alone.
 
     Raises:
         BaseModelError: If a weight is missing or of another shape than config.json implies.
     """
-    return DECODERS[config.decoder](config, weights, forms, max_model_len=max_model_len, device=device)
+    return DECODERS[config.decoder](config, weights, forms, max_model_len=max_model_len, device=device, group=group)

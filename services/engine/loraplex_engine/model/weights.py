@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.heap import give_back_freed
-from loraplex_common.projections import Split
 from loraplex_common.stored_forms.registry import quantisation_of
 from loraplex_common.weight_files import IGNORED_SUFFIXES, SERVED_DTYPES, find_weights
 from safetensors import safe_open
@@ -18,6 +16,7 @@ from loraplex_engine.model.fp8_reading import AddedError, Place, read_fp8
 from loraplex_engine.model.stored_forms.packed_linear import PackedLinear
 from loraplex_engine.model.stored_forms.registry import FORM_READERS, UNUSED_SUFFIXES
 from loraplex_engine.model.weight_form import WeightForm
+from loraplex_engine.model.weight_layout import WeightLayout as WeightLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,40 +26,13 @@ if TYPE_CHECKING:
 
     from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
     from loraplex_engine.model.stored_forms.unpacker import Unpacker
+    from loraplex_engine.model.weight_layout import Index
 
 UNPACKED_ITEMS: Final = 1 << 16
 """Numbers of a weight that are unpacked at once in host memory: loading takes about fifty times as many bytes beside the weights."""
 DEVICE_CHUNKS: Final = 4
 """How many times as many are unpacked at once on a device, where each operation costs a launch."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightLayout:
-    """Which part of each weight a tensor-parallel rank holds."""
-
-    tp_degree: int = 1
-    tp_rank: int = 0
-
-    def local(self, name: str, shape: tuple[int, ...], split: Split | None = None) -> tuple[slice, ...]:
-        """Return the index of this rank's part of a tensor.
-
-        Args:
-            name: For messages.
-            shape: Full shape: a weight ``[outputs, inputs]`` or a bias ``[outputs]``.
-            split: How the ranks divide the linear layer; a bias of one that is split along its inputs is not divided.
-
-        Raises:
-            BaseModelError: If the dimension cannot be divided evenly.
-        """
-        axis = {Split.OUTPUTS: 0, Split.INPUTS: 1, None: len(shape)}[split]
-        if axis >= len(shape) or self.tp_degree == 1:
-            return (slice(None),) * len(shape)
-        if shape[axis] % self.tp_degree:
-            raise BaseModelError(f"{name}: {shape[axis]} cannot be divided over {self.tp_degree} ranks")
-        size = shape[axis] // self.tp_degree
-        part = slice(self.tp_rank * size, (self.tp_rank + 1) * size)
-        return tuple(part if dimension == axis else slice(None) for dimension in range(len(shape)))
 
 
 class WeightSource(Protocol):
@@ -133,7 +105,9 @@ class WeightReader:
         Raises:
             BaseModelError: If it is missing or of another shape.
         """
-        return self._mapped(name, shape, None).to(device=self.device, dtype=self.dtype, copy=True)
+        return self._mapped(name, shape, self._layout.local(name, shape)).to(
+            device=self.device, dtype=self.dtype, copy=True
+        )
 
     def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
         """Return this rank's part of linear layers that share their input, stacked along their outputs; a copy, too.
@@ -151,7 +125,7 @@ class WeightReader:
         stored = [self._form_of(part) for part in parts]
         bias: Tensor | None = None
         if parts[0].has_bias:
-            bias = self._stacked((part.bias, (part.out_features,), part.split) for part in parts)
+            bias = self._bias(parts)
         if forms.fp8 is not None and self._reads_fp8(stored):
             quantised = read_fp8(self, parts, stored, self.added_error)
             if quantised is not None:
@@ -159,15 +133,24 @@ class WeightReader:
         if any(stored):
             weight = self._unpacked(parts, stored)
         else:
-            weight = self._stacked((part.weight, part.weight_shape, part.split) for part in parts)
+            weight = self._stacked((part.weight, part.weight_shape, self._layout.weight(part)) for part in parts)
         return forms.dense(weight, bias)
 
     def _reads_fp8(self, stored: Sequence[StoredForm | None]) -> bool:
         """Tell whether a layer becomes FP8; what a quantised checkpoint leaves whole stays whole."""
         return self._form is WeightForm.FP8 and (self.quantisation is None or any(stored))
 
-    def _stacked(self, tensors: Iterable[tuple[str, tuple[int, ...], Split | None]]) -> Tensor:
-        mapped = [self._mapped(name, shape, split) for name, shape, split in tensors]
+    def _bias(self, parts: Sequence[StoredLinear]) -> Tensor | None:
+        """Return this rank's bias; None where another rank adds it to the sum of all."""
+        indices = [self._layout.bias(part) for part in parts]
+        if any(indices):
+            return self._stacked((p.bias, (p.out_features,), index) for p, index in zip(parts, indices, strict=True))
+        for part in parts:
+            self._mapped(part.bias, (part.out_features,), (slice(None),))
+        return None
+
+    def _stacked(self, tensors: Iterable[tuple[str, tuple[int, ...], tuple[Index, ...]]]) -> Tensor:
+        mapped = [self._mapped(name, shape, index) for name, shape, indices in tensors for index in indices]
         if len(mapped) == 1:  # lm_head may be gigabytes: not converted first and copied then
             return mapped[0].to(device=self.device, dtype=self.dtype, copy=True)
         return torch.cat([part.to(device=self.device, dtype=self.dtype) for part in mapped])
@@ -192,7 +175,7 @@ class WeightReader:
 
     def _unpacked(self, parts: Sequence[StoredLinear], forms: Sequence[StoredForm | None]) -> Tensor:
         """Return weights stacked along their outputs, those with a form unpacked some rows at a time."""
-        places = [self.place(part) for part in parts]
+        places = [place for part in parts for place in self._places(part)]
         num_rows = sum(place.last - place.first for place in places)
         weight = torch.empty((num_rows, places[0].end - places[0].begin), dtype=self.dtype, device=self.device)
         position = 0
@@ -204,9 +187,23 @@ class WeightReader:
         return weight
 
     def place(self, part: StoredLinear) -> Place:
-        """Return this rank's part of a layer."""
-        outputs, inputs = self._layout.local(part.weight, part.weight_shape, part.split)
-        return Place(*outputs.indices(part.out_features)[:2], *inputs.indices(part.in_features)[:2])
+        """Return this rank's part of a layer.
+
+        Raises:
+            BaseModelError: If it has several.
+        """
+        places = self._places(part)
+        if len(places) > 1:
+            raise BaseModelError(
+                f"{part.name}: ranks hold several parts of its outputs, which FP8 products do not take"
+            )
+        return places[0]
+
+    def _places(self, part: StoredLinear) -> list[Place]:
+        return [
+            Place(*outputs.indices(part.out_features)[:2], *inputs.indices(part.in_features)[:2])
+            for outputs, inputs in self._layout.weight(part)
+        ]
 
     def rows(self, part: StoredLinear, form: StoredForm | None) -> Iterator[Tensor]:
         """Yield this rank's rows of a layer's weight in order, some at a time, in any floating-point type, on the device.
@@ -218,16 +215,17 @@ class WeightReader:
         Raises:
             BaseModelError: If a tensor is missing or does not fit.
         """
-        place, items = self.place(part), UNPACKED_ITEMS * (1 if self.device.type == "cpu" else DEVICE_CHUNKS)
+        items = UNPACKED_ITEMS * (1 if self.device.type == "cpu" else DEVICE_CHUNKS)
         step = max(1, items // part.in_features)
-        whole = None if form else self._mapped(part.weight, part.weight_shape, part.split)
         unpacker = self.unpacker(part, form) if form else None
-        for begin in range(place.first, place.last, step):
-            end = min(begin + step, place.last)
-            if unpacker is not None:
-                yield unpacker.rows(begin, end)[:, place.begin : place.end]
-            elif whole is not None:
-                yield whole[begin - place.first : end - place.first].to(self.device)
+        for place, index in zip(self._places(part), self._layout.weight(part), strict=True):
+            whole = None if form else self._mapped(part.weight, part.weight_shape, index)
+            for begin in range(place.first, place.last, step):
+                end = min(begin + step, place.last)
+                if unpacker is not None:
+                    yield unpacker.rows(begin, end)[:, place.begin : place.end]
+                elif whole is not None:
+                    yield whole[begin - place.first : end - place.first].to(self.device)
 
     def unpacker(self, part: StoredLinear, form: StoredForm) -> Unpacker:
         """Return what unpacks a layer's weight.
@@ -237,12 +235,12 @@ class WeightReader:
         """
         # AutoGPTQ writes a bias of zeros where there is none.
         is_extra = not part.has_bias and part.bias in self._files
-        if is_extra and bool(self._mapped(part.bias, (part.out_features,), None).any()):
+        if is_extra and bool(self._mapped(part.bias, (part.out_features,), (slice(None),)).any()):
             raise BaseModelError(f"{self._directory}: {part.bias} is not zero, and the architecture has no such bias")
         return FORM_READERS[form.name].make(PackedLinear(self, part, self.device), form)
 
-    def _mapped(self, name: str, shape: tuple[int, ...], split: Split | None) -> Tensor:
-        """Return this rank's part of a tensor as safetensors gives it: memory that is the file's."""
+    def _mapped(self, name: str, shape: tuple[int, ...], index: Index) -> Tensor:
+        """Return a part of a tensor as safetensors gives it: memory that is the file's."""
         stored = self.slice_of(name)
         if tuple(stored.get_shape()) != shape:
             raise BaseModelError(
@@ -254,7 +252,7 @@ class WeightReader:
                 "not say how; fetch config.json again"
             )
         self._unread.discard(name)
-        part: Tensor = stored[self._layout.local(name, shape, split)]
+        part: Tensor = stored[index]
         return part
 
     def slice_of(self, name: str) -> Any:

@@ -11,11 +11,17 @@ needs them now, and they are evicted when one needs the room.
 from __future__ import annotations
 
 import enum
+import time
 from collections import deque
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from loraplex_engine.pages.page_seconds import Integral, PageClocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Pages = NDArray[np.intp]
 """Page ids as numpy indexes with them; int32 costs a conversion each time."""
@@ -42,11 +48,16 @@ class PagePool:
 
     Invariant: free + retiring + kv + cached + adapter = total; `check_integrity` recounts it.
 
+    Args:
+        num_pages: All pages.
+        clock: Seconds, monotonic.
+
     Attributes:
         num_revived: Cached pages that sequences took up again so far.
+        page_seconds: Integrals over time of the pages that sequences hold (KV), adapters hold, and that are CACHED.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
         if num_pages <= 0:
             raise ValueError(f"num_pages {num_pages} is not positive")
         self._owners = np.full(num_pages, _FREE, dtype=np.int8)
@@ -60,6 +71,8 @@ class PagePool:
         self._num_retiring = 0
         self._completed_step = -1
         self.num_revived = 0
+        self._clocks = PageClocks(num_pages, clock)
+        self.page_seconds = {owner: Integral(clock) for owner in (PageOwner.KV, PageOwner.ADAPTER, PageOwner.CACHED)}
 
     @property
     def num_pages(self) -> int:
@@ -120,7 +133,9 @@ class PagePool:
         self._num_free -= count
         pages = self._free[self._num_free : self._num_free + count].copy()
         self._owners[pages] = int(owner)
-        self._num_held[owner] += count
+        self._hold(owner, count)
+        if owner is PageOwner.KV:
+            self._clocks.start(pages)
         self._num_sequences[pages] = owner is PageOwner.KV
         self._last_steps[pages] = -1
         return pages
@@ -137,42 +152,52 @@ class PagePool:
             raise RuntimeError(f"pages {pages.tolist()} are not all unpublished pages of sequences")
         self._is_published[pages] = True
 
-    def share(self, pages: Pages) -> None:
+    def share(self, pages: Pages) -> float:
         """Give one more sequence a hold on published pages; each page at most once in ``pages``.
+
+        Returns:
+            Page-seconds of the pages until now, which others pay for.
 
         Raises:
             RuntimeError: If a page is not published.
         """
         if len(pages) == 0:
-            return
+            return 0.0
         if not self._is_published[pages].all():
             raise RuntimeError(f"pages {pages.tolist()} are not all published")
         num_revived = int(np.count_nonzero(self._owners[pages] == _CACHED))
         self._owners[pages] = _KV
+        page_s = self._clocks.turn(pages, self._num_sequences[pages])
         self._num_sequences[pages] += 1
-        self._num_held[_CACHED] -= num_revived
-        self._num_held[_KV] += num_revived
+        self._hold(PageOwner.CACHED, -num_revived)
+        self._hold(PageOwner.KV, num_revived)
         self.num_revived += num_revived
+        return page_s
 
-    def release(self, pages: Pages, last_step: int) -> None:
+    def release(self, pages: Pages, last_step: int) -> float:
         """Take one sequence's hold away; pages without another are cached if they are published, else retired.
+
+        Returns:
+            Page-seconds of the pages since they were allocated; see `page_seconds`.
 
         Raises:
             RuntimeError: If a page is not held by a sequence.
         """
         if len(pages) == 0:
-            return
+            return 0.0
         if (self._owners[pages] != _KV).any():
             raise RuntimeError(f"pages {pages.tolist()} are not all held by sequences")
+        page_s = self._clocks.turn(pages, self._num_sequences[pages])
         self._num_sequences[pages] -= 1
         left = pages[self._num_sequences[pages] == 0]
         is_published = self._is_published[left]
         kept = left[is_published]
         self._owners[kept] = _CACHED
         self._last_steps[kept] = np.maximum(self._last_steps[kept], last_step)
-        self._num_held[_KV] -= len(kept)
-        self._num_held[_CACHED] += len(kept)
-        self._retire(left[~is_published], _KV, last_step)
+        self._hold(PageOwner.KV, -len(kept))
+        self._hold(PageOwner.CACHED, len(kept))
+        self._retire(left[~is_published], PageOwner.KV, last_step)
+        return page_s
 
     def evict(self, pages: Pages) -> None:
         """Take cached pages out; they are free at once, or when the last step that may read them is done.
@@ -183,7 +208,7 @@ class PagePool:
         if (self._owners[pages] != _CACHED).any():
             raise RuntimeError(f"pages {pages.tolist()} are not all cached")
         self._is_published[pages] = False
-        self._num_held[_CACHED] -= len(pages)
+        self._hold(PageOwner.CACHED, -len(pages))
         last_steps = self._last_steps[pages]
         last_step = int(last_steps.max(initial=-1))
         if last_step <= self._completed_step:
@@ -208,12 +233,16 @@ class PagePool:
             raise RuntimeError(f"pages {pages.tolist()} are {self._owners[pages].tolist()}, not all held by one owner")
         if self._is_published[pages].any() or (self._num_sequences[pages] > 1).any():
             raise RuntimeError(f"pages {pages.tolist()} are not all one sequence's own")
-        self._retire(pages, owner, last_step)
+        self._retire(pages, PageOwner(owner), last_step)
 
-    def _retire(self, pages: Pages, owner: int, last_step: int) -> None:
+    def _hold(self, owner: PageOwner, change: int) -> None:
+        self._num_held[owner] += change
+        self.page_seconds[owner].set(self._num_held[owner])
+
+    def _retire(self, pages: Pages, owner: PageOwner, last_step: int) -> None:
         if len(pages) == 0:
             return
-        self._num_held[owner] -= len(pages)
+        self._hold(owner, -len(pages))
         self._num_sequences[pages] = 0
         if last_step <= self._completed_step:
             self._release(pages)

@@ -22,6 +22,7 @@ from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Abort, CloseSession, Ended, StepOutputs, Submit
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.output_encoder import OutputEncoder
+from loraplex_engine.rpc.request_spans import RequestSpans
 from loraplex_engine.rpc.rule_making import PendingRules
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class GatewaySession:
         self._outbox = engine.open_session()
         self._encoder = OutputEncoder(lambda slot: engine.post(Abort(self._outbox.session_id, slot)))
         self._active: set[int] = set()
+        self._spans = RequestSpans()
         self._is_input_over = False
         self._last_step = 0
         self._told: set[str] = set()  # adapters that the gateway knows to be on the device
@@ -125,6 +127,7 @@ class GatewaySession:
             self._outbox.close()
             self._engine.post(CloseSession(self._outbox.session_id))
             self._meter.close()
+            self._spans.close()
             await cancel_and_wait(reader, watchdog, *self._pending.forget_all())
 
     def close(self, error: LoraplexError) -> None:
@@ -144,6 +147,7 @@ class GatewaySession:
         for event in outputs.events:
             if isinstance(event, Ended):
                 self._active.discard(event.session_slot)
+                self._spans.end(event)
         self._last_step = max(self._last_step, outputs.step_id)
         messages = list(self._encoder.encode(outputs))
         for message in messages:
@@ -214,6 +218,7 @@ class GatewaySession:
             failure = internal_error("while it was read", error, request_id=submit.request_id)
             self._refuse(submit.slot, failure)
             return
+        submission = self._spans.begin(submission, submit.traceparent)
         self._active.add(submit.slot)
         self._meter.submitted(submit.slot, len(submission.prompt_token_ids), now_s, submission.stopping.max_new_tokens)
         if submission.sampling.prompt_logprobs >= 0:

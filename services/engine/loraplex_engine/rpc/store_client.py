@@ -18,6 +18,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common import geometry_wire
 from loraplex_common.error_status import from_status, to_status
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.kept_status import KeptStatus
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
@@ -140,6 +141,7 @@ class AdapterClient:
         position = self._feed.sequence
         self._outgoing.put_nowait(_Request(hello=self._hello(position)))
         call = stub.AttachEngine(self._requests(self._outgoing))
+        kept = KeptStatus(call)  # the store refuses while the first message is on its way to it
         reporter = asyncio.create_task(self._report(position), name="residency-reporter")
         was_welcomed = False
         try:
@@ -153,7 +155,8 @@ class AdapterClient:
             _log.warning("adapter store closed the stream")
         except grpc.aio.AioRpcError as error:
             say = _log.warning if was_welcomed or not self._was_told_away else _log.debug
-            say("adapter store is away", code=error.code().name, details=error.details())
+            status = kept.behind(error)
+            say("adapter store is away", code=status.code().name, details=status.details())
             self._was_told_away = True
         except asyncio.CancelledError:
             task = asyncio.current_task()

@@ -32,7 +32,7 @@ def offer(message: _Response.Offer) -> ImageOffer:
 
 def want(event: WantImage) -> _Request:
     """Convert a want."""
-    message = _Request.Want(digest=event.digest)
+    message = _Request.Want(digest=event.digest, traceparent=event.traceparent)
     if event.deadline_s is not None:
         message.time_left.CopyFrom(wire.duration(max(0.0, event.deadline_s - time.monotonic())))
     return _Request(want=message)

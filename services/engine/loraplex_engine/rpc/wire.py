@@ -215,8 +215,9 @@ def token(event: TokenWithLogprobs) -> engine_pb2.Output:
 
 def ended(event: Ended) -> engine_pb2.Output:
     """Encode an end: a finish or a rich status."""
+    usage = engine_pb2.EngineUsage(kv_page_seconds=event.kv_page_s, adapter_page_seconds=event.adapter_page_s)
     if event.error is not None:
-        return engine_pb2.Output(slot=event.session_slot, error=to_status(event.error))
+        return engine_pb2.Output(slot=event.session_slot, error=to_status(event.error), usage=usage)
     if event.finish_reason is None:
         raise ValueError(f"slot {event.session_slot} ended with neither a reason nor an error")
     finish = engine_pb2.EngineFinish(
@@ -230,7 +231,7 @@ def ended(event: Ended) -> engine_pb2.Output:
     )
     if event.stop_token_id is not None:
         finish.stop_token_id = event.stop_token_id
-    return engine_pb2.Output(slot=event.session_slot, finish=finish)
+    return engine_pb2.Output(slot=event.session_slot, finish=finish, usage=usage)
 
 
 def position_logprobs(entry: TokenLogprobs) -> gateway_pb2.PositionLogprobs:

@@ -52,6 +52,12 @@ class PromptLogprobTracker:
             for slot in slots.tolist():
                 self._carried.pop(slot, None)
 
+    @staticmethod
+    def is_asked(plan: StepPlan, sampler: KnowsSetups) -> bool:
+        """Tell whether `update` will compute logits for some row of a plan."""
+        setups = (sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
+        return any(setup is not None and setup.prompt_logprobs >= 0 for setup in setups)
+
     def update(
         self,
         plan: StepPlan,

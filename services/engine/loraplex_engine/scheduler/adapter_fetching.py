@@ -86,7 +86,7 @@ class AdapterFetching:
             return Outcome.GONE  # an image on offer has a size, and may be too large beside the others
         for digest in digests:
             if states.state_of(digest) is ResidencyState.ABSENT:
-                states.want(digest, request.objective_s)
+                states.want(digest, request.objective_s, request.submission.traceparent)
         if states.have_come(digests):
             lacking = [digest for digest in digests if states.state_of(digest) is ResidencyState.IN_ARENA]
             if lacking and self._feasibility.refuse_if_unservable(request):

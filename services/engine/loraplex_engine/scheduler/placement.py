@@ -75,7 +75,7 @@ class Placement:
             spared: Digests of adapters that must not be evicted for it.
         """
         found = self._sharing.find(request)
-        self._pool.share(found)  # held first, so that making room does not evict them
+        others_page_s = self._pool.share(found)  # held first, so that making room does not evict them
         try:
             outcome = self._make_place(request, found, spared)
         except BaseException:
@@ -88,6 +88,7 @@ class Placement:
         self._book.queue.remove(request)
         request.move_to(RequestState.RUNNING)
         request.misfit_since_s = None
+        request.kv_page_s -= others_page_s
         self._book.queue.shares.run(request.share)
         self._book.start(request)
         return Outcome.GONE

@@ -58,6 +58,8 @@ class Request:
         level: Its present class of service; rises as it waits.
         share: Index of its fairness key; -1 before it was queued.
         objective_s: Moment by which its first token must have come, or None.
+        kv_page_s: Page-seconds of its sequence while it had a slot, counted when it loses the slot.
+        adapter_page_s: Page-seconds of its adapters while it leased them, counted when it returns the leases.
     """
 
     submission: Submission
@@ -83,6 +85,8 @@ class Request:
     level: int = Priority.NORMAL
     share: int = -1
     objective_s: float | None = None
+    kv_page_s: float = 0.0
+    adapter_page_s: float = 0.0
     digests: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

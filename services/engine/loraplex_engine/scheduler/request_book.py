@@ -9,6 +9,7 @@ from loraplex_engine.faults import internal_error
 from loraplex_engine.limits import SchedulerCounters
 from loraplex_engine.messages import Ended, FinishReason, Loading, ResidencyState, Started
 from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
+from loraplex_engine.scheduler.lease_seconds import LeaseSeconds
 from loraplex_engine.scheduler.outputs import OutputCollector
 from loraplex_engine.scheduler.request import Request, RequestState
 
@@ -56,6 +57,7 @@ class RequestBook:
         lengths: How many tokens requests drew lately.
         outputs: Events and tokens that have yet to be sent.
         counters: Totals so far.
+        leases: Counts the page-seconds of leased adapters.
         last_launched: Number of the last step launched; pages and leases released now stay in use until it is done.
     """
 
@@ -74,6 +76,7 @@ class RequestBook:
         self.lengths = ExpectedLengths(limits.policy.growth_quantile)
         self.outputs = OutputCollector()
         self.counters = SchedulerCounters()
+        self.leases = LeaseSeconds(cache.states.num_pages_of, clock)
         self._cache = cache
         self._sharing = sharing
         self._page_bytes = limits.page_bytes
@@ -123,6 +126,7 @@ class RequestBook:
 
     def start(self, request: Request) -> None:
         """Report that a request has got its place, unless it has only come back after a preemption."""
+        self.leases.begin(request)
         self.counters.num_looked_up_tokens += request.num_known_tokens
         self.counters.num_cached_tokens += request.num_cached
         if request.admitted_s is not None:
@@ -176,6 +180,7 @@ class RequestBook:
         """Take slot, pages and leases of a request away; its full blocks stay in the prefix cache."""
         self._sharing.leave(request, self._clock())
         self.batch.unseat(request, self.last_launched)
+        self.leases.end(request)
         self.queue.shares.cease_to_run(request.share)
         self.queue.uncap(request.share)
         for digest in request.digests:
@@ -242,5 +247,7 @@ class RequestBook:
             adapter_load_s=request.adapter_load_s,
             prefill_s=first_token_s - admitted_s,
             decode_s=now_s - first_token_s,
+            kv_page_s=request.kv_page_s,
+            adapter_page_s=request.adapter_page_s,
         )
         self.outputs.event(request.submission.session_id, event)

@@ -141,7 +141,7 @@ class RunningBatch:
         self.num_with_rules -= request.submission.rules is not None
         self.num_adding_up -= request.adds_up
         del self._by_slot[slot]
-        self._pool.release(self.state.vacate(slot), last_step)
+        request.kv_page_s += self._pool.release(self.state.vacate(slot), last_step)
         request.slot = -1
         self.rows = self.rows[self.rows != slot]
         self.version += 1

@@ -32,6 +32,7 @@ class ResolvedAdapter:
         is_restricted: True if only some tenants may use it.
         text_parts: Digest of what the revision brings besides weights; empty for nothing.
         num_bytes: Bytes of its canonical form; 0 if they are not known.
+        source: Pinned source, if the request names it by its source.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ResolvedAdapter:
     is_restricted: bool = False
     text_parts: str = ""
     num_bytes: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

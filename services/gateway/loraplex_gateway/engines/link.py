@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from loraplex.v1 import engine_pb2, engine_pb2_grpc
 from loraplex_common.grpc_channel import open_channel
+from loraplex_common.kept_status import KeptStatus
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from loraplex_common.registry import EngineRecord
 
     from loraplex_gateway.engines.wire import Submission
+    from loraplex_gateway.usage.account import UsageAccount
 
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
@@ -122,8 +124,8 @@ class EngineLink:
         """Whether the engine holds an adapter or is getting it for another of our requests."""
         return digest in self.resident or self._slots.uses(digest)
 
-    def submit(self, submission: Submission) -> Ticket:
-        """Queue a request for the next message to the engine.
+    def submit(self, submission: Submission, account: UsageAccount | None = None) -> Ticket:
+        """Queue a request for the next message to the engine, which reports to its account.
 
         Raises:
             EngineLostError: If the session is not open.
@@ -138,6 +140,7 @@ class EngineLink:
                 max_buffered_tokens=self._max_buffered_tokens,
                 on_overflow=self.release,
             ),
+            account.attempt() if account is not None else None,
         )
         self._outgoing.submit(wire.to_submit(submission, ticket.slot))
         return ticket
@@ -194,13 +197,15 @@ class EngineLink:
 
     async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> str:
         """Take in all that the engine says; return why it says no more."""
+        kept = KeptStatus(call)  # an engine refuses while the first message is on its way to it
         try:
             async for message in call:
                 self._num_messages += 1
                 self._heard_at = time.monotonic()
                 self._receive(message)
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            status = kept.behind(error)
+            return f"{status.code().name}: {status.details()}"
         except wire.WrongEngineError as error:
             _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
             return str(error)
@@ -266,7 +271,7 @@ class EngineLink:
                 loading=wire.loading(output.loading) if output.HasField("loading") else None,
                 end=end,
             )
-        if end is not None and self._slots.ended(output.slot):
+        if end is not None and self._slots.ended(output.slot, wire.used(output)):
             self._outgoing.forget_abort(output.slot)
 
     def _update_residency(self, delta: engine_pb2.ResidencyDelta) -> None:
@@ -277,6 +282,7 @@ class EngineLink:
 
     def _reset(self, cause: str, *, is_ours: bool = False) -> None:
         """Forget the connection: whatever was in flight is lost to its owners."""
+        self._slots.lose()
         tickets, unsent = list(self._slots.tickets.values()), self._outgoing.unsent
         self._slots, self._outgoing = Slots(), Outgoing()
         self.resident.clear()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_gateway.engines.ticket import Ticket
+    from loraplex_gateway.usage.account import Attempt
 
 
 class Slots:
@@ -26,6 +27,7 @@ class Slots:
         self._digests: dict[int, tuple[str, ...]] = {}  # slot -> adapters in use there
         self._digest_uses: Counter[str] = Counter()
         self._aborting: set[int] = set()
+        self._attempts: dict[int, Attempt] = {}  # until the engine has said the end
         self._free: list[int] = []
         self._num_slots = 0
 
@@ -38,7 +40,9 @@ class Slots:
         """Whether a request in a used slot needs an adapter."""
         return self._digest_uses[digest] > 0
 
-    def take(self, digests: tuple[str, ...], make_ticket: Callable[[int], Ticket]) -> Ticket:
+    def take(
+        self, digests: tuple[str, ...], make_ticket: Callable[[int], Ticket], attempt: Attempt | None = None
+    ) -> Ticket:
         """Return the ticket of a new request for some adapters, made for a slot that is free."""
         if self._free:
             slot = self._free.pop()
@@ -47,6 +51,8 @@ class Slots:
         ticket = self.tickets[slot] = make_ticket(slot)
         self._digests[slot] = digests
         self._digest_uses.update(digests)
+        if attempt is not None:
+            self._attempts[slot] = attempt
         return ticket
 
     def release(self, slot: int, *, is_known: bool) -> None:
@@ -56,9 +62,16 @@ class Slots:
             self._aborting.add(slot)
         else:
             self._free.append(slot)
+            self._close_attempt(slot, (0.0, 0.0))
 
-    def ended(self, slot: int) -> bool:
-        """Free a slot whose request has ended on its engine; return whether it was aborting."""
+    def ended(self, slot: int, used: tuple[float, float] | None = None) -> bool:
+        """Free a slot whose request has ended on its engine; return whether it was aborting.
+
+        Args:
+            slot: The slot.
+            used: Page-seconds of the request's sequence and of its adapters; None if the engine does not say.
+        """
+        self._close_attempt(slot, used)
         if slot in self.tickets:
             self._forget(slot)
             self._free.append(slot)
@@ -68,6 +81,11 @@ class Slots:
             self._free.append(slot)
             return True
         return False
+
+    def lose(self) -> None:
+        """Note that nothing more will be heard of any slot."""
+        for slot in tuple(self._attempts):
+            self._close_attempt(slot, None)
 
     def check_integrity(self) -> None:
         """Raise if slots are lost or used twice.
@@ -81,6 +99,15 @@ class Slots:
             raise RuntimeError(
                 f"slots: {len(used)} used + {len(free)} free + {len(self._aborting)} aborting != {self._num_slots}"
             )
+
+    def _close_attempt(self, slot: int, used: tuple[float, float] | None) -> None:
+        attempt = self._attempts.pop(slot, None)
+        if attempt is None:
+            return
+        if used is None:
+            attempt.lost()
+        else:
+            attempt.reported(*used)
 
     def _forget(self, slot: int) -> None:
         del self.tickets[slot]

@@ -237,3 +237,10 @@ def end(output: engine_pb2.Output) -> EngineFinish | LoraplexError | None:
             decode_s=from_duration(timings.decode),
         ),
     )
+
+
+def used(output: engine_pb2.Output) -> tuple[float, float] | None:
+    """Return page-seconds of a request's sequence and of its adapters; None if its engine does not say."""
+    if not output.HasField("usage"):
+        return None
+    return output.usage.kv_page_seconds, output.usage.adapter_page_seconds

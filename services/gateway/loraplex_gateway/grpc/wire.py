@@ -239,6 +239,7 @@ def started(event: types.Started) -> gateway_pb2.Started:
         engine_id=event.engine_id,
         adapter_revision=event.adapter_revision,
         adapter_revisions=event.adapter_revisions,
+        adapter_sources=event.adapter_sources,
         resume_token=event.resume_token,
         seed=event.seed,
         numerics=event.numerics,

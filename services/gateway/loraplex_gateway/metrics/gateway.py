@@ -10,6 +10,7 @@ from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
 from loraplex_gateway.metrics.tally import TallyHistogram
+from loraplex_gateway.metrics.top_usage import TopUsage
 from loraplex_gateway.metrics.vllm import VllmMetrics
 from loraplex_gateway.types import Priority
 
@@ -123,9 +124,13 @@ class GatewayMetrics:
             "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
         )
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
+        self.resolutions = counter(
+            "resolutions_total", "Adapters that requests named by their source, by outcome.", ("outcome",)
+        )
         self.quota_refusals = counter(
             "quota_refusals_total", "Calls refused because of a tenant's quota.", ("tenant", "limit")
         )
+        self.usage = TopUsage(registry)
         jains_index = Gauge(prefix + "jains_index", "Fairness among tenants, last minutes.", registry=registry)
         jains_index.set_function(self.shares.jains_index)
 
@@ -147,6 +152,10 @@ class GatewayMetrics:
         weighted = num_input + OUTPUT_WEIGHT * num_output
         self.fairness.labels(label).inc(weighted)
         self.shares.add(label, weighted)
+
+    def count_resolution(self, outcome: str) -> None:
+        """Count an adapter that a request named by its source."""
+        self.resolutions.labels(outcome).inc()
 
     def count_quota_refusal(self, tenant: str, limit: str) -> None:
         """Count a call that a limit (key of the quotas file) refused."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
+from loraplex_common.tracing import ids_of
+from loraplex_common.usage_records import UsageRecord
 from loraplex_common.vllm_metrics import FinishedRequest
 
+from loraplex_gateway.requests.request_span import end_span
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 from loraplex_gateway.weighted import with_weights
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from loraplex_common.tracing import Span
+
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.metrics.vllm import ModelMeter
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, GenerationRequest
+    from loraplex_gateway.usage.ledger import UsageLedger
 
 # A client hangs up at its deadline, which by our clock may still be to come.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -38,11 +45,14 @@ class RequestRecord:
         metrics: Where it is counted.
         times: When it came, and what happened since.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.
+        ledger: Where what it uses is written; None for nowhere.
 
     Attributes:
         request: The request.
         times: When what happened to it.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.
+        account: What it uses; None without a ledger.
+        span: Its span in a trace; None while tracing is off.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class RequestRecord:
         metrics: GatewayMetrics,
         times: RequestTimes,
         time_left_s: float | None,
+        ledger: UsageLedger | None = None,
     ) -> None:
         self._prepared: PreparedRequest | None = None
         self._model = ""
@@ -67,11 +78,17 @@ class RequestRecord:
         self._finished: Finished | None = None
         self._num_tokens = 0
         self._num_resumed: int | None = None
+        self._ledger = ledger
+        self.span: Span | None = None
+        self.account = ledger.open() if ledger is not None else None
 
-    def resumes(self, request_id: str, *, num_tokens: int) -> None:
+    def resumes(self, request_id: str, *, num_tokens: int, usage_id: str = "") -> None:
         """Note that this goes on with a stream that gave so many tokens: they and the prompt were counted there."""
         self.request = replace(self.request, request_id=request_id)
         self._num_tokens = self._num_resumed = num_tokens
+        if self.account is not None:
+            self.account.num_resumed = num_tokens
+            self.account.usage_id = usage_id or self.account.usage_id
 
     def __enter__(self) -> Self:
         return self
@@ -113,27 +130,64 @@ class RequestRecord:
         else:
             code, reason = "CANCELLED", "CLIENT_GONE"
         self._count(code, reason)
-        first_token_at = times.first_token_at
-        started, finished = self._started, self._finished
+        record = self._usage(code, reason, duration_s)
+        self._log(record, error)
+        account = self.account
+        if self._ledger is not None and account is not None and (account.num_attempts or self._started is not None):
+            self._ledger.finish(account, record)  # else no engine has heard of it
+        if self.span is not None:
+            end_span(self.span, self.request, record, times, self._finished)
+
+    def _log(self, record: UsageRecord, error: LoraplexError | None) -> None:
+        """Write the request's line."""
+        started, first_token_at = self._started, self.times.first_token_at
+        page_seconds = self.account.page_seconds if self.account is not None else None
         _log.info(
             "request",
+            request_id=record.request_id,
+            trace_id=record.trace_id,
+            otel_trace_id=ids_of(self.request.traceparent)[0] or None,
+            tenant=record.tenant,
+            model=record.model,
+            adapter=record.adapter,
+            adapter_revision=_revisions(started),
+            adapter_source=", ".join(started.adapter_sources) if started else "",
+            engine_id=started.engine_id if started else "",
+            code=record.code,
+            reason=record.reason,
+            error=error.message if error is not None else None,
+            prompt_tokens=record.input_tokens,
+            cached_tokens=record.cached_tokens,
+            output_tokens=record.output_tokens,
+            resumed_tokens=self._num_resumed,
+            queue_s=record.queue_s if self._finished else None,
+            ttft_s=round(first_token_at - self.times.arrived_at, 4) if first_token_at is not None else None,
+            duration_s=record.duration_s,
+            usage_id=record.usage_id or None,
+            kv_page_s=round(page_seconds[0], 6) if page_seconds is not None else None,
+            adapter_page_s=round(page_seconds[1], 6) if page_seconds is not None else None,
+        )
+
+    def _usage(self, code: str, reason: str, duration_s: float) -> UsageRecord:
+        """Return the request's record, but for what its engines report."""
+        account, started, prepared, finished = self.account, self._started, self._prepared, self._finished
+        return UsageRecord(
+            usage_id=account.usage_id if account is not None else "",
             request_id=self.request.request_id,
             trace_id=self.request.trace_id or self.request.request_id,
             tenant=self._tenant,
             model=self._model,
             adapter=self.request.adapter or with_weights(self.request.adapters),
-            adapter_revision=_revisions(started),
-            engine_id=started.engine_id if started else "",
+            revision=", ".join(prepared.adapter_digests) if prepared is not None else "",
+            input_tokens=started.prompt_tokens if started is not None else 0,
+            cached_tokens=started.cached_tokens if started is not None else 0,
+            output_tokens=self._num_tokens,
+            queue_s=round(finished.timings.queue_s, 4) if finished is not None else 0.0,
+            duration_s=round(duration_s, 4),
+            attempts=account.num_attempts if account is not None else 0,
             code=code,
             reason=reason,
-            error=error.message if error is not None else None,
-            prompt_tokens=started.prompt_tokens if started else 0,
-            cached_tokens=started.cached_tokens if started else 0,
-            output_tokens=self._num_tokens,
-            resumed_tokens=self._num_resumed,
-            queue_s=round(finished.timings.queue_s, 4) if finished else None,
-            ttft_s=round(first_token_at - times.arrived_at, 4) if first_token_at is not None else None,
-            duration_s=round(duration_s, 4),
+            ended_at=round(time.time(), 3),
         )
 
     def _see_tokens(self, num_tokens: int) -> None:

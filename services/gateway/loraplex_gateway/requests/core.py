@@ -17,6 +17,7 @@ from loraplex_common.ids import new_request_id
 from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.requests.access_log import RequestRecord
 from loraplex_gateway.requests.relay import EngineRelay
+from loraplex_gateway.requests.request_span import begin_span
 from loraplex_gateway.requests.run import RequestRun
 from loraplex_gateway.requests.tap import Tap
 from loraplex_gateway.requests.times import RequestTimes
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
+    from loraplex_gateway.usage.ledger import UsageLedger
 
 
 class GatewayCore:
@@ -56,11 +58,12 @@ class GatewayCore:
         metrics: Where requests are counted.
 
     Attributes:
-        cancel_elsewhere: Has another process (gateway id, tenant, request id) end a request, and returns whether it ran
-            there; None if it cannot be asked.
+        cancel_elsewhere: Has another process (gateway id, tenant, request id) end a request; tells whether it ran there.
+        ledger: Where what requests use is written; None for nowhere.
     """
 
     cancel_elsewhere: Callable[[str, str, str], Awaitable[bool | None]] | None = None
+    ledger: UsageLedger | None = None
 
     def __init__(
         self,
@@ -175,7 +178,13 @@ class GatewayCore:
         """Return the record of a request that comes at this moment."""
         if request.resume is None:  # else the token knows it
             request = replace(request, request_id=request.request_id or new_request_id())
-        return RequestRecord(request, caller.name, metrics=self._metrics, times=RequestTimes(), time_left_s=time_left_s)
+        request, span = begin_span(request)
+        times, metrics, ledger = RequestTimes(), self._metrics, self.ledger
+        record = RequestRecord(
+            request, caller.name, metrics=metrics, times=times, time_left_s=time_left_s, ledger=ledger
+        )
+        record.span = span
+        return record
 
     async def _begin(self, record: RequestRecord, share: QuotaShare, caller: Principal) -> RequestRun:
         """Return a request that is ready to ask for a place: all that can be refused before has been."""
@@ -186,7 +195,8 @@ class GatewayCore:
         if prepared.continuation is not None:  # it ends the stream that it takes over: not if it is refused itself
             await share.reserve(*prepared.expected_tokens)
         record.times.queued()
-        return RequestRun(prepared, record.times, token=partial(self._resumption.token, tenant=caller.name))
+        token = partial(self._resumption.token, tenant=caller.name)
+        return RequestRun(prepared, record.times, token=token, account=record.account)
 
     async def _prepare(self, record: RequestRecord, caller: Principal) -> PreparedRequest:
         """Return what is to be submitted, be it the rest of a stream that a client resumes."""
@@ -202,7 +212,7 @@ class GatewayCore:
         try:
             # First what costs nothing: the prompt of a forged token is not tokenised.
             point = self._resumption.open(request, resume, tenant=caller.name)
-            record.resumes(point.request_id, num_tokens=len(resume.token_ids))
+            record.resumes(point.request_id, num_tokens=len(resume.token_ids), usage_id=point.usage_id)
             continuation = self._resumption.continuation(request, resume, point)
             prepared = await prepare(self._resumption.pinned(request, point), continuation=continuation)
             self._resumption.check(prepared, resume, point)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import InvalidParameterError, NotSupportedError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
+    from loraplex_gateway.adapters.resolution import SourceResolver
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.requests.prepared import Continuation
@@ -71,6 +72,7 @@ class Preparer:
         catalog: Base models.
         names: Adapter names.
         pool: Knows how long sequences may be.
+        sources: Finds adapters that are named by their source.
         voices: Models as adapters speak.
         limits: What is refused.
     """
@@ -80,6 +82,7 @@ class Preparer:
         catalog: ModelCatalog,
         names: NameTable,
         pool: EnginePool,
+        sources: SourceResolver,
         *,
         voices: Voices,
         limits: RequestLimits,
@@ -88,6 +91,7 @@ class Preparer:
         self._names = names
         self._pool = pool
         self._voices = voices
+        self._sources = sources
         self._limits = limits
 
     async def prepare(
@@ -119,14 +123,14 @@ class Preparer:
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
-        model, adapters = await self._select(request, caller)
+        limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
+        model, adapters = await self._select(request, caller, give_up_at=arrived_at + limit_s - DEADLINE_MARGIN_S)
         model = await self._voices.of_all(model, adapters, TextNeeds.of(request))
         tokens = await self._tokens(request, model, tenant=caller.name)
         if tokens.reading is not None:
             request = replace(request, structured_output=tokens.reading.structured_output)
         self._check_engines(request, model, num_adapters=len(adapters))
         room = self._max_model_len(model) - len(tokens.prompt)
-        limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
         return PreparedRequest(
             request=request,
@@ -207,7 +211,7 @@ class Preparer:
             caller: The principal that asks.
             prompt: What is to be tokenised; None if nothing is.
         """
-        found, resolved = await select(self._catalog, self._names, model=model, adapters=adapters, caller=caller)
+        found, resolved = await self._selected(model, adapters, caller)
         return await self._voices.of_all(found, resolved, TextNeeds.of_prompt(prompt))
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
@@ -225,13 +229,20 @@ class Preparer:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
     async def _select(
-        self, request: GenerationRequest, caller: Principal
+        self, request: GenerationRequest, caller: Principal, *, give_up_at: float
     ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
         adapters = names_by_field(request.adapter, request.adapters)
         sticky_key = affinity_key(caller, request.affinity_key) or request.request_id
-        return await select(
-            self._catalog, self._names, model=request.model, adapters=adapters, caller=caller, sticky_key=sticky_key
-        )
+        waits: dict[str, Any] = {"give_up_at": give_up_at, "fail_fast": request.fail_fast}
+        return await self._selected(request.model, adapters, caller, sticky_key=sticky_key, **waits)
+
+    async def _selected(
+        self, model: str, adapters: Mapping[str, str], caller: Principal, *, sticky_key: str = "", **waits: Any
+    ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
+        local = await self._sources.names_of(adapters, caller=caller, **waits)
+        named: dict[str, Any] = {"model": model, "adapters": adapters, "local_names": local, "caller": caller}
+        found, resolved = await select(self._catalog, self._names, sticky_key=sticky_key, **named)
+        return found, self._sources.marked(adapters, resolved, caller) if local is not adapters else resolved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

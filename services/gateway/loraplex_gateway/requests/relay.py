@@ -131,7 +131,7 @@ class EngineRelay:
         """Have the request on an engine for as long as the block runs."""
         if self._hints is not None:
             self._hints.hint_missing(self._prepared.adapter_digests, link.resident, link.engine_id)
-        ticket = link.submit(self._submission(link.record.max_model_len))
+        ticket = link.submit(self._submission(link.record.max_model_len), self._run.account)
         self._run.numerics = link.record.numerics
         if self._tap is not None:
             self._tap.output, ticket.take = self._tokens, self._tap.take

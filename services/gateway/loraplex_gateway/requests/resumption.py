@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from loraplex_common.adapter_sources import RESOLVED, is_source
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
 from loraplex_common.token_rows import MOST_ADDED_TOKENS
@@ -82,6 +83,7 @@ class Resumption:
             issued_at=now,
             more_adapters=tuple(named[1:]),
             numerics=run.numerics,
+            usage_id=run.account.usage_id if run.account is not None else "",
         )
         return seal(point, self._keys.sealing)
 
@@ -152,8 +154,8 @@ class Resumption:
         if request.request_id not in ("", point.request_id):
             raise _changed("request_id")
         named = names_by_field(request.adapter, request.adapters)
-        names = [AdapterRef.parse(text, field=field).name for field, text in named.items()]
-        if names != [name for name, _ in _adapters_of(point)]:
+        begun = [name for name, _ in _adapters_of(point)]
+        if len(named) != len(begun) or not all(map(_may_mean, named.items(), begun)):
             raise _changed("adapters" if request.adapters else "adapter")
         if request.sampling.seed not in (None, point.seed):
             raise _changed("sampling.seed")
@@ -194,6 +196,15 @@ def request_digest(prepared: PreparedRequest) -> bytes:
 def _adapters_of(point: ResumePoint) -> list[tuple[str, str]]:
     """Return name and revision of each of a stream's adapters; none for the base model."""
     return [(point.adapter, point.revision), *point.more_adapters] if point.adapter else []
+
+
+def _may_mean(named: tuple[str, str], begun: str) -> bool:
+    """Whether what a field of a request names may be the adapter that a stream began with; a source may be any that was resolved.
+
+    The stream goes on with the revision that it began with in any case.
+    """
+    field, text = named
+    return begun.startswith(RESOLVED) if is_source(text) else AdapterRef.parse(text, field=field).name == begun
 
 
 def _said(values: Any) -> list[tuple[str, Any]]:

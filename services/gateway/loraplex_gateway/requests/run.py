@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, PositionLogprobs, Resume
+    from loraplex_gateway.usage.account import UsageAccount
 
 # A few milliseconds of the event loop at most.
 REPLAY_TOKENS: Final = 128
@@ -35,8 +36,10 @@ class RequestRun:
         prepared: The request.
         times: When it came, and what happened since.
         token: Makes the stream's resume token when it starts.
+        account: What it uses; None without a ledger.
 
     Attributes:
+        account: What it uses; None without a ledger.
         prepared: The request.
         times: When what happened to it.
         time_limit_at: When the output is cut (monotonic seconds); None for never. Known once the request is admitted.
@@ -46,13 +49,19 @@ class RequestRun:
     """
 
     def __init__(
-        self, prepared: PreparedRequest, times: RequestTimes, *, token: Callable[[RequestRun], str] = lambda _: ""
+        self,
+        prepared: PreparedRequest,
+        times: RequestTimes,
+        *,
+        token: Callable[[RequestRun], str] = lambda _: "",
+        account: UsageAccount | None = None,
     ) -> None:
         self.prepared = prepared
         self.times = times
         self.time_limit_at = prepared.continuation.time_limit_at if prepared.continuation is not None else None
         self.numerics = prepared.continuation.numerics if prepared.continuation is not None else None
         self.resume_token = ""
+        self.account = account
         self.is_finished = False
         self._token = token
         self._has_engine = False
@@ -179,6 +188,8 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         self.resume_token = self._token(self)
+        if self.account is not None:
+            self.account.is_resumable = bool(self.resume_token)
         reading, digests = self.prepared.reading, self.prepared.adapter_digests
         return Started(
             prompt_tokens=len(self.prepared.prompt_ids),
@@ -186,6 +197,7 @@ class RequestRun:
             engine_id=engine_id,
             adapter_revision=next(iter(digests), ""),
             adapter_revisions=digests if self.prepared.request.adapters else (),
+            adapter_sources=tuple(adapter.source for adapter in self.prepared.adapters if adapter.source),
             numerics=self.numerics or "",
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,

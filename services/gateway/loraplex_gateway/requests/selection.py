@@ -25,6 +25,7 @@ async def select(
     adapters: Mapping[str, str],
     caller: Principal,
     sticky_key: str = "",
+    local_names: Mapping[str, str] | None = None,
 ) -> tuple[ServedModel, tuple[ResolvedAdapter, ...]]:
     """Return the base model and the adapters, all labels as they are at one moment.
 
@@ -34,6 +35,7 @@ async def select(
         model: The base model's name; empty means the adapters' or, without an adapter, the only one.
         adapters: Adapters, as `NameTable.resolve_all` takes them; empty means none.
         caller: The principal that asks.
+        local_names: The same with names in the place of sources, see `SourceResolver.names_of`; None if there are no sources.
         sticky_key: What a split label's revision is chosen by, as `NameTable.resolve_all` takes it.
 
     Raises:
@@ -45,7 +47,9 @@ async def select(
     """
     if not adapters:
         return catalog.select(model), ()
-    resolved = await names.resolve_all(adapters, caller=caller, patience_s=NAME_PATIENCE_S, sticky_key=sticky_key)
+    resolved = await names.resolve_all(
+        local_names or adapters, caller=caller, patience_s=NAME_PATIENCE_S, sticky_key=sticky_key
+    )
     _check_distinct(adapters, resolved)
     wanted = catalog.select(model) if model else catalog.by_fingerprint(resolved[0].base_fingerprint)
     for text, adapter in zip(adapters.values(), resolved, strict=True):

@@ -39,6 +39,7 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         issued_at: When the token was made, unix seconds.
         more_adapters: Name and revision of each adapter that is added to `adapter`.
         numerics: Numerics of the engine that runs it; None in tokens of earlier versions.
+        usage_id: Names its record in the usage ledger; empty without one.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     issued_at: float
     more_adapters: tuple[tuple[str, str], ...] = ()
     numerics: str | None = None
+    usage_id: str = ""
 
 
 _decoder: Final = msgspec.msgpack.Decoder(ResumePoint)

@@ -56,20 +56,21 @@ def test_plain_tokens_are_three_packed_arrays() -> None:
 
 
 def test_events_become_outputs_in_order() -> None:
-    end = Ended(session_slot=1, finish_reason=FinishReason.STOP, stop_token_id=2, queue_s=1, decode_s=3)
+    end = Ended(session_slot=1, finish_reason=FinishReason.STOP, stop_token_id=2, queue_s=1, decode_s=3, kv_page_s=2.5)
     token = TokenWithLogprobs(session_slot=1, position=7, token_id=42, logprobs=logprobs(42, 43))
     loading = Loading(session_slot=1, state=ResidencyState.IN_ARENA, bytes_done=1, bytes_total=2)
 
     (message,) = encode(make_step(loading, make_started(), token, end))
 
     kinds = [[field.name for field, _ in output.ListFields() if field.name != "slot"] for output in message.outputs]
-    assert kinds == [["loading"], ["started"], ["sequence", "token_ids", "logprobs"], ["finish"]]
+    assert kinds == [["loading"], ["started"], ["sequence", "token_ids", "logprobs"], ["finish", "usage"]]
     assert message.outputs[1].started.cached_tokens == 4
     assert message.outputs[2].logprobs[0].chosen.token_id == 42
     assert [top.token_id for top in message.outputs[2].logprobs[0].top] == [43]
     assert message.outputs[3].finish.finish_reason == gateway_pb2.FINISH_REASON_STOP
     assert message.outputs[3].finish.stop_token_id == 2
     assert message.outputs[3].finish.timings.decode.ToSeconds() == 3
+    assert message.outputs[3].usage.kv_page_seconds == 2.5
 
 
 @pytest.mark.parametrize("reason", list(FinishReason))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
-from loraplex_common.alias_feed import _entry
+from loraplex_common.alias_feed import entry_of
 from loraplex_common.auth import Principal
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.split_labels import share_of
@@ -27,7 +27,7 @@ def table() -> NameTable:
         revisions=[adapter_pb2.AdapterRevision(revision=digest, base_fingerprint="f") for digest in (A, B)],
     )
     names = NameTable()
-    names.replace_all([_entry(told)])
+    names.replace_all([entry_of(told)])
     return names
 
 

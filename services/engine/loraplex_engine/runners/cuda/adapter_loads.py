@@ -165,21 +165,38 @@ class AdapterLoads:
         begin, extent = source.__array_interface__["data"][0], (len(source) - 1) * source.strides[0] + source.shape[1]
         return source.strides[1] == 1 and self._arena.holds(begin, extent)
 
+    def _rows_to_borders(self, begin: int, page_bytes: int) -> tuple[int, int] | None:
+        first = None if self._arena is None else self._arena.bytes_to_border(begin)
+        if self._arena is None or first is None:
+            return None
+        return first // page_bytes, self._arena.chunk_bytes // page_bytes
+
     def _copy(self, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> None:
-        """Copy pages, those that lie behind each other at once."""
+        """Copy pages, those that lie behind each other at once, but for the border of two registrations of the arena."""
         page_bytes = self._pool.shape[1]
         target, stream = self._pool.data_ptr(), self._stream.cuda_stream
         begin, stride = source.__array_interface__["data"][0], source.strides[0]
-        for row, page, count in page_runs(pages, MAX_COPY_BYTES // page_bytes if stride == page_bytes else 1):
+        borders = self._rows_to_borders(begin, page_bytes)
+        for row, page, count in page_runs(pages, MAX_COPY_BYTES // page_bytes if stride == page_bytes else 1, borders):
             result = runtime.cudaMemcpyAsync(
                 target + page * page_bytes, begin + row * stride, count * page_bytes, HOST_TO_DEVICE, stream
             )
             check(result, f"copy of {count} adapter pages from {page} on")
 
 
-def page_runs(pages: NDArray[np.int32], longest: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (row, page, count) of runs of consecutive pages, each at most ``longest`` of them, at least one."""
-    bounds = np.append(np.flatnonzero(np.diff(pages, prepend=-2) != 1), len(pages)).tolist()
-    for begin, end in itertools.pairwise(bounds):
+def page_runs(
+    pages: NDArray[np.int32], longest: int, borders: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, page, count) of runs of consecutive pages, each at most ``longest`` of them, at least one.
+
+    Args:
+        pages: int32 ``[rows]``.
+        longest: Most pages of a run.
+        borders: The first row that no run may reach over, and the rows from it to each next one; None for none.
+    """
+    cuts = np.append(np.flatnonzero(np.diff(pages, prepend=-2) != 1), len(pages))
+    if borders is not None:
+        cuts = np.union1d(cuts, np.arange(borders[0], len(pages), borders[1]))
+    for begin, end in itertools.pairwise(cuts.tolist()):
         for row in range(begin, end, max(longest, 1)):
             yield row, int(pages[row]), min(max(longest, 1), end - row)

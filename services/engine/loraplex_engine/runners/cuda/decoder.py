@@ -18,7 +18,7 @@ from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
-from loraplex_engine.runners.cuda.followers import Followers
+from loraplex_engine.runners.cuda.followers import Followers, NormShape
 from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 from loraplex_engine.runners.cuda.workspace import Workspace
@@ -102,7 +102,11 @@ class CudaDecoder(ABC, Generic[ModelT]):
         """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""
         config, table = self._model.config, rotary_rows(self._model.rope)
         rope = RopeKv(library, layout, self._pool, table, norm_eps=config.rms_norm_eps)
-        return Followers(rope, self._make_gate(library, SiluMul), self._inputs)
+        return Followers(rope, self._make_gate(library, SiluMul), self._inputs, self._norm_behind_branches())
+
+    def _norm_behind_branches(self) -> NormShape | None:
+        """Return the norm that `forward` asks its path for behind o and down, if it does."""
+        return None
 
     def _make_gate(self, library: KernelLibrary, gate: type[SiluMul]) -> SiluMul:
         """Return what computes down's input, in e4m3, too, if FP8 products read it."""
@@ -202,6 +206,11 @@ def rotary_rows(table: Tensor) -> Tensor:
 class LlamaDecoder(CudaDecoder[LlamaModel]):
     """The forward pass of `LlamaModel`."""
 
+    def _norm_behind_branches(self) -> NormShape | None:
+        """See `CudaDecoder`."""
+        config = self._model.config
+        return NormShape(config.hidden_size, config.rms_norm_eps) if self._inputs is None else None
+
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
@@ -211,12 +220,12 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
         self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
         rest: Tensor | None = None
         for index, layer in enumerate(self._model.layers):
-            self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)
+            path.norm(self._norm, rest, layer.input_norm.weight, hidden, x, step)
             path.project(index, "qkv", layer.qkv, x, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
             rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
-            self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
+            path.norm(self._norm, rest, layer.post_norm.weight, hidden, x, step)
             path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
             rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
@@ -47,6 +47,13 @@ class FinishesQkv(Protocol):
         ...
 
 
+class NormShape(NamedTuple):
+    """An RMS norm of the residual stream."""
+
+    hidden_size: int
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class Followers:
     """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta.
@@ -54,11 +61,13 @@ class Followers:
     Attributes:
         inputs: Where inputs of FP8 products lie in e4m3; None if no product is. FP8 products do not accumulate: followers add
             LoRA's delta to qkv and gate_up, and the next norm adds o and down to the residual stream (ADR 35).
+        norm: What follows o and down at once, `LayerPath.norm`; None if something else stands behind them.
     """
 
     rope: FinishesQkv
     silu_mul: SiluMul
     inputs: Fp8Inputs | None = None
+    norm: NormShape | None = None
 
     @property
     def can_accumulate(self) -> bool:

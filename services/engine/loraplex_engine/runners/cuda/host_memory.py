@@ -32,7 +32,11 @@ class PinnedArena:
     """Registers an arena's slots with the device, chunk by chunk, on a thread of its own.
 
     Copies from registered slots run at the link's full rate and return at once; copies from other slots must be staged.
-    Chunks are whole slots, so no slot's copy crosses the border of two registrations.
+    Chunks are whole slots, so no slot's copy crosses the border of two registrations, which the device refuses; copies of several
+    slots end at it (`bytes_to_border`).
+
+    Attributes:
+        chunk_bytes: Bytes of a registration, but for the last.
     """
 
     def __init__(self, view: NDArray[np.uint8], device: torch.device) -> None:
@@ -42,7 +46,7 @@ class PinnedArena:
         self._device = device
         # The borders of two chunks must not share a page of the operating system.
         unit = math.lcm(slot_bytes, OS_PAGE)
-        self._chunk_bytes = max(CHUNK_BYTES // unit, 1) * unit
+        self.chunk_bytes = max(CHUNK_BYTES // unit, 1) * unit
         self._num_bytes = num_slots * slot_bytes
         self._pinned_bytes = 0  # [0, _pinned_bytes) is pinned; written by the thread only
         self._is_stopping = False
@@ -60,6 +64,11 @@ class PinnedArena:
             raise self._error
         return bool(self._begin <= address and address + num_bytes <= self._begin + self._pinned_bytes)
 
+    def bytes_to_border(self, address: int) -> int | None:
+        """Return how many bytes from a piece of memory on belong to one registration; None outside of the arena."""
+        offset = address - self._begin
+        return self.chunk_bytes - offset % self.chunk_bytes if 0 <= offset < self._num_bytes else None
+
     def wait(self) -> None:
         """Block until the whole arena is registered, or cannot be."""
         self._thread.join()
@@ -70,17 +79,17 @@ class PinnedArena:
         """Unregister; no copy may be under way."""
         self._is_stopping = True
         self._thread.join()
-        for begin in range(0, self._pinned_bytes, self._chunk_bytes):
+        for begin in range(0, self._pinned_bytes, self.chunk_bytes):
             check(runtime.cudaHostUnregister(self._begin + begin), "cudaHostUnregister")
         self._pinned_bytes = 0
 
     def _register(self) -> None:
         try:
             torch.cuda.set_device(self._device)
-            for begin in range(0, self._num_bytes, self._chunk_bytes):
+            for begin in range(0, self._num_bytes, self.chunk_bytes):
                 if self._is_stopping:
                     return
-                size = min(self._chunk_bytes, self._num_bytes - begin)
+                size = min(self.chunk_bytes, self._num_bytes - begin)
                 check(runtime.cudaHostRegister(self._begin + begin, size, 0), f"cudaHostRegister of {size} bytes")
                 self._pinned_bytes = begin + size
         except Exception as error:  # raised again at the next copy

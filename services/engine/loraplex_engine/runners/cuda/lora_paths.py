@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_kernels.lora.decode import LoraDecode
+    from loraplex_kernels.pointwise.rms_norm import RmsNorm
     from torch import Tensor
 
     from loraplex_engine.model.linear import Linear
@@ -42,6 +43,21 @@ class LayerPath(Protocol):
             x: ``[tokens, in_features]``.
             residual: ``[tokens, hidden]``.
             scratch: ``[tokens, hidden]``, and what is returned, if anything is.
+            step: The step's inputs.
+        """
+        ...
+
+    def norm(
+        self, norm: RmsNorm, rest: Tensor | None, weight: Tensor, hidden: Tensor, out: Tensor, step: StepInputs
+    ) -> None:
+        """Add what `add_to_residual` returned to the residual stream, and norm it.
+
+        Args:
+            norm: The kernel.
+            rest: ``[tokens, hidden]``; None if nothing was returned.
+            weight: ``[hidden]``.
+            hidden: ``[tokens, hidden]``; the residual stream.
+            out: ``[tokens, hidden]``.
             step: The step's inputs.
         """
         ...
@@ -80,6 +96,13 @@ class BasePath:
             return scratch
         linear.onto(x, residual)
         return None
+
+    def norm(
+        self, norm: RmsNorm, rest: Tensor | None, weight: Tensor, hidden: Tensor, out: Tensor, step: StepInputs
+    ) -> None:
+        """See `LayerPath`."""
+        del step
+        norm.launch(rest, weight, out, residual=hidden)
 
     def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""

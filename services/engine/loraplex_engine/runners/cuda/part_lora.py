@@ -8,10 +8,12 @@ import numpy as np
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS
 from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.finish_norm import FinishNorm
 from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 
 from loraplex_engine.runners.cuda.lora_grids import Grids
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.followers import Followers
+    from loraplex_engine.runners.cuda.followers import Followers, NormShape
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.token_lora import GroupedLora, SplitLora
     from loraplex_engine.step import StepPlan
@@ -47,10 +49,11 @@ def make_part_kernels(
     num_sms: int,
     in_graphs: bool = False,
     num_passes: int = 1,
+    norm: NormShape | None = None,
 ) -> PartKernels:
     """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows, of FLoRA for steps without a graph.
 
-    Rows have up to ``num_passes`` adapters each.
+    Rows have up to ``num_passes`` adapters each. ``norm`` stands behind o and down.
     """
     shapes = op_shapes(tables.geometry)
     sparse = LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms)
@@ -61,7 +64,13 @@ def make_part_kernels(
         RowAdapters(max_rows, library.device),
         None if in_graphs else LoraFlora(library, tables, pool, shapes, max_rows=max_rows),
         tuple(RowAdapters(max_rows, library.device) for _ in range(1, num_passes)),
+        None if norm is None else _finish_norm(library, tables, pool, norm),
     )
+
+
+def _finish_norm(library: KernelLibrary, tables: AdapterTables, pool: Tensor, norm: NormShape) -> FinishNorm:
+    build = rms_norm_build(norm.hidden_size, library.dtype)
+    return FinishNorm(library, tables, pool, hidden_size=norm.hidden_size, build=build, eps=norm.eps)
 
 
 class DecodeParts:
@@ -86,7 +95,9 @@ class DecodeParts:
         items = max_decode_items(shapes, max_rows)
         self._lora = LoraDecode(library, tables, pool, shapes, max_rows=max_rows, max_items=items)
         self._hidden = self._lora.new_scratch()
-        self._parts = make_part_kernels(library, tables, pool, max_rows=max_rows, num_sms=num_sms, in_graphs=True)
+        self._parts = make_part_kernels(
+            library, tables, pool, max_rows=max_rows, num_sms=num_sms, in_graphs=True, norm=followers.norm
+        )
         self._sent: tuple[object, int] | None = None
 
     @property

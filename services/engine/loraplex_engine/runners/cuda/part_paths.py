@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_kernels.lora.decode import LoraDecode
+    from loraplex_kernels.lora.finish_norm import FinishNorm
     from loraplex_kernels.lora.flora import LoraFlora, Product
     from loraplex_kernels.lora.sparse import LoraSparse
     from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+    from loraplex_kernels.pointwise.rms_norm import RmsNorm
     from torch import Tensor
 
     from loraplex_engine.model.linear import Linear
@@ -56,6 +58,7 @@ class PartKernels:
         rows: The rows' adapters.
         flora: Kernels of FLoRA, with the step's rows; None where only steps without it come.
         more_rows: The further adapters of rows that have several, by pass.
+        finish_norm: c and b of o and down, together with the norm behind them; None where something else stands there.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class PartKernels:
         rows: RowAdapters,
         flora: LoraFlora | None = None,
         more_rows: tuple[RowAdapters, ...] = (),
+        finish_norm: FinishNorm | None = None,
     ) -> None:
         self.vectors, self.sparse, self.rows, self.flora, self.more_rows = vectors, sparse, rows, flora, more_rows
+        self.finish_norm = finish_norm
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
@@ -92,6 +97,10 @@ class _PartPath(BasePath):
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
+        self._multiply(layer, op, linear, x, out, step)
+        self._finish(layer, op, linear, x, out, step)
+
+    def _multiply(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         needs = self._needs(layer, op)
         if needs.has_pairs:
             self._start(layer, op, x, out, step)
@@ -106,7 +115,6 @@ class _PartPath(BasePath):
         if needs.has_flora:
             assert self._parts.flora is not None
             self._parts.flora.replace(layer, op, _product_of(linear), linear.bias, x, out)
-        self._finish(layer, op, linear, x, out, step)
 
     def add_to_residual(
         self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
@@ -116,9 +124,10 @@ class _PartPath(BasePath):
         if needs.has_pairs or needs.scales_inputs or needs.finishes or needs.has_flora:
             self.project(layer, op, linear, x, scratch, step)
             return scratch
-        rest = super().add_to_residual(layer, op, linear, x, residual, scratch, step)
-        self._finish(layer, op, linear, x, residual, step)
-        return rest
+        self._finish(
+            layer, op, linear, x, residual, step
+        )  # S x alone: behind a kernel of ours, whose end hides its start
+        return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
 
     def _finish(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor, step: StepInputs) -> None:
         needs, parts = self._needs(layer, op), self._parts
@@ -139,6 +148,8 @@ def _product_of(linear: Linear) -> Product:
 
 class DecodePartPath(_PartPath):
     """A decode step, in line as `InLineLoraPath`: a graph's kernels are those of its variant, in every op.
+
+    c and b of o and down are left to the next layer's norm, if there is one at once and nothing is added behind them.
 
     Args:
         followers: They find qkv and gate_up complete.
@@ -161,9 +172,36 @@ class DecodePartPath(_PartPath):
     ) -> None:
         super().__init__(followers, parts)
         self._lora, self._hidden, self._grids, self._variant = lora, hidden, grids, variant
+        self._unfinished: tuple[int, str, Tensor | None] | None = None
 
     def _needs(self, layer: int, op: str) -> PartVariant:
         return self._variant
+
+    def add_to_residual(
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        needs, finish_norm = self._variant, self._parts.finish_norm
+        follows = finish_norm is not None and (op == "o" or layer + 1 < finish_norm.num_layers)
+        if not follows or not needs.finishes or needs.has_sparse:
+            return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
+        self._multiply(layer, op, linear, x, scratch, step)
+        self._unfinished = layer, op, linear.bias
+        return scratch
+
+    def norm(
+        self, norm: RmsNorm, rest: Tensor | None, weight: Tensor, hidden: Tensor, out: Tensor, step: StepInputs
+    ) -> None:
+        """See `LayerPath`."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
+            super().norm(norm, rest, weight, hidden, out, step)
+            return
+        (layer, op, bias), finish_norm = unfinished, self._parts.finish_norm
+        assert rest is not None
+        assert finish_norm is not None
+        rows = self._parts.rows
+        finish_norm.launch(layer, op, rest, rows, step.scales, bias, residual=hidden, weight=weight, out=out)
 
     def _start(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
         self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.runners.token_rows import TokenRows
     from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.runners.torch.handles import TorchStepHandle
@@ -43,6 +44,7 @@ class AdapterLoads:
         pool: The pool.
         linears: The model's fused products, by layer and op.
         rows: Is told of adapters with rows of tokens.
+        group: The tensor-parallel ranks, which all load the same adapters in one order; None if there is one rank.
 
     Attributes:
         tables: Index of the adapter table -> adapter.
@@ -51,11 +53,16 @@ class AdapterLoads:
     """
 
     def __init__(
-        self, geometry: Geometry, pool: PagedPool, linears: Sequence[Mapping[str, Linear]], rows: TokenRows
+        self,
+        geometry: Geometry,
+        pool: PagedPool,
+        linears: Sequence[Mapping[str, Linear]],
+        rows: TokenRows,
+        group: RankGroup | None = None,
     ) -> None:
-        self._geometry, self._pool, self._rows = geometry, pool, rows
+        self._geometry, self._pool, self._rows, self._group = geometry, pool, rows, group
         self.outside: set[int] = set()
-        self.factors = FactorWriter(linears)
+        self.factors = FactorWriter(linears, group=group)
         self.tables: dict[int, AdapterTable] = {}
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
         self._computer = ThreadPoolExecutor(
@@ -95,7 +102,9 @@ class AdapterLoads:
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        must_compute = spec.has_magnitudes and spec.digest not in self.factors.kept
+        # In a group one thread keeps the order of the ranks' collectives, whatever is kept where.
+        is_kept = self._group is None and spec.digest in self.factors.kept
+        must_compute = spec.has_magnitudes and not is_kept
         thread = self._computer if must_compute else self._copier
         make_table = partial(AdapterTable, self._geometry, spec, pages.copy(), self._pool.values, row_ids)
         return TorchLoadHandle(thread.submit(self._load, index, spec, make_table, pages.copy(), source, readers, event))
@@ -139,10 +148,14 @@ class AdapterLoads:
 
         Raises:
             SaturatedError: If there is no memory for it; the adapter's requests end, no others.
+            RuntimeError: The same of a rank of a group, which is out of step with the other ranks then.
         """
         try:
             self.factors.write(spec.digest, table)
         except (RuntimeError, MemoryError) as error:
+            if self._group is not None:
+                self._group.abort()
+                raise RuntimeError(f"adapter {spec.digest}: its DoRA factors could not be computed: {error}") from error
             raise SaturatedError(
                 f"adapter {spec.digest}: its DoRA factors could not be computed: {error}", retry_after_s=FACTORS_RETRY_S
             ) from error

@@ -14,6 +14,7 @@ import torch
 from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, AdapterSpec, Geometry, layout
 from loraplex_common.flora import KIND_FLORA_A, KIND_FLORA_B
 from loraplex_common.low_rank import LowRank
+from loraplex_common.projections import Split
 from loraplex_common.sparse_delta import KIND_COLUMNS, KIND_STARTS, KIND_VALUES, SparseDelta
 from loraplex_common.vectors import KIND_BIAS, KIND_C, KIND_E, OutVector
 from torch import Tensor
@@ -199,6 +200,7 @@ class _Views:
                     self._geometry.ops[place.op].name,
                     *self._bounds_of(place),
                     part=slices.index(place.slice) if place.slice in slices else None,
+                    sums_over_ranks=self._geometry.ops[place.op].projections[0].split is Split.INPUTS,
                 )
             found.tiles.append(tile)
 

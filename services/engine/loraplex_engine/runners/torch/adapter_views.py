@@ -135,6 +135,7 @@ class Magnitudes:
 
     Attributes:
         part: Which of the adapter's pairs in the op is the slice's; None if it has none.
+        sums_over_ranks: Whether tensor-parallel ranks have parts of each row of W.
     """
 
     layer: int
@@ -142,6 +143,7 @@ class Magnitudes:
     first: int
     last: int
     part: int | None
+    sums_over_ranks: bool = False
     tiles: list[VectorTile] = field(default_factory=list)
 
 

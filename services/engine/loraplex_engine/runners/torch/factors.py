@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.adapter_views import Magnitudes
 
@@ -69,13 +70,19 @@ class FactorWriter:
 
     Args:
         linears: The model's fused products, by layer and op.
+        group: The ranks that have a part of W each; all write the same adapters in one order.
 
     Attributes:
         kept: Factors that need not be computed again.
     """
 
-    def __init__(self, linears: Sequence[Mapping[str, Linear]], kept: KeptFactors | None = None) -> None:
-        self._linears = linears
+    def __init__(
+        self,
+        linears: Sequence[Mapping[str, Linear]],
+        kept: KeptFactors | None = None,
+        group: RankGroup | None = None,
+    ) -> None:
+        self._linears, self._group = linears, group
         self.kept = kept or KeptFactors()
 
     def write(self, digest: str, table: AdapterTable) -> None:
@@ -99,6 +106,10 @@ class FactorWriter:
             assert adapter is not None
             pair = adapter.pair(magnitudes.part)
         norms = row_norms(self._linears[layer][op], magnitudes.first, magnitudes.last, pair)
+        if self._group is not None and magnitudes.sums_over_ranks:
+            squares = norms.square()
+            self._group.all_reduce_of_load(squares)
+            norms = squares.sqrt()
         values = torch.cat([tile.values for tile in magnitudes.tiles])
         return torch.where(norms > 0, values / norms, 0)  # a row of zeros stays one, whatever its factor
 

@@ -61,6 +61,7 @@ class TorchForward(ABC, Generic[ModelT]):
 
     def __init__(self, model: ModelT) -> None:
         self._model = model
+        self._group = model.group
 
     @abstractmethod
     def compute(
@@ -95,17 +96,18 @@ class TorchForward(ABC, Generic[ModelT]):
     def _embed(self, token_ids: Tensor, hidden: Tensor, lora: LoraStep | None) -> None:
         """Write the step's embeddings with the step's adapters."""
         if lora is None or lora.outside is None:
-            hidden.copy_(self._model.embedding.index_select(0, token_ids))
+            self._model.embed(token_ids, hidden)
         else:
             lora.outside.embed(token_ids, self._model.embedding, hidden)
 
-    @staticmethod
-    def _project(layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
-        """Compute a fused projection of one layer with the step's adapters."""
+    def _project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
+        """Compute a fused projection of one layer with the step's adapters, which a group's collective sums up with the base."""
         if lora is None:
             linear.into(x, out)
         else:
             lora.project(layer, op, linear, x, out)
+        if self._group is not None and op in (O, DOWN):
+            self._group.all_reduce(out)
 
     def _rotate(
         self, q_norm: RmsNorm | None, k_norm: RmsNorm | None, buffers: Activations, cos: Tensor, sin: Tensor

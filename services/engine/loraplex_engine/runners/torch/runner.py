@@ -31,19 +31,22 @@ from loraplex_engine.runners.torch.forwards import make_forward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchStepHandle, Undrawn
 from loraplex_engine.runners.torch.outside import OutsideStep
 from loraplex_engine.runners.torch.parts import make_lora_step
+from loraplex_engine.runners.torch.rank_steps import AskedLogits, tell_input
 from loraplex_engine.runners.torch.segments import cut_segments, order_rows, used_adapters
 from loraplex_engine.step import FROM_DEVICE, StepPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.forward import Activations
     from loraplex_engine.runners.torch.handles import TorchLoadHandle
     from loraplex_engine.runners.torch.lora import LoraStep
@@ -59,6 +62,7 @@ class TorchRunner:
     Args:
         config: Sizes.
         weights: Where the base model comes from, on the device already; closed here.
+        group: The tensor-parallel ranks, of which this is one; None if it is alone.
 
     Attributes:
         geometry: Geometry of adapter images, as announced to the store.
@@ -67,26 +71,34 @@ class TorchRunner:
 
     backend: ClassVar[str] = "torch"
 
-    def __init__(self, config: RunnerConfig, weights: WeightSource) -> None:
+    def __init__(self, config: RunnerConfig, weights: WeightSource, group: RankGroup | None = None) -> None:
         limits = config.limits
         self._device = torch.device(config.device)
         self._dtype = DTYPES[limits.pool.dtype]
-        self.geometry: Geometry = config.info.geometry(dtype=limits.pool.dtype, page_bytes=limits.page_bytes)
+        self._group = group
+        self._asked: AskedLogits | None = None
+        self.geometry: Geometry = config.info.geometry(
+            dtype=limits.pool.dtype, page_bytes=limits.page_bytes, tp_degree=1 if group is None else group.degree
+        )
         self._emulate_async = config.emulate_async
         model = model_config(config.info.config)
-        self._model = read_model(model, weights, TORCH_LINEARS, max_model_len=limits.max_model_len, device=self._device)
+        self._model = read_model(
+            model, weights, TORCH_LINEARS, max_model_len=limits.max_model_len, device=self._device, group=group
+        )
         self._forward = make_forward(self._model)
         weights.close()
-        self.weight_norms = weight_norms(self.geometry, self._model.linears)
+        self.weight_norms = weight_norms(self.geometry, self._model.linears, group)
         pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
         scale, softcap = model.attention_scale, model.traits.score_softcap
-        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype, scale=scale, softcap=softcap)
+        self._pool = PagedPool(
+            pages, limits.pool, self._model.config.num_heads, self._dtype, scale=scale, softcap=softcap
+        )
         self._windows = set(model.windows)
         self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=limits.max_added_tokens)
         self._sampler = Sampler(vocab_size=self._rows.num_tokens, device=self._device)
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
-        self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears, self._rows)
+        self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears, self._rows, group)
         self._buffers: dict[int, Activations] = {}
         self._launched: deque[TorchStepHandle] = deque()
 
@@ -134,24 +146,53 @@ class TorchRunner:
         plan = step.plan
         faults = take_over_slots(plan, self._sampler, self._prompt_logprobs) | step.input_faults
         order = order_rows(plan)
-        attention = AttentionStep(self._pool, plan, order, self._windows)
-        attention.clear_new_pages()
         token_ids = self._input_tokens(plan, order)
-        groups = cut_segments(plan, order, step.adapters, self._device) if step.adapters else []
-        lora = make_lora_step(groups, self._dtype) if groups else None
+        asked = None
+        if self._group is not None:
+            asks_logits = self._prompt_logprobs.is_asked(plan, self._sampler)
+            tell_input(self._group, token_ids, asks_logits=asks_logits)
+            asked = self._asked_logits() if asks_logits else None
+        lora = self._lora_step(plan, order, step.adapters)
         outside = self._outside_step(step, lora)
-        hidden = self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
-        token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
-        token_ends[order] = np.cumsum(plan.num_tokens[order])
+        hidden = self._hidden_states(plan, order, token_ids, lora)
+        token_ends = _token_ends(plan, order)
+        logits_of = self._logits_of(outside, token_ends) if asked is None else lambda _: asked
         prompt_logprobs = self._prompt_logprobs.update(
-            plan, token_ends, token_ids, hidden, self._sampler, faults, self._logits_of(outside, token_ends)
+            plan, token_ends, token_ids, hidden, self._sampler, faults, logits_of
         )
+        if asked is not None:
+            asked.end()
         last = token_ends[plan.sample_rows] - 1
         x, logits = self._model.head(hidden.index_select(0, torch.from_numpy(last).to(self._device)))
         if outside is not None:
             logits = outside.logits(logits, x, last)
         logits = self._model.finish_logits(logits)
         return Undrawn(logits=logits, prompt_logprobs=prompt_logprobs, faults=faults)
+
+    def _lora_step(
+        self, plan: StepPlan, order: NDArray[np.int64], adapters: Mapping[int, AdapterTable]
+    ) -> LoraStep | None:
+        """Return the step's adapters; None without any."""
+        groups = cut_segments(plan, order, adapters, self._device) if adapters else []
+        return make_lora_step(groups, self._dtype) if groups else None
+
+    def _hidden_states(
+        self, plan: StepPlan, order: NDArray[np.int64], token_ids: Tensor, lora: LoraStep | None
+    ) -> Tensor:
+        """Return the output of the layers, ``[T, hidden]``, rows in the order of computation."""
+        attention = AttentionStep(self._pool, plan, order, self._windows)
+        attention.clear_new_pages()
+        return self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
+
+    def _sampled_tokens(self, plan: StepPlan, order: NDArray[np.int64]) -> Tensor:
+        """Return the last tokens of the rows that sample, int64 ``[S]``, in the order of computation's numbering."""
+        return torch.from_numpy(_token_ends(plan, order)[plan.sample_rows] - 1).to(self._device)
+
+    def _asked_logits(self) -> AskedLogits:
+        assert self._group is not None
+        if self._asked is None:
+            self._asked = AskedLogits(self._model, self._group)
+        return self._asked
 
     def _outside_step(self, step: TorchStepHandle, lora: LoraStep | None) -> OutsideStep | None:
         """Return the step's adapters that do something outside of the decoder layers, and let ``lora`` know; None without any."""
@@ -245,3 +286,10 @@ class TorchRunner:
         self._loads.close()
         self._buffers.clear()
         del self._forward, self._model, self._pool, self._loads
+
+
+def _token_ends(plan: StepPlan, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the tokens of each row of the plan end among the step's tokens, int64 ``[N]``."""
+    ends = np.empty(len(order), dtype=np.int64)
+    ends[order] = np.cumsum(plan.num_tokens[order])
+    return ends

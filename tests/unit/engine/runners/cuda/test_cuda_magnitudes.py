@@ -261,3 +261,15 @@ def test_adapters_without_magnitudes_are_told_apart(monkeypatch: pytest.MonkeyPa
         (layer, op) for layer in range(2) for op in OPS
     ]
     assert {tile.slice for tile in found[2].c} == {1}, "gate_proj's c is no magnitude"
+
+
+@pytest.mark.parametrize("longest", [1, 2, 5, 100])
+@pytest.mark.parametrize("borders", [(1, 4), (3, 3), (4, 1), (7, 8), (20, 8)])
+def test_no_run_of_pages_reaches_over_a_border(longest: int, borders: tuple[int, int]) -> None:
+    pages = np.array([*range(3, 12), *range(40, 48)], dtype=np.int32)
+
+    runs = list(page_runs(pages, longest, borders))
+
+    assert [page + i for _, page, count in runs for i in range(count)] == pages.tolist()
+    crossed = {row + i for row, _, count in runs for i in range(1, count)}
+    assert not crossed & set(range(borders[0], len(pages), borders[1]))

@@ -1,0 +1,1 @@
+"""Tensor-parallel groups: what several ranks need to compute as one engine."""

@@ -1,0 +1,107 @@
+"""Two thousand names: what a page, a look-up and a name cost does not grow with the table, and stays within bounds."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+from loraplex_adapter_store import wire
+from loraplex_adapter_store.aliases import AliasTable
+from loraplex_adapter_store.lifecycle import Caller, Lifecycle
+from loraplex_adapter_store.repository.catalog import Catalog
+from loraplex_adapter_store.repository.moves import AliasMoves
+from loraplex_common.alias_feed import AdapterEntry, entry_of
+from loraplex_common.auth import Principal, Role
+from loraplex_common.base_model import load_base_model
+from loraplex_common.valkey import connect
+from loraplex_gateway.adapters.names import NameTable
+from support.many_names import digest_of, name_of, write_names
+from support.store_rig import tiny_base_dir
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from loraplex_adapter_store.repository import keys
+
+NUM = 2000
+MAX_STORE_BYTES = 2048
+MAX_GATEWAY_BYTES = 2200
+ADMIN = Caller(Principal(name="admin", role=Role.ADMIN))
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[keys.Client]:
+    async with connect(redis_url) as valkey:
+        await write_names(valkey, load_base_model(tiny_base_dir()), NUM, revisions=2)
+        yield valkey
+
+
+def catalog_of(client: keys.Client) -> Catalog:
+    return Catalog(client, gc_grace_s=60.0, check_name=lambda _: None)
+
+
+async def commands(client: keys.Client) -> Counter[str]:
+    """Return how often the server has run each command, those of scripts included."""
+    found = await client.info("commandstats")
+    return Counter({name.removeprefix("cmdstat_"): int(counts["calls"]) for name, counts in found.items()})
+
+
+async def test_a_page_reads_one_record_more_than_it_shows_in_one_command(client: keys.Client) -> None:
+    lifecycle = Lifecycle(catalog_of(client), AliasMoves(client), _no_leases, _told)
+
+    for page_size in (100, 1000):
+        before = await commands(client)
+        page, following = await lifecycle.page(
+            page_size=page_size, after="team-5", prefix="", show_deleted=False, caller=ADMIN
+        )
+
+        assert (len(page), following) == (page_size, page[-1].name)
+        after = await commands(client)
+        assert after["hget"] - before["hget"] == page_size + 1
+        assert after["eval"] - before["eval"] == 1
+
+
+async def test_a_name_with_two_revisions_takes_under_two_kilobytes_of_a_store_and_of_a_gateway(
+    client: keys.Client,
+) -> None:
+    table = AliasTable(client, catalog_of(client), ())
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await table._reload()
+        in_store = grown()
+        entries = sent(table)
+        del table
+        names = NameTable()
+        names.replace_all(entries)
+        del entries
+        in_gateway = grown()
+    finally:
+        tracemalloc.stop()
+
+    assert in_store / NUM < MAX_STORE_BYTES
+    assert in_gateway / NUM < MAX_GATEWAY_BYTES
+    assert len(list(names.visible_to(ADMIN.tenant))) == NUM
+    assert names.entry(name_of(7), ADMIN.tenant).labels == {"latest": digest_of(7, 1)}  # type: ignore[union-attr]
+
+
+def grown() -> int:
+    """Return the memory that is in use and was not when tracing began."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+def sent(table: AliasTable) -> list[AdapterEntry]:
+    """Return the table as a gateway reads it from messages."""
+    return [entry_of(entry) for update in table._snapshot() for entry in wire.alias_update(update).entries]
+
+
+async def _no_leases() -> dict[str, int]:
+    return {}
+
+
+async def _told(record: object) -> None:
+    return None
