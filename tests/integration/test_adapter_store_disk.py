@@ -206,6 +206,8 @@ async def test_budgets_of_one_byte_cost_time_only(redis_url: str, base: BaseMode
         np.testing.assert_array_equal(await fetch(client, base, digest), await fetch(client, base, digest))
 
     assert kinds(tmp_path) == []
+
+
 @pytest.mark.parametrize("num_gone", [1, 2])
 async def test_a_file_that_is_deleted_while_it_is_opened_costs_no_image(
     stored: Stored, base: BaseModelInfo, monkeypatch: pytest.MonkeyPatch, num_gone: int
