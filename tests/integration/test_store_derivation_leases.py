@@ -30,10 +30,10 @@ class Slow(Derivation):
 
     count = 0
 
-    async def run(self, chunks: Any) -> str:
+    async def run(self, *args: Any) -> str:
         Slow.count += 1
         await asyncio.sleep(0.3)
-        return await super().run(chunks)
+        return await super().run(*args)
 
 
 @pytest.fixture(autouse=True)

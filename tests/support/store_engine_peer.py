@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import mmap
 import os
@@ -18,7 +19,7 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
 from loraplex_common.error_status import from_status
-from loraplex_common.tree_digest import piece_digests, tree_root
+from loraplex_engine.rpc.image_check import ImageCheck
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,6 +43,8 @@ class EnginePeer:
         num_to_spoil: That many of the next images are reported corrupt.
         num_to_flip: In that many of the next images a bit is flipped in the arena before they are checked.
         num_to_drop: That many of the next images are dropped, and wanted again, before their arrival is reported.
+        keeps_copies: Whether ``images`` shows pages; else they have none, which is what takes no time.
+        num_bytes: Digest -> bytes of the image that arrived and was right.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
         log: Every message of the store.
     """
@@ -55,6 +58,9 @@ class EnginePeer:
         self.num_to_flip = 0
         self.has_ended = False
         self.takes_tree_digests = True
+        self.keeps_copies = True
+        self.num_bytes: dict[str, int] = {}
+        self._check = ImageCheck()
         self.images: dict[str, NDArray[np.uint8]] = {}
         self.log: list[pb.AttachEngineResponse] = []
         self._base = base
@@ -184,7 +190,9 @@ class EnginePeer:
 
     def close(self) -> None:
         """Release the arena."""
-        self._map.close()
+        self._check.close()
+        with contextlib.suppress(BufferError):  # the last view of it, in a thread that ends, unmaps it
+            self._map.close()
         os.close(self._fd)
 
     async def requests(self, hello: _Request.Hello) -> AsyncIterator[_Request]:
@@ -220,9 +228,13 @@ class EnginePeer:
             self.num_to_flip -= 1
             self._map[self._position(slots[-1])] ^= 1
         arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
-        image = arena[list(slots)]
-        del arena  # while there is a view, the mapping cannot be closed
-        root = tree_root(await asyncio.gather(*(asyncio.to_thread(piece_digests, page.data) for page in image)))
+        if self.keeps_copies:
+            image = arena[list(slots)]
+            del arena  # while there is a view, the mapping cannot be closed
+            root = await self._check.digest(image, range(len(image)), is_tree=True)
+        else:
+            image = np.empty((0, page_bytes), dtype=np.uint8)
+            root = await self._check.digest(arena, slots, is_tree=True)
         is_right = root == filled.image_tree_sha256
         if not self.takes_tree_digests:
             is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256
@@ -238,6 +250,7 @@ class EnginePeer:
             self.want(digest)
             return
         self.images[digest] = image
+        self.num_bytes[digest] = len(slots) * page_bytes
         self.report(digest, adapter_pb2.TIER_ARENA)
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
+from loraplex_common.valkey_client import blocking_pool
 
+from loraplex_adapter_store.buffers import BufferPool
 from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import Credentials
@@ -20,6 +22,7 @@ from loraplex_adapter_store.images import ImageCache, ImageSources
 from loraplex_adapter_store.metrics import StoreMetrics
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
+from loraplex_adapter_store.repository.bulk_reader import BulkReader
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
 from loraplex_adapter_store.repository.engines import EngineHoldings
@@ -64,6 +67,10 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
     credentials = Credentials.from_file(config.credentials_file)
+    pool = blocking_pool(config.redis_url, config.redis_password)
+    bulk = BulkReader(pool) if pool is not None else None
+    if bulk is not None:
+        stack.push_async_callback(asyncio.to_thread, bulk.close)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
     # It runs in a thread, as what it waits for may wait for this event loop.
     stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
@@ -80,7 +87,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
         ),
         credentials=credentials,
         signatures=Signatures.from_file(config.trusted_signers),
-        blobs=Blobs(client, tiers_of(config, client, credentials)),
+        blobs=Blobs(client, tiers_of(config, client, credentials, bulk)),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
@@ -100,5 +107,6 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
         stack.push_async_callback(disk.close)
     budget = ByteBudget(config.image_work_bytes)
     leases = DerivationLeases(core.client)
-    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor, leases)
+    buffers = BufferPool(max_idle_bytes=config.image_work_bytes)
+    sources = ImageSources(core.blobs, core.catalog, disk, budget, executor, leases, buffers)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)

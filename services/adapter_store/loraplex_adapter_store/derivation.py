@@ -7,9 +7,11 @@ last of them: the page is in that core's cache then. The same thread hands the p
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from contextlib import aclosing
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -21,14 +23,15 @@ from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalR
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncGenerator, Callable
     from concurrent.futures import Executor
 
-    from loraplex_common.adapter_image import Geometry, ModuleSpec
+    from loraplex_common.adapter_image import ModuleSpec
     from numpy.typing import NDArray
 
-    from loraplex_adapter_store.repository.blobs import Manifest
+    from loraplex_adapter_store.buffers import BufferPool
+    from loraplex_adapter_store.page_image import ImageKey
+    from loraplex_adapter_store.repository.blobs import BulkRead, Manifest
 
     PageSink: TypeAlias = Callable[[int, NDArray[np.uint8]], None]
     """Takes a finished page with its number, in a thread; what it raises ends the derivation."""
@@ -38,11 +41,10 @@ class Derivation:
     """One image in the making.
 
     Args:
-        digest: The revision.
+        key: The image.
         manifest: Describes its canonical form.
-        geometry: Geometry of the image.
-        rank: The tensor-parallel rank.
         executor: Its threads do the work.
+        buffers: Memory of canonical form and image.
         sink: Is given each page as soon as it is finished; None if nothing waits for pages.
 
     Attributes:
@@ -54,19 +56,18 @@ class Derivation:
 
     def __init__(
         self,
-        digest: str,
+        key: ImageKey,
         manifest: Manifest,
-        geometry: Geometry,
-        rank: int,
         executor: Executor,
+        buffers: BufferPool,
         sink: PageSink | None = None,
     ) -> None:
-        self._digest = digest
+        self._digest = key.digest
         self._manifest = manifest
         self._executor = executor
         self._sink = sink
-        self._packer = ImagePacker(geometry, manifest.spec, rank)
-        self._data = np.empty(manifest.num_bytes, dtype=np.uint8)
+        self._packer = ImagePacker(key.geometry, manifest.spec, key.rank)
+        self._data = buffers.take(manifest.num_bytes)
         self._sha256 = hashlib.sha256()
         self._reader: CanonicalReader | None = None
         self._waiting: list[tuple[int, int]] = []  # (bytes needed, layer), the earliest last
@@ -74,18 +75,20 @@ class Derivation:
         self._lock = threading.Lock()
         self._layers_left = _layers_by_page(self._packer)
         self._digests: list[bytes] = [b""] * self._packer.num_pages
-        self.pages = self._packer.empty_image()
+        room = buffers.take(self._packer.num_pages * key.geometry.page_bytes)
+        self.pages = room.reshape(self._packer.num_pages, key.geometry.page_bytes)
 
     @property
     def canonical(self) -> NDArray[np.uint8]:
         """The canonical form; complete and checked once `run` has returned."""
         return self._data
 
-    async def run(self, chunks: AsyncGenerator[bytes, None]) -> str:
+    async def run(self, rest: Callable[[int], AsyncGenerator[bytes, None]], bulk: BulkRead | None = None) -> str:
         """Derive the image; when this ends, also with an error, no thread works on it any more.
 
         Args:
-            chunks: The canonical form, each chunk checked.
+            rest: Gives the canonical form from a byte on, each chunk checked.
+            bulk: Reads as much as it can before that.
 
         Returns:
             The image's tree digest.
@@ -96,7 +99,9 @@ class Derivation:
         """
         work = ThreadWork(self._executor)
         try:
-            await self._read(chunks, work)
+            start = await self._read_bulk(bulk, work) if bulk is not None else 0
+            if start < len(self._data):
+                await self._read(rest(start), start, work)
             await work.done()
         finally:
             await work.quiet()
@@ -104,9 +109,50 @@ class Derivation:
         self._check_spec()
         return tree_root(self._digests)
 
-    async def _read(self, chunks: AsyncGenerator[bytes, None], work: ThreadWork) -> None:
-        """Read all chunks; start the packing of each layer that has arrived."""
-        position = arrived = 0
+    async def _read_bulk(self, bulk: BulkRead, work: ThreadWork) -> int:
+        """Let a thread read while another hashes and others pack; return how many bytes have arrived."""
+        loop = asyncio.get_running_loop()
+        for_loop: asyncio.Queue[int | None] = asyncio.Queue()
+        for_hash: SimpleQueue[int | None] = SimpleQueue()
+        is_stopped = threading.Event()
+
+        def arrived(position: int) -> bool:
+            for_hash.put(position)
+            loop.call_soon_threadsafe(for_loop.put_nowait, position)
+            return not is_stopped.is_set()
+
+        def read() -> None:
+            try:
+                bulk.read(self._data.data, arrived)
+            finally:
+                for_hash.put(None)
+                loop.call_soon_threadsafe(for_loop.put_nowait, None)
+
+        reading, position = ThreadWork(bulk.executor), 0
+        hashing: asyncio.Future[None] | None = None
+        try:
+            reading.start(read)
+            while (found := await for_loop.get()) is not None:
+                position = found
+                hashing = hashing or work.start(self._hash_arrived, for_hash)
+                self._start_layers(work, position)
+            await reading.done()
+        finally:
+            is_stopped.set()
+            await reading.quiet()
+        if hashing is not None:
+            await hashing
+        return position
+
+    def _hash_arrived(self, positions: SimpleQueue[int | None]) -> None:
+        begun = 0
+        while (position := positions.get()) is not None:
+            self._sha256.update(self._data.data[begun:position])
+            begun = position
+
+    async def _read(self, chunks: AsyncGenerator[bytes, None], start: int, work: ThreadWork) -> None:
+        """Read the chunks from a byte on; start the packing of each layer that has arrived."""
+        position = arrived = start
         taking: asyncio.Future[None] | None = None
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -152,6 +198,7 @@ class Derivation:
         self._packer.pack_layer(layer, tensors, self.pages)
         self._modules[layer] = modules
         for page in self._finished(layer):
+            self._packer.clear_gaps(page, self.pages)
             self._digests[page] = piece_digests(self.pages[page].data)
             if self._sink is not None:
                 self._sink(page, self.pages[page])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import Geometry
 
+    from loraplex_adapter_store.buffers import BufferPool
     from loraplex_adapter_store.byte_budget import ByteBudget
     from loraplex_adapter_store.derivation import PageSink
     from loraplex_adapter_store.disk.disk_tier import DiskTier
@@ -40,6 +41,7 @@ class ImageSources:
         budget: Bounds what derivations hold at once.
         executor: Its threads do their work.
         leases: Say which replica derives.
+        buffers: Memory of images and canonical forms.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ImageSources:
         budget: ByteBudget,
         executor: Executor,
         leases: DerivationLeases,
+        buffers: BufferPool,
     ) -> None:
         self._blobs = blobs
         self._catalog = catalog
@@ -57,6 +60,7 @@ class ImageSources:
         self._budget = budget
         self._executor = executor
         self._leases = leases
+        self._buffers = buffers
 
     async def manifest(self, digest: str) -> Manifest:
         """Return the manifest of a canonical form.
@@ -115,8 +119,12 @@ class ImageSources:
             chunks = await self.disk.canonical(key.digest) if self.disk is not None else None
             is_on_disk = chunks is not None
             try:
-                work = Derivation(key.digest, manifest, key.geometry, key.rank, self._executor, sink)
-                root = await work.run(chunks or self._blobs.read(key.digest, manifest))
+                work = Derivation(key, manifest, self._executor, self._buffers, sink)
+                if chunks is not None:
+                    root = await work.run(lambda _: chunks)
+                else:
+                    rest = partial(self._blobs.read, key.digest, manifest)
+                    root = await work.run(rest, self._blobs.bulk(key.digest, manifest))
             except ImageError as error:
                 raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
             work.pages.setflags(write=False)

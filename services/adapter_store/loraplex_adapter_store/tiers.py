@@ -19,16 +19,19 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
     from loraplex_adapter_store.repository import keys
+    from loraplex_adapter_store.repository.bulk_reader import BulkReader
 
 
-def tiers_of(config: StoreConfig, client: keys.Client, credentials: Credentials) -> tuple[BlobTier, ...]:
+def tiers_of(
+    config: StoreConfig, client: keys.Client, credentials: Credentials, bulk: BulkReader | None
+) -> tuple[BlobTier, ...]:
     """Return the tiers, the nearest first.
 
     Raises:
         ColdTierError: If the cold tier cannot be used as it is configured.
     """
     if config.cold_tier is None:
-        return (ValkeyTier(client),)
+        return (ValkeyTier(client, bulk),)
     try:
         cold = ObjectTier(config.cold_tier, credentials)
     except (InvalidParameterError, ValueError) as error:

@@ -92,10 +92,14 @@ class ImagePacker:
     def empty_image(self) -> NDArray[np.uint8]:
         """Return an image ``[num_pages, page_bytes]``, uint8, in which all that belongs to no tile is zero."""
         image = np.empty((self.num_pages, self._geometry.page_bytes), dtype=np.uint8)
-        flat = image.reshape(-1)
-        for start, stop in self._gaps:
-            flat[start:stop] = 0
+        for page in range(self.num_pages):
+            self.clear_gaps(page, image)
         return image
+
+    def clear_gaps(self, page: int, image: NDArray[np.uint8]) -> None:
+        """Write zeros where a page has no tile; for memory that held something else before."""
+        for start, stop in self._gaps[page]:
+            image[page, start:stop] = 0
 
     def pack_layer(self, layer: int, tensors: Tensors, image: NDArray[np.uint8]) -> None:
         """Write the tiles of one layer; layers may be written at the same time.
@@ -103,7 +107,7 @@ class ImagePacker:
         Args:
             layer: The layer, a key of ``pages_of``.
             tensors: The layer's.
-            image: What `empty_image` gave.
+            image: What `empty_image` gave, or memory of that shape whose gaps `clear_gaps` clears.
 
         Raises:
             ImageError: If the tensors are not those that spec and geometry say, or a value is not finite in the dtype.
@@ -257,17 +261,26 @@ def _joined(run: _Run, op: int, tile: Tile, at: int, item_bytes: int, entries: M
 
 
 @functools.lru_cache(maxsize=64)
-def _gaps(geometry: Geometry, sizes: PartSizes) -> tuple[tuple[int, int], ...]:
-    """Return the half-open ranges of an image's bytes that belong to no tile."""
+def _gaps(geometry: Geometry, sizes: PartSizes) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return, by page, the half-open ranges of its bytes that belong to no tile."""
     plan = layout(geometry, sizes)
     item_bytes = {
         number: entry.item_bytes(geometry.dtype) for kind in KINDS.values() for number, entry in kind.entries.items()
     }
+    found: list[list[tuple[int, int]]] = [[] for _ in range(plan.num_pages)]
+    begun = [0] * plan.num_pages
     items = np.array([item_bytes[kind] for kind in plan.tiles["kind"].tolist()], dtype=np.int64)
-    starts = plan.tiles["page"].astype(np.int64) * geometry.page_bytes + plan.tiles["offset"]
-    stops = starts + plan.tiles["rows"].astype(np.int64) * plan.tiles["cols"] * items
-    edges = np.stack([np.append(0, stops), np.append(starts, plan.num_pages * geometry.page_bytes)])
-    return tuple(map(tuple, edges.T[edges[0] < edges[1]].tolist()))
+    lengths = plan.tiles["rows"].astype(np.int64) * plan.tiles["cols"] * items
+    for page, start, length in zip(
+        plan.tiles["page"].tolist(), plan.tiles["offset"].tolist(), lengths.tolist(), strict=True
+    ):
+        if begun[page] < start:
+            found[page].append((begun[page], start))
+        begun[page] = start + length
+    for page, stop in enumerate(begun):
+        if stop < geometry.page_bytes:
+            found[page].append((stop, geometry.page_bytes))
+    return tuple(map(tuple, found))
 
 
 def _pages(geometry: Geometry, runs: Sequence[_Run]) -> range:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import redis
 from redis.asyncio.connection import ConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -89,6 +90,21 @@ def connect(
     )
     client: TranslatingClient = TranslatingClient.from_pool(pool)  # type: ignore[assignment]  # it is of the class it is asked of
     return client
+
+
+def blocking_pool(
+    url: str, password: Secret | None = None, *, socket_timeout_s: float = 5.0
+) -> redis.ConnectionPool | None:
+    """Return connections for threads to the Valkey of `connect`; None with TLS or Sentinels, where there are none such."""
+    if SentinelUrl.parse(url) is not None or urlsplit(url).scheme == "rediss":
+        return None
+    options: dict[str, Any] = {"socket_timeout": socket_timeout_s, "protocol": 2}
+    if urlsplit(url).scheme != "unix":
+        options["socket_connect_timeout"] = 2.0
+    if password is not None:
+        url, user = _without_user(url)
+        options["credential_provider"] = _Credentials(user, password)
+    return redis.ConnectionPool.from_url(url, **options)
 
 
 def _pool_at(url: str, password: Secret | None, tls: TlsFiles, options: dict[str, Any]) -> ConnectionPool:

@@ -15,6 +15,8 @@ from loraplex_adapter_store.repository import keys
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
+    from loraplex_adapter_store.repository.bulk_reader import BulkReader
+
 _UNLINK_BATCH: Final = 64
 
 
@@ -91,12 +93,17 @@ class BlobTier(Protocol):
 
 
 class ValkeyTier:
-    """Keeps each chunk as a value of Valkey, in the append-only file with all else there."""
+    """Keeps each chunk as a value of Valkey, in the append-only file with all else there.
+
+    Attributes:
+        bulk: Reads whole blobs faster; None where it cannot.
+    """
 
     name: str = "redis"
 
-    def __init__(self, client: keys.Client) -> None:
+    def __init__(self, client: keys.Client, bulk: BulkReader | None = None) -> None:
         self._client = client
+        self.bulk = bulk
 
     async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
         """See `BlobTier`."""

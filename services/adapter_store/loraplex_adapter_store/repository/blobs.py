@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import crc32c
 from loraplex_common.adapter_image import AdapterSpec, ImageError
@@ -27,8 +28,10 @@ from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.blob_tier import BlobTier, ChunkPlace, ValkeyTier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from concurrent.futures import Executor
 
+    from loraplex_adapter_store.repository.bulk_reader import Arrived
 
 _log = get_logger()
 NOTES: Final = "notes"
@@ -77,6 +80,18 @@ class Manifest:
             spec=AdapterSpec.from_json(spec),
             has_text_parts=has_text_parts,
         )
+
+
+class BulkRead(NamedTuple):
+    """Reads one blob, as far as it can.
+
+    Attributes:
+        read: Blocks; is given room for the blob and what to tell of arrivals, see `BulkReader.read`.
+        executor: Threads that may be blocked with it.
+    """
+
+    read: Callable[[memoryview[int], Arrived], None]
+    executor: Executor
 
 
 def _without_mark(spec: bytes) -> tuple[bytes, bool]:
@@ -172,6 +187,14 @@ class Blobs:
             place = ChunkPlace(number, first, min(first + manifest.chunk_bytes, manifest.num_bytes))
             chunk = await self._chunk(digest, place, manifest)
             yield chunk[max(0, start - first) :]
+
+    def bulk(self, digest: str, manifest: Manifest) -> BulkRead | None:
+        """Return what reads a blob's first bytes straight into memory; None if nothing does, then `read` gives all."""
+        nearest = self._tiers[0]
+        if not isinstance(nearest, ValkeyTier) or nearest.bulk is None:
+            return None
+        read = partial(nearest.bulk.read, digest, manifest.chunk_bytes, manifest.checksums)
+        return BulkRead(read, nearest.bulk.executor)
 
     async def delete(self, digest: str) -> None:
         """Delete a blob, whole or partly written: the manifest first, so that no reader starts on the rest."""
