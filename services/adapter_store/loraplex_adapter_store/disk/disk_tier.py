@@ -104,10 +104,9 @@ class DiskTier:
             return None
         try:
             return read(await self._checked_file(name))
-        except FileNotFoundError:  # deleted since it was asked for: for its room, or with its revision
-            self._remove(name)
-            return None
         except (CacheFileError, OSError, *_UNREADABLE) as error:
+            if isinstance(error, FileNotFoundError) and not self._index.touch(name):
+                return None  # deleted since it was asked for: for its room, or with its revision
             self._metrics.verify_failures.inc()
             _log.warning("a file of the disk cache is damaged and deleted", file=name, error=str(error))
             self._remove(name)
