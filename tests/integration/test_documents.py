@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 DOCKER = "needs Docker and the network"
+VALKEY = "asks for a Valkey by that name: test_usage_ledger.py runs it on one"
 GRPCURL = "no Python package has grpcurl: test_cli_serve.py asks for reflection as it does"
 NOT_RUN = {
     "make serve": "installs, and serves until Ctrl-C: this test's stack is what its last line starts",
@@ -39,6 +40,8 @@ NOT_RUN = {
     "grpcurl -plaintext 127.0.0.1:8500 list": GRPCURL,
     """grpcurl -plaintext -d '{"text": "Hello", "stopping": {"max_new_tokens": 8}}' 127.0.0.1:8500 """
     "loraplex.v1.GatewayService/Generate": GRPCURL,
+    "loraplex usage --redis-url redis://valkey:6379 --since 24h --by tenant --by adapter": VALKEY,
+    "loraplex usage --redis-url redis://valkey:6379 --since 30d --by tenant --json": VALKEY,
     "pip install openai": "needs the network; the development tools bring it",
 }
 """Command -> why this test does not run it; its flags, files and targets are checked all the same."""

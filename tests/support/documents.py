@@ -103,10 +103,18 @@ def problem_with(command: str) -> str | None:
     if program == "grpcurl":
         return _grpcurl_problem(arguments)
     if program == "pip":
-        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
-        installed = [re.split(r"[^\w.-]", requirement)[0] for requirement in known]
-        return None if arguments[1] in installed else f"{arguments[1]} is not tested with"
+        return _requirement_problem(arguments[1])
     return f"nobody knows how to check {program}"
+
+
+def _requirement_problem(requirement: str) -> str | None:
+    """Tell what is wrong with what pip is to install: the package itself, or something that the tests have, too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if named := re.fullmatch(r"loraplex\[(.+)\]", requirement):
+        unknown = set(named[1].split(",")) - extras.keys()
+        return f"no extra {', '.join(sorted(unknown))}" if unknown else None
+    installed = [re.split(r"[^\w.-]", each)[0] for each in extras["dev"]]
+    return None if requirement in installed else f"{requirement} is not tested with"
 
 
 def _grpcurl_problem(arguments: list[str]) -> str | None:

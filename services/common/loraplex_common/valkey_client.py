@@ -166,4 +166,7 @@ def _without_user(url: str) -> tuple[str, str | None]:
     if parts.password is not None:
         raise ValueError("two passwords for Valkey: one in its URL, one besides")
     user, at, rest = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=rest if at else parts.netloc)), unquote(user) or None
+    bare = urlunsplit(parts._replace(netloc=rest if at else parts.netloc))
+    if parts.scheme == "unix" and not bare.startswith("unix://"):  # as the library wants it
+        bare = bare.replace("unix:", "unix://", 1)
+    return bare, unquote(user) or None

@@ -41,6 +41,8 @@ ALLOWED_WHEN_FULL: Final = "#!lua flags=allow-oom\n"
 NO_CLUSTER: Final = (
     "a cluster is not served: name a single Valkey in --redis-url (cluster-enabled no), or Sentinels before several"
 )
+NO_ANSWER: Final = (RedisError, OSError)
+"""What a client raises that does not translate: Valkey cannot be reached, or refuses."""
 _FULL: Final = "Valkey is full: delete adapters or raise its maxmemory"
 _DISK_FULL: Final = "Valkey takes no writes, because it cannot write to its disk: make room there"
 # Errors by the first word of Valkey's answer; an answer that is not listed is passed on in Valkey's words.

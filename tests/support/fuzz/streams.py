@@ -100,6 +100,8 @@ def _other_header(rng: Random, message: Any) -> Any:
                 parts.add().CopyFrom(rng.choice(parts)) if rng.random() < 0.5 else parts.pop()
         elif field.name == "shape":
             part.shape[:] = [rng.choice(NUMBERS) for _ in range(rng.randint(0, 10))]
+        elif field.is_repeated:
+            getattr(holder, field.name)[:] = [rng.choice(TEXTS) for _ in range(rng.randint(0, 10))]
         elif field.type == field.TYPE_STRING:
             setattr(holder, field.name, rng.choice(TEXTS))
         elif field.type == field.TYPE_BYTES:

@@ -46,7 +46,10 @@ adapters:
     [
         ("[1, 2]", "it is no table"),
         ("adapter: {}", "adapter is not one of adapters"),
-        ("adapters: {a: {from: x}}", "adapters.yaml: a: from is not one of description, labels, source, tenants"),
+        (
+            "adapters: {a: {from: x}}",
+            "adapters.yaml: a: from is not one of also_base_models, base_model, description, labels, source, tenants",
+        ),
         ("adapters: {a: {}, b: {}, a: {}}", "'a' stands here twice"),
         ("adapters: {a: {source: /x, source: /y}}", "'source' stands here twice"),
         ("adapters: {'a b': {}}", "is no adapter name"),

@@ -22,7 +22,18 @@ REACH_NOBODY = [
     *[("credentials",), ("credentials", "make"), ("credentials", "show")],
 ]
 COMMANDS = [
-    *[(), ("serve",), ("generate",), ("chat",), ("status",), ("plan",), ("load",), ("fetch-model",), ("adapters",)],
+    *[
+        (),
+        ("serve",),
+        ("generate",),
+        ("chat",),
+        ("status",),
+        ("plan",),
+        ("load",),
+        ("fetch-model",),
+        ("adapters",),
+        ("usage",),
+    ],
     *[("credentials",), ("credentials", "make"), ("credentials", "show")],
     *[
         ("adapters", name)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import crc32c
-from redis.exceptions import RedisError
+from loraplex_common.valkey_errors import NO_ANSWER
 
 from loraplex_adapter_store.repository import keys
 
@@ -58,12 +58,12 @@ class BulkReader:
         """
         try:
             connection: Any = self._pool.get_connection()
-        except (RedisError, OSError):
+        except NO_ANSWER:
             return
         names = [keys.chunk(digest, number) for number in range(len(checksums))]
         is_clean = False
         try:
-            with contextlib.suppress(RedisError, OSError):  # the reader of the rest finds out what is wrong
+            with contextlib.suppress(*NO_ANSWER):  # the reader of the rest finds out what is wrong
                 is_clean = _read_all(connection, names, chunk_bytes, checksums, out, arrived)
         finally:
             if not is_clean:

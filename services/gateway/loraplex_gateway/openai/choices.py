@@ -89,6 +89,7 @@ class Choices:
                 async for event in events:
                     self.is_waiting = False
                     await self._queue.put((choice, event))
+                    self.is_waiting = False  # also if it had to wait, and the queue was found empty meanwhile
         except Exception as caught:
             error = caught
         await self._queue.put((choice, _End(error)))
