@@ -48,6 +48,7 @@ WHAT: Final = {
     "soak": "random faults against a fleet, every answer checked",
     "steps": "single steps, to which the simulator is fitted",
     "sparse-kernel": "the kernel of sparse deltas alone, ways to build it",
+    "store": "the adapter store's rates: imports, Valkey, host memory and disk to an engine, beside plain copies",
     "store-kills": "store and Valkey killed at any step of imports, pushes, moves, deletions and deliveries",
     "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
