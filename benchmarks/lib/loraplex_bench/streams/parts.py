@@ -42,8 +42,8 @@ class Part:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **(environment or {})},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
+        os.sched_setaffinity(self.process.pid, cores)  # not between fork and exec: this process has gRPC's threads
 
     def close(self) -> None:
         """End it, and with it its children, which see that it is gone."""
