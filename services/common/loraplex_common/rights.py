@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
 """Services for probes and tools, which come without credentials; they show nothing about tenants."""
 METRICS_READERS: Final = frozenset({Role.ADMIN, Role.METRICS})
-"""Roles that see tenants and restricted adapters in /metrics."""
+"""Roles that see tenants and restricted adapters in /metrics, and what waits for engines."""
 
 _USERS: Final = frozenset({Role.TENANT, Role.ADMIN})
 _ADMIN: Final = frozenset({Role.ADMIN})
@@ -32,6 +32,7 @@ GATEWAY: Final = "/loraplex.v1.GatewayService/"
 _FLEET: Final = "/loraplex.v1.FleetService/"
 _ENGINES: Final = "/loraplex.v1.EngineService/"
 STORE: Final = "/loraplex.v1.AdapterStoreService/"
+SCALER: Final = "/externalscaler.ExternalScaler/"
 _OPERATIONS: Final = "/google.longrunning.Operations/"
 
 RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
@@ -45,6 +46,10 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         GATEWAY + "ListModels": _USERS,
         GATEWAY + "GetModel": _USERS,
         _FLEET + "ListEngines": _ADMIN,
+        SCALER + "IsActive": METRICS_READERS,
+        SCALER + "StreamIsActive": METRICS_READERS,
+        SCALER + "GetMetricSpec": METRICS_READERS,
+        SCALER + "GetMetrics": METRICS_READERS,
         # These take raw tokens under any adapter and for any tenant: a gateway checks them before, an engine does not.
         _ENGINES + "Session": _GATEWAY,
         _ENGINES + "GetEngineInfo": _WATCHERS,

@@ -25,6 +25,7 @@ from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
+from loraplex_gateway.grpc.servicer_scaler import ScalerServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
@@ -38,6 +39,7 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
+from loraplex_gateway.scaling.demand import DemandBoard
 from loraplex_gateway.servers import (
     add_services,
     control_server,
@@ -115,6 +117,7 @@ class GatewayApp:
         file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
         self._resume_keys = ResumeKeys(file=file, valkey=self._valkey)
         self.metrics = self._make_metrics()
+        self._board = DemandBoard(self._valkey, self.gateway_id, self.metrics.demand)
         self.quotas = self._make_quotas()
         self.sources = SourceResolver.over(self._store, self.names, config, self.metrics)
         self.ledger = UsageLedger.of(config, self._valkey, self.metrics)
@@ -128,8 +131,8 @@ class GatewayApp:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests can be served: an engine takes them and the gateway is not going away."""
-        return self.pool.has_candidate and not self._is_draining
+        """Whether requests can be served: an engine takes them, or will, and the gateway is not going away."""
+        return (self.pool.has_candidate or self.config.scale_from_zero_s > 0) and not self._is_draining
 
     async def start(self) -> None:
         """Listen on all ports, then look for engines and names; returns once that has been tried.
@@ -146,6 +149,7 @@ class GatewayApp:
         self._supervisor.spawn(self.quotas.run(), name="quotas")
         self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
         self._supervisor.spawn(self.ledger.run(), name="usage-ledger")
+        self._supervisor.spawn(self._board.run(), name="demand-board")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
@@ -269,7 +273,8 @@ class GatewayApp:
         server = grpc_server(
             self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
         )
-        add_services(server, generation, FleetServicer(self.pool, self._dial))
+        scaler = ScalerServicer(self.catalog, self.pool, self._board)
+        add_services(server, generation, FleetServicer(self.pool, self._dial), scaler)
         return server
 
     def _make_http(self) -> HttpServer:
