@@ -23,6 +23,7 @@ from loraplex_gateway.adapters.resolution import SourceResolver
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
+from loraplex_gateway.fleet.watch import FleetWatch
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 from loraplex_gateway.grpc.servicer_scaler import ScalerServicer
@@ -107,6 +108,7 @@ class GatewayApp:
         self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = engine_pool(config, self.catalog, self.gateway_id, self._dial)
+        self.fleet = FleetWatch(self.pool, self._adapter_names, self._dial)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,
@@ -184,6 +186,7 @@ class GatewayApp:
         Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
         """
         self._is_draining = True
+        self.fleet.end_readers()
         await drain(self.config, self._grpc, self.http, admission=self.admission, claims=self.claims)
 
     async def close(self) -> None:
@@ -192,6 +195,7 @@ class GatewayApp:
         await self._grpc.stop()
         await self._metrics_server.stop()
         await self._supervisor.close()
+        await self.fleet.close()
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
@@ -274,7 +278,7 @@ class GatewayApp:
             self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
         )
         scaler = ScalerServicer(self.catalog, self.pool, self._board)
-        add_services(server, generation, FleetServicer(self.pool, self._dial), scaler)
+        add_services(server, generation, FleetServicer(self.pool, self.fleet, self._dial), scaler)
         return server
 
     def _make_http(self) -> HttpServer:

@@ -17,6 +17,7 @@ from loraplex_engine.loop.calls import failing_into
 from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.loop.load_report import LoadReport, LoadSnapshot
 from loraplex_engine.loop.outbox import SessionOutbox
+from loraplex_engine.loop.pool_reading import PoolReading, read_pool
 from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, StoreEvent
@@ -169,6 +170,10 @@ class Engine:
         class.
         """
         return self._call(self._state.cache.states.statuses)
+
+    def read_pool(self) -> Future[PoolReading]:
+        """Ask for the owner of each page, the open requests and the adapters on the device."""
+        return self._call(lambda: read_pool(self._state, self._clock()))
 
     def pin(self, digest: str) -> Future[AdapterStatus]:
         """Keep an adapter in the pool whatever the pressure; it is loaded if it is only in the arena.
