@@ -100,6 +100,13 @@ proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
 client: $(VENV)/.dev-installed ## Regenerate the blocking client from the asyncio one
 	@$(BIN)/python clients/python/generate_sync.py
 
+# What draws the diagrams comes from npm, once, where there is npm; the site asks no server for it.
+.PHONY: docs
+docs: $(VENV)/.dev-installed ## Build the site of the documents into build/site; what is broken in it fails
+	@$(BIN)/python -m loraplex_site.mermaid
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 .PHONY: bench
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU
 	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
