@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,8 @@ NUM_FORCED, NUM_PAGES = 6, 512
 def test_chunks_and_decode_steps_compute_what_transformers_computes_over_e4m3(
     tmp_path: Path, dtype: str, median: float, most: float
 ) -> None:
-    base = (BASES if dtype == "float32" else PLAIN_BASES)["gqa"]
+    # Keys and values of a byte: pages hold a tile with twice the layers.
+    base = replace((BASES if dtype == "float32" else PLAIN_BASES)["gqa"], num_layers=8)
     model_dir = write_base_model(tmp_path / "base", base)
     adapter = write_adapter(tmp_path / "adapter", model_dir, Recipe(rank=8, seed=1))
     oracle, info = Oracle(model_dir, {"one": adapter}, make_cache=Fp8Cache), load_base_model(model_dir)

@@ -6,6 +6,8 @@ import csv
 import functools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import torch
+
 from loraplex_bench.paths import ROOT
 
 if TYPE_CHECKING:
@@ -26,6 +28,11 @@ class Peer(NamedTuple):
 NOBODY: Final = Peer("", None)
 
 
+def end_to_end_file() -> str:
+    """Return the name of the peers' whole workloads on this card; an H100's where there is none."""
+    return "end_to_end_h200" if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name() else "end_to_end"
+
+
 @functools.cache
 def read_baseline(name: str) -> tuple[dict[str, str], ...]:
     """Return the rows of a baseline file."""
@@ -36,10 +43,10 @@ def read_baseline(name: str) -> tuple[dict[str, str], ...]:
 def best_end_to_end(
     shape: Shape, family: AdapterFamily, workload: str, num_adapters: int, column: str, *, lowest: bool = False
 ) -> Peer:
-    """Return vLLM's best value of a column over its settings of one workload, e.g. ``burst 512 x 256+128``."""
+    """Return vLLM's best value of a column over its settings of one workload, e.g. ``burst 512 x 256+128``; of this card."""
     found = [
         (float(row[column]), row["config"].split(";")[0])
-        for row in read_baseline("end_to_end")
+        for row in read_baseline(end_to_end_file())
         if row["system"] == VLLM
         and row["workload"] == workload
         and int(row["adapters"]) == num_adapters

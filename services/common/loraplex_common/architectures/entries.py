@@ -187,15 +187,16 @@ def rotary_dim(values: ConfigValues, head_dim: int, default: float) -> int:
         default: What an absent factor means.
 
     Raises:
-        BaseModelError: If it is no even number of dimensions, or more than the head has.
+        BaseModelError: If it is no even number of dimensions, or more than the head has, or the two places differ.
     """
-    rope = rope_section(values)
-    owner = rope if rope.has("partial_rotary_factor") else values
-    dim = int(head_dim * (owner.number("partial_rotary_factor") if owner.has("partial_rotary_factor") else default))
+    key = "partial_rotary_factor"
+    owners = [owner for owner in (rope_section(values), values) if owner.has(key)]
+    factors = [owner.number(key) for owner in owners]
+    if len(set(factors)) > 1:
+        raise values.wrong(key, "expected no other one beside that of rope_parameters")
+    dim = int(head_dim * (factors[0] if factors else default))
     if dim % 2 or not 0 < dim <= head_dim:
-        raise owner.wrong(
-            "partial_rotary_factor", f"expected an even part of a head of {head_dim} dimensions, not {dim}"
-        )
+        raise (owners or [values])[0].wrong(key, f"expected an even part of a head of {head_dim} dimensions, not {dim}")
     return dim
 
 

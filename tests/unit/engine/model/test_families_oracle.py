@@ -118,6 +118,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [
         ("granite", {"rope_parameters": LONGROPE}, "'longrope' is not one of default, linear"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0: expected a number greater than 0"),
         ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.3}}, "expected an even part of a head of 24"),
+        ("glm4", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25: expected no other one beside"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*expected 3 of 0 and 1"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not served: only gelu_pytorch_tanh is"),
         ("gemma2", {"sliding_window": None}, "sliding_window is null: expected an integer"),
@@ -148,6 +149,15 @@ def test_what_a_family_does_not_compute_is_refused_with_the_key(
 
     with pytest.raises(BaseModelError, match=message):
         model_config(config)
+
+
+def test_a_rotated_part_that_is_said_in_both_places_is_read() -> None:
+    config = json.loads((family_dir("glm4") / "config.json").read_text())
+    factor = config["rope_parameters"]["partial_rotary_factor"]
+
+    read = model_config(config | {"partial_rotary_factor": factor})
+
+    assert read == model_config(config)
 
 
 @pytest.mark.parametrize(("kind", "rope"), [("rope", 0), ("nope", None), (None, None)])
