@@ -91,6 +91,7 @@ check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: 
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
 	@$(BIN)/python benchmarks/index_results.py --check
 	@$(BIN)/python clients/python/generate_sync.py --check
+	@$(BIN)/python deploy/lock.py --check
 
 .PHONY: proto
 proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
@@ -106,6 +107,20 @@ docs: $(VENV)/.dev-installed ## Build the site of the documents into build/site;
 	@$(BIN)/python -m loraplex_site.mermaid
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
+
+.PHONY: dist
+dist: $(VENV)/.dev-installed ## Build wheel, source archive and bill of materials into dist/, and audit what they install
+	@$(BIN)/python deploy/dist.py $(DIST_ARGS)
+
+.PHONY: lock
+lock: $(VENV)/.dev-installed ## Write the lock files that images are built from
+	@$(BIN)/python deploy/lock.py
+
+# Version and commit of the images are this checkout's. Compose passes them on as build arguments.
+.PHONY: images
+images: $(VENV)/.dev-installed ## Build the images of compose.yaml, labelled with version and commit
+	@LORAPLEX_VERSION="$$($(BIN)/python -m hatchling version)" LORAPLEX_COMMIT="$$(git describe --always --dirty --abbrev=12 --exclude '*')" \
+		docker compose $(COMPOSE_ARGS) build
 
 .PHONY: bench
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU

@@ -59,6 +59,7 @@ ELSEWHERE = {
     ),
     "loraplex usage --redis-url redis://valkey:6379 --since 30d --by tenant --json": "tests/integration/test_usage_ledger.py",
     "pip install openai": CI,
+    "make dist": "tests/packaging/test_wheel.py",
     **dict.fromkeys(lines_marked(ROOT / "docs" / "operating.md", BACKUP), BACKUP),
 }
 """Command that is not run here -> the file that runs it, or what it does; its flags, files and targets are checked here."""
