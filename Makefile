@@ -120,7 +120,18 @@ lock: $(VENV)/.dev-installed ## Write the lock files that images are built from
 .PHONY: images
 images: $(VENV)/.dev-installed ## Build the images of compose.yaml, labelled with version and commit
 	@LORAPLEX_VERSION="$$($(BIN)/python -m hatchling version)" LORAPLEX_COMMIT="$$(git describe --always --dirty --abbrev=12 --exclude '*')" \
-		docker compose $(COMPOSE_ARGS) build
+		$(COMPOSE) build
+
+# COMPOSE and DOCKER are the commands; the stack is left running. A machine without a GPU wants ENGINE_LOCK=engine-cpu.
+COMPOSE ?= docker compose
+DOCKER ?= docker
+.PHONY: test-compose
+test-compose: $(VENV)/.dev-installed ## Build and start compose.yaml with two engines, and kill each container under streams
+	@$(COMPOSE) build
+	@$(COMPOSE) up --wait --scale engine=2
+	@$(COMPOSE) --profile demo run --rm demo-adapters
+	@LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 LORAPLEX_COMPOSE="$(COMPOSE)" LORAPLEX_DOCKER="$(DOCKER)" \
+		$(BIN)/pytest -ra tests/smoke tests/compose $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU

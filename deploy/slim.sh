@@ -9,7 +9,8 @@ packages=$(echo "$environment"/lib/python3.*/site-packages)
 
 find "$packages" -depth -type d \( -name __pycache__ -o -name tests \) -exec rm -rf {} +
 find "$packages" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) -delete
-find "$packages" -type f -name '*.so*' -exec strip --strip-unneeded {} +
+# Not what auditwheel has put beside a package: its libraries' segments are moved, and strip would break them.
+find "$packages" -type f -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} +
 for module in "$@"; do
     "$environment/bin/python" -c "import $module"
 done

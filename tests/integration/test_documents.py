@@ -36,6 +36,7 @@ pytestmark = pytest.mark.integration
 
 HERE = "tests/integration/test_documents.py"
 CI = ".ci/run"
+CONTAINERS = "tests/compose/test_compose_stack.py"
 SERVE = "tests/integration/test_cli_serve.py"
 BACKUP = "tests/integration/test_valkey_backup.py"
 NOTHING = "nothing: "
@@ -43,8 +44,10 @@ ELSEWHERE = {
     "make serve": SERVE,
     "make test": CI,
     "loraplex serve --model DIR": SERVE,
-    "docker compose up --build --wait": f"{NOTHING}needs Docker",
-    "docker compose --profile demo run --rm demo-adapters": f"{NOTHING}needs Docker",
+    "docker compose up --build --wait": CONTAINERS,
+    "docker compose --profile demo run --rm demo-adapters": CONTAINERS,
+    "docker compose up --build --wait --scale engine=2": CONTAINERS,
+    "docker compose --profile observe up --build --wait": f"{NOTHING}needs Docker",
     "docker compose cp credentials:/credentials/admin ./admin": f"{NOTHING}needs Docker",
     "docker compose --profile gpu up --build --wait --scale engine=0": f"{NOTHING}needs Docker and a GPU",
     "make .venv/.dev-installed": CI,

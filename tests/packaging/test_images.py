@@ -1,4 +1,4 @@
-"""The files that images are built from: nothing that was not pinned, nobody's rights but a user's."""
+"""The files that images are built from: only what was pinned, and the rights of a user."""
 
 from __future__ import annotations
 
