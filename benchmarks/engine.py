@@ -15,13 +15,19 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraplex_bench.end_to_end.cases import gpu_cases, setup_of, smoke_cases
 from loraplex_bench.end_to_end.context import Bench
 from loraplex_bench.end_to_end.startup import first_token
 from loraplex_bench.results import head_commit
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, LLAMA3_8B_FP8, AdapterFamily, Shape
+
+if TYPE_CHECKING:
+    from loraplex_bench.rig import RigSetup
+    from loraplex_engine.model.weights import WeightSource
 
 VLLM_LIMITS = (
     "the peer's limits: vLLM 0.26.0, at most 256 sequences, 8192 batched tokens, max_model_len 1280, memory share 0.90; "
@@ -31,7 +37,10 @@ VLLM_LIMITS = (
 
 def startup_child(args: argparse.Namespace) -> None:
     """Start one engine and print where the time went; the parent reads the last line."""
-    if args.model_dir is not None:
+    weights: WeightSource | None = None
+    if args.files is not None:
+        setup, weights = setup_of_files(args.files)
+    elif args.model_dir is not None:
         from loraplex_common.base_model import load_base_model
 
         info = load_base_model(args.model_dir, name="tiny")
@@ -43,8 +52,21 @@ def startup_child(args: argparse.Namespace) -> None:
         setup = setup_of(
             {shape.name: shape for shape in (LLAMA2_7B, LLAMA3_8B)}[args.startup_child], AdapterFamily(), 0
         )
-    found = first_token(setup, Bench().weights(setup.shape), started_at_s=args.started_at)
+    found = first_token(setup, weights or Bench().weights(setup.shape), started_at_s=args.started_at)
     print(json.dumps(found), flush=True)
+
+
+def setup_of_files(folder: Path) -> tuple[RigSetup, WeightSource]:
+    """Return an engine of an FP8 checkpoint as a start makes it: its files are hashed, and read when it is built."""
+    import torch
+    from loraplex_common.base_model import load_base_model
+    from loraplex_engine.model.weight_form import WeightForm
+    from loraplex_engine.model.weights import WeightReader
+
+    shape = replace(LLAMA3_8B_FP8, info=load_base_model(folder, name=LLAMA3_8B_FP8.name))
+    device = torch.device("cuda", 0)
+    weights = WeightReader(folder, dtype=torch.bfloat16, device=device, form=WeightForm.FP8)
+    return setup_of(shape, AdapterFamily(), 0), weights
 
 
 def smoke_model(folder: Path) -> Path:
@@ -63,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     parser.add_argument("--repeats", type=int, default=1, help="bursts of each row; the median counts")
     parser.add_argument("--independent", action="store_true", help="no programmatic dependent launch")
-    for hidden, kind in (("--startup-child", str), ("--started-at", float), ("--model-dir", Path)):
+    for hidden, kind in (("--startup-child", str), ("--started-at", float), ("--model-dir", Path), ("--files", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -72,6 +72,11 @@ def burst_floor_s(shape: Shape, family: AdapterFamily, trace: Trace, max_num_seq
     return prefill_s + read / READ_BYTES_PER_S
 
 
+def decode_floor_s(shape: Shape, num_rows: int, context: int) -> float:
+    """Return the least time of a decode step without adapters: bytes of the weights, and of keys and values of each row."""
+    return (step_weight_bytes(shape) + num_rows * context * kv_bytes_per_token(shape)) / READ_BYTES_PER_S
+
+
 def token_floor_s(shape: Shape) -> float:
     """Return the least time of a decode step: its weights' bytes."""
     return step_weight_bytes(shape) / READ_BYTES_PER_S

@@ -13,6 +13,7 @@ from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
+    from loraplex_common.projections import LayerProjections
 
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS: Final = {"qkvo": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
@@ -27,6 +28,7 @@ class Shape:
         pool_gib: Page pool that fits an 80 GB device beside the weights.
         model_dir: Files to read, for the torch backend; None makes random weights on the GPU for ours.
         is_fp8: Whether the decoder's linear layers are FP8, a scale for each output.
+        has_fp8_blocks: Whether scales are those of blocks of 128 x 128 instead.
     """
 
     info: BaseModelInfo
@@ -34,11 +36,17 @@ class Shape:
     dtype: str = "bfloat16"
     model_dir: Path | None = None
     is_fp8: bool = False
+    has_fp8_blocks: bool = False
 
     @property
     def name(self) -> str:
         """The model's name."""
         return self.info.name
+
+    @property
+    def form(self) -> str:
+        """What rows call the form of the weights; empty if they are whole."""
+        return f"FP8{' blocks' if self.has_fp8_blocks else ''}" if self.is_fp8 else ""
 
     @property
     def pool(self) -> PoolGeometry:
@@ -70,11 +78,17 @@ class AdapterFamily:
 
     def spec(self, shape: Shape, index: int) -> AdapterSpec:
         """Return an adapter's modules."""
-        rank, layers = self.ranks[index % len(self.ranks)], range(shape.info.num_layers)
+        rank = self.ranks[index % len(self.ranks)]
         modules = tuple(
-            ModuleSpec.low_rank(layer, name, rank, ALPHA / rank) for layer in layers for name in TARGETS[self.targets]
+            ModuleSpec.low_rank(layer, name, rank, ALPHA / rank)
+            for layer, projections in enumerate(shape.info.layers)
+            for name in self.modules(projections)
         )
         return AdapterSpec(f"{index:064x}", modules)
+
+    def modules(self, layer: LayerProjections) -> tuple[str, ...]:
+        """Return the modules of a layer that are adapted; ``all`` takes fused ones by their own names."""
+        return tuple(each.name for each in layer) if self.targets == "all" else TARGETS[self.targets]
 
     def num_pages(self, shape: Shape, index: int) -> int:
         """Return the pages of an adapter's image."""

@@ -61,8 +61,8 @@ class ConfigValues:
         inner = [entry for section in self._sections.values() for entry in section.unread()]
         return [(key, value) for key, value in own + inner if value is not None]
 
-    def integer(self, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
-        """Return an integer of at least ``least``; ``default`` if the key is absent.
+    def integer(self, key: str, default: object = _REQUIRED, *, least: int = 1, most: int | None = None) -> int:
+        """Return an integer of at least ``least`` and at most ``most``; ``default`` if the key is absent.
 
         Raises:
             BaseModelError: If it is none, or absent without a default.
@@ -72,6 +72,8 @@ class ConfigValues:
             value = int(value)
         if type(value) is not int or value < least:
             raise self.wrong(key, f"expected an integer of at least {least}")
+        if most is not None and value > most:
+            raise self.wrong(key, f"expected an integer of at most {most}")
         return value
 
     def number(self, key: str, default: object = _REQUIRED, *, above: float = 0.0) -> float:

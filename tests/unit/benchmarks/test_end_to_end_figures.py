@@ -133,7 +133,7 @@ def test_the_arena_holds_every_adapter() -> None:
 def test_every_case_says_what_it_does_in_time() -> None:
     for case in gpu_cases().values():
         assert case.about
-        assert 0 < case.seconds <= 90
+        assert 0 < case.seconds <= 150  # those of several models, or of files that are written first
 
 
 def test_attainment_counts_all_requests_and_waits_from_the_scheduled_arrival() -> None:

@@ -98,6 +98,19 @@ def test_a_bad_entry_is_named_with_what_belongs_there(
         check_base_model(tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteMoeHybridForCausalLM"])
+@pytest.mark.parametrize("num_layers", [4097, 2**70])
+def test_more_layers_than_memory_holds_are_refused_before_they_are_made(
+    tmp_path: Path, architecture: str, num_layers: int
+) -> None:
+    config = tiny_config(tmp_path, architectures=[architecture], num_hidden_layers=num_layers)
+
+    with pytest.raises(
+        BaseModelError, match=rf"num_hidden_layers is {num_layers}: expected an integer of at most 4096"
+    ):
+        model_config(config)
+
+
 @pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "attention_bias", "rope_scaling", "sliding_window"])
 def test_null_is_what_transformers_takes_it_for(tmp_path: Path, key: str) -> None:
     config = tiny_config(tmp_path)

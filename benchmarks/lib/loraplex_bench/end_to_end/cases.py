@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from loraplex_client.workload import SloraParams
 from loraplex_engine.limits import GPU_STEP, MAX_RESIDENT_ADAPTERS, EngineLimits
 
+from loraplex_bench.base_shapes import BF16_SHAPES, FP8_SHAPES
+from loraplex_bench.end_to_end.base_shapes import run_shapes
 from loraplex_bench.end_to_end.bursts import BurstSize, run_bursts, run_registered
 from loraplex_bench.end_to_end.context import Bench
 from loraplex_bench.end_to_end.pairs import run_pairs
 from loraplex_bench.end_to_end.rates import run_rates
-from loraplex_bench.end_to_end.startup import run_startup
+from loraplex_bench.end_to_end.startup import run_startup, run_startup_of_files
 from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
 from loraplex_bench.rig import COMPARABLE, RigSetup
@@ -119,6 +122,7 @@ def gpu_cases() -> dict[str, Case]:
         **trace_cases(LLAMA2_7B),
         **other_cases(LLAMA2_7B, LLAMA3_8B),
         **fp8_cases(),
+        **base_cases(),
     }
 
 
@@ -173,6 +177,32 @@ def fp8_cases() -> dict[str, Case]:
             seconds=45,
             run=lambda bench: run_bursts(
                 bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
+            ),
+        ),
+    }
+
+
+def base_cases() -> dict[str, Case]:
+    """Return the cases of other base models beside Llama-3-8B, and of a start that reads files."""
+
+    def shapes(shapes: tuple[Shape, ...]) -> Case:
+        names = ", ".join(shape.name for shape in shapes)
+        setups = [setup_of(shape, ALL_LINEAR, 32) for shape in shapes]
+        return Case(
+            about=f"{names}: bursts over 0/32 adapters and a decode step of 64 rows, beside the first's floor",
+            seconds=50 * len(shapes),
+            run=lambda bench: run_shapes(bench, setups, (0, 32), size=STANDARD),
+        )
+
+    command = [sys.executable, str(ENGINE_SCRIPT), "--startup-child", LLAMA3_8B_FP8.name]
+    return {
+        "shapes-bf16": shapes(BF16_SHAPES),
+        "shapes-fp8": shapes(FP8_SHAPES),
+        "startup-8b-fp8": Case(
+            about="process start to first token, Llama-3-8B in FP8 from 9 GB of files, cold and warm kernel cache",
+            seconds=150,
+            run=lambda bench: run_startup_of_files(
+                bench, LLAMA3_8B_FP8.info, command, "--files", device=torch.device("cuda", 0)
             ),
         ),
     }
@@ -236,7 +266,7 @@ def smoke_cases(model_dir: Path) -> dict[str, Case]:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
     standard = setup_of(tiny, few, 6, **sizes)
     trace = SloraParams(num_adapters=6, rate=20, duration_s=1, prompt_range=(2, 16), output_range=(2, 8))
-    pairs = replace(standard, num_adapters=3)
+    pairs, two = replace(standard, num_adapters=3), (standard, standard.with_limits(max_num_seqs=4))
     command = [sys.executable, str(ENGINE_SCRIPT), "--startup-child", "tiny", "--model-dir", str(model_dir)]
     about = "tiny model, torch backend"
     return {
@@ -254,5 +284,11 @@ def smoke_cases(model_dir: Path) -> dict[str, Case]:
             seconds=3,
             run=lambda b: run_rates(b, standard, (10.0,), duration_s=1, warm=size, lengths=(2, 8), cutoff_s=30),
         ),
+        "shapes": Case(about=about, seconds=2, run=lambda b: run_shapes(b, two, (0, 6), size=size, decoding=size)),
         "startup": Case(about=about, seconds=20, run=lambda b: run_startup(b, "tiny", command, peer_s=None)),
+        "startup-files": Case(
+            about=about,
+            seconds=20,
+            run=lambda b: run_startup_of_files(b, tiny.info, command[:-2], "--model-dir", device=torch.device("cpu")),
+        ),
     }

@@ -51,7 +51,12 @@ class Bench:
             from loraplex_bench.random_weights import RandomWeights
 
             self.release()
-            source = RandomWeights(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+            source = RandomWeights(
+                dtype=torch.bfloat16,
+                device=torch.device("cuda", 0),
+                has_blocks=shape.has_fp8_blocks,
+                absent=("lm_head.weight",) if shape.info.tied_embeddings else (),
+            )
             self._weights[key] = SharedWeights(source)
         return self._weights[key]
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 Windows: TypeAlias = tuple[int | None, ...]
 """Per layer, how many of the last tokens it attends to; None is all."""
 
+MAX_LAYERS: Final = 4096
+"""More decoder layers than any dense model has."""
 ROPE_NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "default": (),
     "linear": ("factor",),
@@ -26,6 +28,11 @@ ROPE_MSCALES: Final = ("mscale", "mscale_all_dim")
 """Those of them of which 0 means that they are absent."""
 DEFAULT_ROPE_THETA: Final = 10000.0
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def num_hidden_layers(values: ConfigValues) -> int:
+    """Return the decoder layers: of more than `MAX_LAYERS`, reading them would take all memory before a weight is missed."""
+    return values.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
 def num_kv_heads(values: ConfigValues, num_heads: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.architectures import granite
+from loraplex_common.architectures.entries import num_hidden_layers
 from loraplex_common.projections import with_fused
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def read(values: ConfigValues) -> ModelConfig:
     Raises:
         BaseModelError: Likewise, if there are experts or Mamba's layers.
     """
-    _refuse_hybrids(values, values.integer("num_hidden_layers"))
+    _refuse_hybrids(values, num_hidden_layers(values))
     values.without_effect(*OF_MAMBA, *OF_EXPERTS, "intermediate_size", "normalization_function", "init_method")
     width = values.integer("shared_intermediate_size", DEFAULT_MLP)
     config = granite.read(values.with_value("intermediate_size", width).with_value("layer_types", None))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loraplex_common.architectures.entries import (
     head_dim,
     no_windows,
+    num_hidden_layers,
     num_kv_heads,
     rope_parameters,
 )
@@ -61,7 +62,7 @@ def read_llama_like(
             wrong type; the message names it.
     """
     _check(values, *activation)
-    num_layers, num_heads = values.integer("num_hidden_layers"), values.integer("num_attention_heads")
+    num_layers, num_heads = num_hidden_layers(values), values.integer("num_attention_heads")
     max_positions = values.integer("max_position_embeddings", DEFAULT_MAX_POSITIONS)
     hidden, intermediate = values.integer("hidden_size"), values.integer("intermediate_size")
     kv_heads, dim = num_kv_heads(values, num_heads), head_dim(values, num_heads)
