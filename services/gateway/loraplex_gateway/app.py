@@ -103,8 +103,7 @@ class GatewayApp:
         self._store = store_channel(config, self._peers)
         self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
-        self.names = NameTable()
-        self._adapter_names = AdapterNames()
+        self.names, self._adapter_names = NameTable(), AdapterNames()
         self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = engine_pool(config, self.catalog, self.gateway_id, self._dial)
@@ -274,9 +273,8 @@ class GatewayApp:
 
     def _make_grpc(self) -> GrpcServer:
         generation = GatewayServicer(self.core, self.quotas, self._listing, slow_client_s=self.config.slow_client_s)
-        server = grpc_server(
-            self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
-        )
+        is_worker = self._setup is not None
+        server = grpc_server(self.config, self._authenticator, self._metrics_registry, shares_port=is_worker)
         scaler = ScalerServicer(self.catalog, self.pool, self._board)
         add_services(server, generation, FleetServicer(self.pool, self.fleet, self._dial), scaler)
         return server
