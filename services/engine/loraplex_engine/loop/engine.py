@@ -50,10 +50,11 @@ class Engine:
             then refuses every command.
         clock: Seconds, monotonic.
         filler: Fills the masks of structured outputs; None if no request has one.
+        arena: Host memory for images that the runner knows already, with as many slots; closed here.
 
     Attributes:
         limits: What bounds it.
-        arena: Host memory for images; its `view` may be written in granted slots from any thread.
+        arena: Host memory for images; its `views` may be written in granted slots from any thread.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Engine:
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
         filler: MaskFiller | None = None,
+        arena: HostArena | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self.arena = HostArena(limits.num_arena_slots, limits.page_bytes)
+        self.arena = arena or HostArena(limits.num_arena_slots, limits.page_bytes)
         try:
             state = self._state = EngineState(limits, self.arena, emit=on_store_event, clock=clock, filler=filler)
             runner = self._runner = runner_factory(limits)
@@ -245,6 +247,14 @@ class Engine:
     def is_healthy(self) -> bool:
         """False once the step loop has ended."""
         return self._loop.is_alive
+
+    def give_up(self, trouble: str) -> None:
+        """End every session with EngineHungError, so that gateways move the requests: the runner cannot go on.
+
+        Args:
+            trouble: What has happened, for the message; ``on_crash`` gets it, too.
+        """
+        self._loop.give_up(trouble)
 
     def close(self) -> None:
         """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread.
