@@ -91,6 +91,7 @@ check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: 
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
 	@$(BIN)/python benchmarks/index_results.py --check
 	@$(BIN)/python clients/python/generate_sync.py --check
+	@$(BIN)/python deploy/lock.py --check
 
 .PHONY: proto
 proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
@@ -99,6 +100,38 @@ proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
 .PHONY: client
 client: $(VENV)/.dev-installed ## Regenerate the blocking client from the asyncio one
 	@$(BIN)/python clients/python/generate_sync.py
+
+# What draws the diagrams comes from npm, once, where there is npm; the site asks no server for it.
+.PHONY: docs
+docs: $(VENV)/.dev-installed ## Build the site of the documents into build/site; what is broken in it fails
+	@$(BIN)/python -m loraplex_site.mermaid
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+.PHONY: dist
+dist: $(VENV)/.dev-installed ## Build wheel, source archive and bill of materials into dist/, and audit what they install
+	@$(BIN)/python deploy/dist.py $(DIST_ARGS)
+
+.PHONY: lock
+lock: $(VENV)/.dev-installed ## Write the lock files that images are built from
+	@$(BIN)/python deploy/lock.py
+
+# Version and commit of the images are this checkout's. Compose passes them on as build arguments.
+.PHONY: images
+images: $(VENV)/.dev-installed ## Build the images of compose.yaml, labelled with version and commit
+	@LORAPLEX_VERSION="$$($(BIN)/python -m hatchling version)" LORAPLEX_COMMIT="$$(git describe --always --dirty --abbrev=12 --exclude '*')" \
+		$(COMPOSE) build
+
+# COMPOSE and DOCKER are the commands; the stack is left running. A machine without a GPU wants ENGINE_LOCK=engine-cpu.
+COMPOSE ?= docker compose
+DOCKER ?= docker
+.PHONY: test-compose
+test-compose: $(VENV)/.dev-installed ## Build and start compose.yaml with two engines, and kill each container under streams
+	@$(COMPOSE) build
+	@$(COMPOSE) up --wait --scale engine=2
+	@$(COMPOSE) --profile demo run --rm demo-adapters
+	@LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 LORAPLEX_COMPOSE="$(COMPOSE)" LORAPLEX_DOCKER="$(DOCKER)" \
+		$(BIN)/pytest -ra tests/smoke tests/compose $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU

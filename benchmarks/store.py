@@ -22,6 +22,7 @@ from loraplex_bench.results import Results, Row, head_commit
 from loraplex_bench.store.inputs import LLAMA3_8B, TINY, write_adapters, write_base
 from loraplex_bench.store.peers import get_rate, grpc_rate, hash_rate, memcpy_rate
 from loraplex_bench.store.rig import Inputs, cpu_seconds, engine, fetch, running_store
+from loraplex_bench.store.stages import stage_rates
 from loraplex_common.valkey import EmbeddedValkey, connect
 
 if TYPE_CHECKING:
@@ -33,12 +34,24 @@ if TYPE_CHECKING:
     """What one image and several are compared with: names and rates in GB/s."""
 
 
-class Bench:
-    """Runs the rows of one setting."""
+AT_ONCE = 4
+"""Images or imports that are asked for together."""
 
-    def __init__(self, inputs: Inputs, adapters: Sequence[Path], results: Results) -> None:
+
+class Bench:
+    """Runs the rows of one setting.
+
+    Args:
+        inputs: What stores are started with.
+        adapters: Those that are imported one after another, then fetched.
+        others: Those that are imported at once.
+        results: Takes the rows.
+    """
+
+    def __init__(self, inputs: Inputs, adapters: Sequence[Path], others: Sequence[Path], results: Results) -> None:
         self.inputs = inputs
         self.adapters = adapters
+        self.others = others
         self.results = results
         self.num_bytes = (adapters[0] / "adapter_model.safetensors").stat().st_size
         self.digests: list[str] = []
@@ -57,17 +70,27 @@ class Bench:
             self.hash = hash_rate(self.num_bytes, threads)
             self.add(f"sha256 of 1 MiB pieces/{threads} threads", self.hash)
         self.add("plain gRPC stream/1 MiB messages", await grpc_rate(self.num_bytes))
+        self.stages = await asyncio.to_thread(stage_rates, self.adapters[0], self.inputs.base, self.inputs.valkey_url)
+        for name, rate in self.stages.items():
+            self.add(f"stage of an import/{name}", rate)
 
     async def imports(self, client: StoreClient, pid: int) -> None:
-        """Import every adapter, one after another."""
+        """Import adapters one after another, then the others at once."""
+        name, slowest = min(self.stages.items(), key=lambda each: each[1])
         seconds, cpu_s = [], cpu_seconds(pid)
         for number, directory in enumerate(self.adapters):
             began = time.perf_counter()
             found = await client.import_dir(f"a{number}", directory)
             seconds.append(time.perf_counter() - began)
             self.digests.append(found.revision.revision)
-        self.add("import/one after another", self.num_bytes / statistics.median(seconds) / 1e9)
-        self.add_cpu("import/one after another", (cpu_seconds(pid) - cpu_s) / len(self.adapters))
+        case, rate = "import/one after another", self.num_bytes / statistics.median(seconds) / 1e9
+        self.add(case, rate, f"slowest stage: {name}", slowest)
+        self.add_cpu(case, (cpu_seconds(pid) - cpu_s) / len(self.adapters))
+        self.results.note(bar(case, rate / slowest, 0.4, f"the slowest stage ({name})"))
+        began = time.perf_counter()
+        await asyncio.gather(*(client.import_dir(f"b{n}", each) for n, each in enumerate(self.others)))
+        rate = len(self.others) * self.num_bytes / (time.perf_counter() - began) / 1e9
+        self.add(f"import/{len(self.others)} at once", rate, f"slowest stage: {name}", slowest)
 
     async def redis_rates(self) -> None:
         """Measure redis-py's GET of the same blobs."""
@@ -78,40 +101,71 @@ class Bench:
         await client.aclose()
         self.get = await asyncio.to_thread(get_rate, self.inputs.valkey_url, found[:1])
         self.add("redis-py GET/1 connection", self.get)
-        self.gets = await asyncio.to_thread(get_rate, self.inputs.valkey_url, found[:4])
-        self.add("redis-py GET/4 processes", self.gets)
+        self.gets = await asyncio.to_thread(get_rate, self.inputs.valkey_url, found[:AT_ONCE])
+        self.add(f"redis-py GET/{AT_ONCE} processes", self.gets)
 
-    async def images(self, client: StoreClient, pid: int, case: str, beside: Beside) -> None:
-        """Fetch images into an empty arena: one, then the others at once."""
+    async def images(
+        self, client: StoreClient, pid: int, case: str, beside: Beside, wanted: float | None = None
+    ) -> None:
+        """Fetch images into an empty arena, one after another, then several at once.
+
+        Args:
+            client: The store's.
+            pid: The store's process.
+            case: Where the images come from.
+            beside: What one image and several stand beside.
+            wanted: The least share of it; None if none is asked for.
+        """
+        singles, together = self.digests[: max(1, len(self.digests) - AT_ONCE)], self.digests[-AT_ONCE:]
         async with engine(client, self.inputs, "engine") as peer:
-            for which, digests in (("one", self.digests[:1]), (f"{len(self.digests) - 1} at once", self.digests[1:])):
-                found = await fetch(peer, digests, pid)
-                name, rate = beside[len(digests) > 1]
-                self.add(f"{case}/{which}", found.num_bytes / found.seconds / 1e9, name, rate)
-                self.add_cpu(f"{case}/{which}", found.cpu_s / len(digests))
+            found = [await fetch(peer, [digest], pid) for digest in singles]
+            self.add(f"{case}/first one", found[0].rate)
+            rate = statistics.median(each.rate for each in found[1:] or found)
+            self.add_beside(f"{case}/one", rate, beside[0], wanted)
+            self.add_cpu(f"{case}/one", statistics.median(each.cpu_s for each in found[1:] or found))
+            several = await fetch(peer, together, pid)
+            self.add_beside(f"{case}/{len(together)} at once", several.rate, beside[1], wanted)
+            self.add_cpu(f"{case}/{len(together)} at once", several.cpu_s / len(together))
+
+    def add_beside(self, case: str, rate: float, beside: tuple[str, float], wanted: float | None) -> None:
+        """Add a rate beside another one, and whether the share that is asked for is reached."""
+        self.add(case, rate, *beside)
+        if wanted is not None:
+            self.results.note(bar(case, rate / beside[1], wanted, beside[0]))
 
     def add_cpu(self, case: str, seconds: float) -> None:
         """Add what one adapter costs the store's process: steadier than the clock on a machine that others use."""
         self.results.add(Row(suite="store", case=case, metric="store cpu/adapter", value=seconds * 1e3, unit="ms"))
 
 
-async def measure(inputs: Inputs, adapters: Sequence[Path], results: Results) -> None:
+def bar(case: str, share: float, wanted: float, of: str) -> str:
+    """Return a line that says whether a share is what is asked for."""
+    verdict = "reached" if share >= wanted else "NOT reached"
+    return f"bar: {case}: {share:.2f} of {of}, at least {wanted:g} wanted on 8 cores and more: {verdict} on {os.cpu_count()}"
+
+
+async def measure(bench: Bench, inputs: Inputs) -> None:
     """Run all rows."""
-    bench = Bench(inputs, adapters, results)
     await bench.peers()
-    async with running_store(inputs, "--prepare-images", "0") as (client, pid):
+    num_adapters = len(bench.adapters)
+    async with running_store(inputs, "--prepare-images", "0", "--max-concurrent-imports", str(AT_ONCE)) as (
+        client,
+        pid,
+    ):
         await bench.imports(client, pid)
     await bench.redis_rates()
-    redis = (("redis-py GET/1 connection", bench.get), ("redis-py GET/4 processes", bench.gets))
+    redis = (("redis-py GET/1 connection", bench.get), (f"redis-py GET/{AT_ONCE} processes", bench.gets))
     memory = (("slower of memcpy and hashes", min(bench.memcpy, bench.hash)),) * 2
-    flags: tuple[str, ...] = ("--image-cache-bytes", str(2 * len(adapters) * bench.num_bytes))
+    async with running_store(inputs, "--image-cache-bytes", "1") as (client, pid):
+        await bench.images(client, pid, "Valkey to engine, first derivation", redis, 0.8)
+    flags: tuple[str, ...] = ("--image-cache-bytes", str(2 * num_adapters * bench.num_bytes))
     async with running_store(inputs, *flags) as (client, pid):
-        await bench.images(client, pid, "Valkey to engine", redis)
-        await bench.images(client, pid, "host memory to engine", memory)
+        await bench.images(client, pid, "Valkey to engine, derived before", redis, 0.8)
+        await bench.images(client, pid, "host memory to engine", memory, 0.7)
     flags = ("--disk-cache-dir", str(inputs.folder / "cache"), "--image-cache-bytes", "1")
     async with running_store(inputs, *flags) as (client, pid):
         await bench.images(client, pid, "Valkey to engine, disk written", redis)
-        await on_disk(inputs.folder / "cache", len(adapters))
+        await on_disk(inputs.folder / "cache", num_adapters)
     async with running_store(inputs, *flags) as (client, pid):
         await bench.images(client, pid, "disk to engine, page cache, first use", memory)
         await bench.images(client, pid, "disk to engine, page cache", memory)
@@ -142,10 +196,11 @@ def main() -> None:
         folder = Path(name)
         base = write_base(folder / "base", TINY if args.smoke else LLAMA3_8B)
         (folder / "adapters").mkdir()
-        adapters = write_adapters(folder / "adapters", folder / "base", args.adapters, args.dtype)
+        adapters = write_adapters(folder / "adapters", folder / "base", args.adapters + AT_ONCE, args.dtype)
         num_slots = 60 * args.adapters * (1 if args.dtype != "float32" else 2)
         inputs = Inputs(folder=folder, base=base, valkey_url=valkey.url, dtype=args.engine_dtype, num_slots=num_slots)
-        asyncio.run(measure(inputs, adapters, results))
+        bench = Bench(inputs, adapters[: args.adapters], adapters[args.adapters :], results)
+        asyncio.run(measure(bench, inputs))
     if args.out is not None:
         results.write(args.out, "store", commit=args.commit)
 

@@ -28,11 +28,27 @@ EXAMPLES = tuple(sorted((ROOT / "examples").glob("*.py")))
 LANGUAGES = {"sh": "shell", "bash": "shell", "shell": "shell", "console": "shell", "python": "python", "py": "python"}
 NO_PROGRAMS = ("mermaid", "json", "yaml", "toml", "text", "jsonc", "diff", "promql", "proto")
 _FENCE = re.compile(r"^ *```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_NOTE = re.compile(r"<!-- run by: (.+) -->")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _COMMENT = re.compile(r"\s+#\s.*$|^#.*$")
 _COMMAND = re.compile(
     r"(loraplex(-gateway|-engine|-adapter-store)? |make |python |docker compose |pip install |pytest |\.ci/run|[A-Z_]+=\S+ )"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of commands or of a program, with the note above it.
+
+    Attributes:
+        line: Its line in the document.
+        runners: What runs it, as ``<!-- run by: A, B -->`` above it says; empty without such a note.
+        commands: Its commands, or its one program.
+    """
+
+    line: int
+    runners: tuple[str, ...]
+    commands: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,25 @@ def snippets(path: Path) -> list[Snippet]:
     prose = _FENCE.sub("", path.read_text())
     found += [Snippet(str(relative), "inline", span) for span in _INLINE.findall(prose) if _COMMAND.match(span)]
     return found
+
+
+def marked_blocks(path: Path) -> list[Block]:
+    """Return the blocks of a document that are to be run."""
+    lines = path.read_text().splitlines()
+    found = []
+    for line, language, text in fences(path):
+        kind = LANGUAGES.get(language)
+        if kind is None:
+            continue
+        note = _NOTE.fullmatch(lines[line - 2].strip()) if line > 1 else None
+        runners = tuple(note[1].split(", ")) if note else ()
+        found.append(Block(line, runners, tuple(shell_lines(text)) if kind == "shell" else (text,)))
+    return found
+
+
+def lines_marked(path: Path, runner: str) -> list[str]:
+    """Return the commands of the blocks of which a document says that one file runs them."""
+    return [command for block in marked_blocks(path) if runner in block.runners for command in block.commands]
 
 
 def shell_lines(text: str) -> list[str]:

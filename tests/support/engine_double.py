@@ -90,6 +90,7 @@ class EngineDouble:
         self.aborted_ids: list[str] = []
         self.num_sessions = 0
         self.extra_load = 0
+        self.further_load = engine_pb2.LoadReport()
         self._changed = WakeUp()
         self._released = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -256,6 +257,7 @@ class EngineDouble:
 
     def _message(self, step: int, running: dict[int, _Running], *, residency: bool) -> engine_pb2.SessionResponse:
         load = engine_pb2.LoadReport(sequence=step, running=len(running) + self.extra_load)
+        load.MergeFrom(self.further_load)
         message = engine_pb2.SessionResponse(step=step, load=load)
         if residency:
             message.residency.snapshot = True

@@ -172,7 +172,12 @@ class FakeRunner:
         pass
 
     def load_adapter(
-        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
     ) -> FakeAdapter:
         require(index not in self.adapters, f"index {index} is bound already")
         require(source.shape == (len(pages), self._memory.shape[1]), f"source has shape {source.shape}")

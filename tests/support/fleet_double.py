@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from loraplex.v1 import fleet_pb2, fleet_pb2_grpc
 from support.gateway_double import fail
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import grpc
     from loraplex_common.errors import LoraplexError
 
 
 class FleetDouble(fleet_pb2_grpc.FleetServiceServicer):
-    """Lists `engines`, or fails with `failure`."""
+    """Lists `engines`, tells `news`, or fails with `failure`."""
 
     def __init__(self) -> None:
         self.engines: list[fleet_pb2.EngineState] = []
+        self.news: list[fleet_pb2.WatchFleetResponse] = []
         self.failure: LoraplexError | None = None
 
     def ListEngines(
@@ -26,3 +30,14 @@ class FleetDouble(fleet_pb2_grpc.FleetServiceServicer):
         if self.failure is not None:
             fail(context, self.failure)
         return fleet_pb2.ListEnginesResponse(engines=self.engines)
+
+    def WatchFleet(
+        self, request: fleet_pb2.WatchFleetRequest, context: grpc.ServicerContext
+    ) -> Iterator[fleet_pb2.WatchFleetResponse]:
+        """Tell the news, then nothing more for as long as the caller listens."""
+        if self.failure is not None:
+            fail(context, self.failure)
+        yield from self.news
+        is_over = threading.Event()
+        if context.add_callback(is_over.set):
+            is_over.wait()

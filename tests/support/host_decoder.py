@@ -139,7 +139,14 @@ class HostRunner:
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> None:
         pass
 
-    def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
+    def load_adapter(
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
+    ) -> Done:
         self.pool[torch.from_numpy(pages.astype(np.int64))] = torch.from_numpy(source)
         self.rows.bind(index, spec, source)
         self.tables.bind(index, spec, pages)

@@ -30,7 +30,14 @@ class PartRunner(HostRunner):
         self.magnitudes = MagnitudeLoads(scales, self.geometry, CPU)
         self.steps: list[torch.Tensor] = []
 
-    def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
+    def load_adapter(
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
+    ) -> Done:
         done = super().load_adapter(index, spec, pages, source)
         if has_magnitudes(spec):
             load = MagnitudeLoad(spec, pages, None, None)

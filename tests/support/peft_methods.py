@@ -30,6 +30,7 @@ BASES = {
     "qwen2": TinyBase(architecture="qwen2"),
     "bf16": TinyBase(bias=True, dtype="bfloat16"),
     "tied": TinyBase(tie_word_embeddings=True),
+    "odd": TinyBase(architecture="qwen3", num_kv_heads=1, vocab_size=401),
     "tied bf16": TinyBase(architecture="qwen3", tie_word_embeddings=True, dtype="bfloat16"),
 }
 

@@ -8,10 +8,8 @@ last of them: the page is in that core's cache then. The same thread hands the p
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import threading
 from contextlib import aclosing
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -19,7 +17,8 @@ from loraplex_common.adapter_image import ImagePacker
 from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadError
 from loraplex_common.tree_digest import piece_digests, tree_root
 
-from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalReader, check_revision, header_bytes
+from loraplex_adapter_store.canonical_check import CanonicalCheck
+from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalReader, header_bytes
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ class Derivation:
         executor: Its threads do the work.
         buffers: Memory of canonical form and image.
         sink: Is given each page as soon as it is finished; None if nothing waits for pages.
+        known_root: The image's tree digest, if an earlier derivation recorded it. Nothing is hashed then: whoever takes the
+            image compares it with that, and names what is damaged.
 
     Attributes:
         pages: ``[num_pages, page_bytes]``, uint8; complete once `run` has ended.
@@ -61,14 +62,16 @@ class Derivation:
         executor: Executor,
         buffers: BufferPool,
         sink: PageSink | None = None,
+        known_root: str = "",
     ) -> None:
         self._digest = key.digest
         self._manifest = manifest
-        self._executor = executor
+        self._work = ThreadWork(executor)
         self._sink = sink
+        self._known_root = known_root
         self._packer = ImagePacker(key.geometry, manifest.spec, key.rank)
         self._data = buffers.take(manifest.num_bytes)
-        self._sha256 = hashlib.sha256()
+        self._check = CanonicalCheck(key.digest, manifest.tree_sha256, self._data.data, self._work)
         self._reader: CanonicalReader | None = None
         self._waiting: list[tuple[int, int]] = []  # (bytes needed, layer), the earliest last
         self._modules: dict[int, list[ModuleSpec]] = {}
@@ -97,82 +100,74 @@ class Derivation:
             AdapterCorruptError: If the bytes are not those of the revision.
             ImageError: If a value is not finite in the image's dtype.
         """
-        work = ThreadWork(self._executor)
         try:
-            start = await self._read_bulk(bulk, work) if bulk is not None else 0
+            start = await self._read_bulk(bulk) if bulk is not None else 0
             if start < len(self._data):
-                await self._read(rest(start), start, work)
-            await work.done()
+                await self._read(rest(start), start)
+            await self._work.done()
+            if not self._known_root:
+                await self._work.start(self._check.finish)
         finally:
-            await work.quiet()
-        check_revision(self._digest, self._sha256.hexdigest())
+            await self._work.quiet()
         self._check_spec()
-        return tree_root(self._digests)
+        return self._known_root or tree_root(self._digests)
 
-    async def _read_bulk(self, bulk: BulkRead, work: ThreadWork) -> int:
-        """Let a thread read while another hashes and others pack; return how many bytes have arrived."""
+    async def _read_bulk(self, bulk: BulkRead) -> int:
+        """Let a thread read while others hash and pack; return how many bytes have arrived."""
         loop = asyncio.get_running_loop()
-        for_loop: asyncio.Queue[int | None] = asyncio.Queue()
-        for_hash: SimpleQueue[int | None] = SimpleQueue()
+        positions: asyncio.Queue[int | None] = asyncio.Queue()
         is_stopped = threading.Event()
 
         def arrived(position: int) -> bool:
-            for_hash.put(position)
-            loop.call_soon_threadsafe(for_loop.put_nowait, position)
+            loop.call_soon_threadsafe(positions.put_nowait, position)
             return not is_stopped.is_set()
 
         def read() -> None:
             try:
                 bulk.read(self._data.data, arrived)
             finally:
-                for_hash.put(None)
-                loop.call_soon_threadsafe(for_loop.put_nowait, None)
+                loop.call_soon_threadsafe(positions.put_nowait, None)
 
         reading, position = ThreadWork(bulk.executor), 0
-        hashing: asyncio.Future[None] | None = None
         try:
             reading.start(read)
-            while (found := await for_loop.get()) is not None:
+            while (found := await positions.get()) is not None:
                 position = found
-                hashing = hashing or work.start(self._hash_arrived, for_hash)
-                self._start_layers(work, position)
+                self._arrived(position)
             await reading.done()
         finally:
             is_stopped.set()
             await reading.quiet()
-        if hashing is not None:
-            await hashing
         return position
 
-    def _hash_arrived(self, positions: SimpleQueue[int | None]) -> None:
-        begun = 0
-        while (position := positions.get()) is not None:
-            self._sha256.update(self._data.data[begun:position])
-            begun = position
-
-    async def _read(self, chunks: AsyncGenerator[bytes, None], start: int, work: ThreadWork) -> None:
+    async def _read(self, chunks: AsyncGenerator[bytes, None], start: int) -> None:
         """Read the chunks from a byte on; start the packing of each layer that has arrived."""
-        position = arrived = start
+        position = start
         taking: asyncio.Future[None] | None = None
         async with aclosing(chunks):
             async for chunk in chunks:
                 if taking is not None:
                     await taking
-                    arrived = position
-                taking = work.start(self._take, position, chunk)
+                    self._arrived(position)
+                taking = self._work.start(self._take, position, chunk)
                 position += len(chunk)
-                self._start_layers(work, arrived)
         if position != len(self._data):
             raise AdapterCorruptError(f"revision {self._digest}: {position} bytes are stored, not {len(self._data)}")
         if taking is not None:
             await taking
-        self._start_layers(work, position)
+        self._arrived(position)
 
-    def _start_layers(self, work: ThreadWork, arrived: int) -> None:
+    def _arrived(self, position: int) -> None:
+        """Start the hashing of what has arrived, and the packing of each layer that has."""
+        if not self._known_root:
+            self._check.add(position)
+        self._start_layers(position)
+
+    def _start_layers(self, arrived: int) -> None:
         if self._reader is None and not self._read_header(arrived):
             return
         while self._waiting and self._waiting[-1][0] <= arrived:
-            work.start(self._pack, self._waiting.pop()[1])
+            self._work.start(self._pack, self._waiting.pop()[1])
 
     def _read_header(self, arrived: int) -> bool:
         """Read the header once it has arrived; return whether it has."""
@@ -190,16 +185,16 @@ class Derivation:
 
     def _take(self, position: int, chunk: bytes) -> None:
         self._data[position : position + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
-        self._sha256.update(chunk)
 
     def _pack(self, layer: int) -> None:
         assert self._reader is not None
         modules, tensors = self._reader.layer(layer)
-        self._packer.pack_layer(layer, tensors, self.pages)
+        self._packer.pack_layer(layer, tensors, self.pages, is_known_finite=bool(self._known_root))
         self._modules[layer] = modules
         for page in self._finished(layer):
             self._packer.clear_gaps(page, self.pages)
-            self._digests[page] = piece_digests(self.pages[page].data)
+            if not self._known_root:
+                self._digests[page] = piece_digests(self.pages[page].data)
             if self._sink is not None:
                 self._sink(page, self.pages[page])
 

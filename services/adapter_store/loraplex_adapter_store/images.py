@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from loraplex_common.adapter_image import ImageError, layout
-from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, AdapterNotFoundError
+from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, AdapterNotFoundError, LoraplexError
+from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.derivation import Derivation
 from loraplex_adapter_store.page_image import Fit, Image, ImagePlan
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.repository.blobs import Blobs, Manifest
     from loraplex_adapter_store.repository.catalog import Catalog
     from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
+
+_log = get_logger()
 
 
 class ImageSources:
@@ -61,6 +64,7 @@ class ImageSources:
         self._executor = executor
         self._leases = leases
         self._buffers = buffers
+        self._doubted: set[str] = set()
 
     async def manifest(self, digest: str) -> Manifest:
         """Return the manifest of a canonical form.
@@ -116,10 +120,11 @@ class ImageSources:
             StoreUnavailableError: If the bytes are on no disk and Valkey cannot be reached.
         """
         async with self._budget.hold(manifest.num_bytes + num_pages * key.geometry.page_bytes):
+            known_root = "" if key.digest in self._doubted else manifest.images.get(key.field, "")
             chunks = await self.disk.canonical(key.digest) if self.disk is not None else None
             is_on_disk = chunks is not None
             try:
-                work = Derivation(key, manifest, self._executor, self._buffers, sink)
+                work = Derivation(key, manifest, self._executor, self._buffers, sink, known_root)
                 if chunks is not None:
                     root = await work.run(lambda _: chunks)
                 else:
@@ -131,9 +136,23 @@ class ImageSources:
             image = Image(manifest.spec, manifest.base_fingerprint, work.pages, root)
             if self.disk is not None:
                 self.disk.keep_image(key, image)
-                if not is_on_disk:
+                if not is_on_disk and not known_root:
                     self.disk.keep_canonical(key.digest, work.canonical)
+            if not known_root:
+                await self._note(key, root)
             return image
+
+    def doubt(self, digest: str) -> None:
+        """Hash all bytes the next time that a revision's image is derived: an engine found one damaged."""
+        self._doubted.add(digest)
+
+    async def _note(self, key: ImageKey, root: str) -> None:
+        """Record what an image derived from checked bytes is, so that the next derivation need not hash."""
+        self._doubted.discard(key.digest)
+        try:
+            await self._blobs.note_image(key.digest, key.field, root)
+        except LoraplexError as error:
+            _log.info("an image's digest is not recorded", revision=key.digest, error=error.message)
 
 
 class ImageCache:
@@ -209,8 +228,10 @@ class ImageCache:
         if self._sources.disk is not None or self._kept_bytes + num_bytes <= self._budget_bytes:
             await self._build_once(key, fit, None, may_displace=False)
 
-    def drop(self, digest: str) -> None:
-        """Forget all images of a revision, on disk too."""
+    def drop(self, digest: str, *, is_damaged: bool = False) -> None:
+        """Forget all images of a revision, on disk too; if one was damaged, trust no recorded digest before all is hashed anew."""
+        if is_damaged:
+            self._sources.doubt(digest)
         for key in [key for key in self._kept if key.digest == digest]:
             self._kept_bytes -= self._kept.pop(key).pages.nbytes
         self._metrics.image_cache_bytes.set(self._kept_bytes)

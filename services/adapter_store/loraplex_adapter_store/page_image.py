@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+from loraplex_common import geometry_wire
 from loraplex_common.adapter_image import AdapterSpec, Geometry
 from loraplex_common.errors import AdapterIncompatibleError
 from numpy.typing import NDArray
+
+IMAGE: Final = "image:"
+"""What the names of fields begin with that have the digests of images."""
+
+
+@functools.lru_cache(maxsize=64)
+def geometry_id(geometry: Geometry) -> str:
+    """Return a short name of a geometry, equal in all processes."""
+    data = geometry_wire.to_message(geometry).SerializeToString(deterministic=True)
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +31,11 @@ class ImageKey:
     digest: str
     geometry: Geometry
     rank: int
+
+    @property
+    def field(self) -> str:
+        """Name of the field that has its digest, in the hash of its revision's manifest."""
+        return f"{IMAGE}{geometry_id(self.geometry)}:{self.rank}"
 
 
 @dataclass(frozen=True, slots=True)

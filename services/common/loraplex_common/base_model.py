@@ -148,7 +148,12 @@ def _refuse_quantised_ends(directory: Path, shape: ModelConfig, weights: Weights
 
 
 def load_base_model(
-    directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = (), text_only: bool = False
+    directory: Path,
+    *,
+    name: str | None = None,
+    aliases: tuple[str, ...] = (),
+    text_only: bool = False,
+    fingerprint: str | None = None,
 ) -> BaseModelInfo:
     """Read a base model's facts; hashes its weights unless this machine has done so before.
 
@@ -158,21 +163,17 @@ def load_base_model(
         aliases: Further names; the hub id of a directory in a hub cache is added. ``_name_or_path`` of config.json is
             not used: transformers 4.36 to 4.46 saved there the model that this one was made from.
         text_only: Whether a multimodal model means its text part; it is the same model then, with the same fingerprint.
+        fingerprint: The model's, if another process of this engine has computed it: the weights are not hashed again.
 
     Raises:
         BaseModelError: In the cases of `check_base_model`, or if the weights change while they are read.
     """
     checked = check_base_model(directory, text_only=text_only)
     shape = checked.shape
-    try:
-        digests = weight_digests(checked.weights.shards())
-    except OSError as error:
-        raise BaseModelError(f"{error.filename}: {error.strerror}") from error
-    weights = sorted((tensor, digests[file]) for tensor, file in checked.weights.all_files().items())
     hub_id = hub_id_of(directory)
     return BaseModelInfo(
         name=name or folder_name(directory),
-        fingerprint=_fingerprint(checked, weights),
+        fingerprint=fingerprint or _fingerprint(checked),
         aliases=tuple(dict.fromkeys((*aliases, hub_id) if hub_id else aliases)),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -229,7 +230,12 @@ def _tokenizer_digest(directory: Path) -> str:
         ) from error
 
 
-def _fingerprint(checked: CheckedModel, weights: list[tuple[str, str]]) -> str:
+def _fingerprint(checked: CheckedModel) -> str:
+    try:
+        digests = weight_digests(checked.weights.shards())
+    except OSError as error:
+        raise BaseModelError(f"{error.filename}: {error.strerror}") from error
+    weights = sorted((tensor, digests[file]) for tensor, file in checked.weights.all_files().items())
     facts = {
         "format": FINGERPRINT_FORMAT,
         "config": {key: value for key, value in checked.config.items() if key not in VOLATILE_KEYS},

@@ -7,7 +7,6 @@ Here, names are never rewritten. They are all legal in every format, so no escap
 from __future__ import annotations
 
 import hmac
-import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +24,7 @@ from prometheus_client.registry import Collector
 from loraplex_common.auth import SCHEME, Authenticator
 from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.rights import METRICS_READERS
+from loraplex_common.version import package_commit, package_version
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -56,8 +56,10 @@ def new_registry(service: str) -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    info = Gauge("loraplex_build_info", "The software that runs; always 1.", ["service", "version"], registry=registry)
-    info.labels(service, importlib.metadata.version("loraplex")).set(1)
+    info = Gauge(
+        "loraplex_build_info", "The software that runs; always 1.", ["service", "version", "commit"], registry=registry
+    )
+    info.labels(service, package_version(), package_commit()).set(1)
     return registry
 
 

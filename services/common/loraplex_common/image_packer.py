@@ -101,19 +101,22 @@ class ImagePacker:
         for start, stop in self._gaps[page]:
             image[page, start:stop] = 0
 
-    def pack_layer(self, layer: int, tensors: Tensors, image: NDArray[np.uint8]) -> None:
+    def pack_layer(
+        self, layer: int, tensors: Tensors, image: NDArray[np.uint8], *, is_known_finite: bool = False
+    ) -> None:
         """Write the tiles of one layer; layers may be written at the same time.
 
         Args:
             layer: The layer, a key of ``pages_of``.
             tensors: The layer's.
             image: What `empty_image` gave, or memory of that shape whose gaps `clear_gaps` clears.
+            is_known_finite: Whether the same image was made before, so that no value needs to be looked at again.
 
         Raises:
             ImageError: If the tensors are not those that spec and geometry say, or a value is not finite in the dtype.
         """
         sources = self._sources(layer, tensors)
-        writer = _TileWriter(self._geometry, image)
+        writer = _TileWriter(self._geometry, image, is_known_finite=is_known_finite)
         for run in self._runs[layer]:
             source = sources[run.op, run.whole.entry]
             pieces = ((run.whole, run.at),) if source.is_copied else run.tiles
@@ -200,7 +203,8 @@ def _widened(array: NDArray[Any]) -> NDArray[Any]:
 class _TileWriter:
     """Writes tiles into an image in the types of their entries; its scratch serves all tiles."""
 
-    def __init__(self, geometry: Geometry, image: NDArray[np.uint8]) -> None:
+    def __init__(self, geometry: Geometry, image: NDArray[np.uint8], *, is_known_finite: bool) -> None:
+        self._is_known_finite = is_known_finite
         num_items = geometry.tile_bytes // ITEM_BYTES["bfloat16"]
         self._stack, self._scratch = np.empty(num_items, dtype=np.float32), np.empty(num_items, dtype=np.uint32)
         flat = image.reshape(-1)
@@ -218,11 +222,11 @@ class _TileWriter:
             return True
         if is_copied or out.dtype == np.float32:
             kind.fill(tile, parts, out.reshape(shape))
-            return _is_finite(out)
+            return self._is_known_finite or _is_finite(out)
         values = self._stack[:count]
         kind.fill(tile, parts, values.reshape(shape))
         round_into(values, out, self._scratch[:count])
-        return is_finite(out)
+        return self._is_known_finite or is_finite(out)
 
 
 def _is_finite(values: NDArray[Any]) -> bool:

@@ -18,7 +18,7 @@ from loraplex_common.error_status import to_status
 from loraplex_common.errors import AdapterLoadingError, LoraplexError
 from loraplex_common.log import get_logger
 from loraplex_common.request_arrival import RequestArrivals
-from loraplex_common.rights import OPEN_SERVICES, RIGHTS, require_right
+from loraplex_common.rights import OPEN_SERVICES, RIGHTS, SCALER, require_right
 from loraplex_common.running_calls import RunningCalls
 from loraplex_common.undecodable import Undecodable, tolerant
 from loraplex_common.unknown_fields import refuse_unknown_fields
@@ -53,7 +53,7 @@ class _Call:
         self._server = server
         self._admission: Admission | None = None
         self._status = ""
-        self._is_strict = server.refuses_unknown_fields and not method.startswith(OPEN_SERVICES)
+        self._is_strict = server.refuses_unknown_fields and not method.startswith((*OPEN_SERVICES, SCALER))
 
     def checked(self, request: Any) -> Any:
         """Return the request, or for a stream an iterator over it; refuses what cannot be read or would be dropped."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -25,3 +27,10 @@ def announce_ready(service: str, *, grpc: str, metrics: str, http: str | None = 
     """Print the one line on stdout that says where a service listens; addresses are ``host:port``."""
     suffix = f" http={http}" if http is not None else ""
     print(f"ready: service={service} grpc={grpc} metrics={metrics}{suffix}", flush=True)
+
+
+def end_after(seconds: float, status: int) -> None:
+    """End the process then with a status, whatever its threads hold, unless it has ended in order before."""
+    last_resort = threading.Timer(seconds, os._exit, [status])
+    last_resort.daemon = True
+    last_resort.start()

@@ -25,19 +25,21 @@ class Numerics:
     """What an engine made of a base model's files; `str` has it for registry, answers and keys of cached blocks.
 
     The text begins with the type computed in; other parts follow behind ``+`` where they are not the plain case: ``bf16``,
-    ``bf16+unpacked:awq``, ``bf16+fp8-w8a8-dynamic+kv:fp8``.
+    ``bf16+unpacked:awq``, ``bf16+fp8-w8a8-dynamic+kv:fp8``, ``bf16+tp:2``.
 
     Attributes:
         compute: torch's name of the type that activations and products have, e.g. ``bfloat16``.
         weights: `WHOLE`, or what was done to them in a short word, e.g. ``unpacked:awq`` or ``fp8-w8a8-dynamic``.
         kv: What keys and values are stored as, e.g. ``fp8``; empty: in the type computed in.
         rope: Which of several tables of positions is used, e.g. ``long``; empty where a model has one.
+        tp_degree: Tensor-parallel ranks, whose partial sums are added in an order of their own.
     """
 
     compute: str
     weights: str = WHOLE
     kv: str = ""
     rope: str = ""
+    tp_degree: int = 1
 
     def __post_init__(self) -> None:
         for part in (self.compute, self.weights, *filter(None, (self.kv, self.rope))):
@@ -51,6 +53,7 @@ class Numerics:
         parts += [] if self.weights == WHOLE else [self.weights]
         parts += [f"kv:{self.kv}"] if self.kv else []
         parts += [f"rope:{self.rope}"] if self.rope else []
+        parts += [f"tp:{self.tp_degree}"] if self.tp_degree > 1 else []
         return "+".join(parts)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
 """Services for probes and tools, which come without credentials; they show nothing about tenants."""
 METRICS_READERS: Final = frozenset({Role.ADMIN, Role.METRICS})
-"""Roles that see tenants and restricted adapters in /metrics."""
+"""Roles that see tenants and restricted adapters in /metrics, and what waits for engines."""
 
 _USERS: Final = frozenset({Role.TENANT, Role.ADMIN})
 _ADMIN: Final = frozenset({Role.ADMIN})
@@ -29,10 +29,11 @@ _ENGINE: Final = frozenset({Role.ENGINE})
 _WATCHERS: Final = frozenset({Role.ADMIN, Role.GATEWAY})
 
 GATEWAY: Final = "/loraplex.v1.GatewayService/"
-_FLEET: Final = "/loraplex.v1.FleetService/"
+FLEET: Final = "/loraplex.v1.FleetService/"
 _ENGINES: Final = "/loraplex.v1.EngineService/"
 STORE: Final = "/loraplex.v1.AdapterStoreService/"
-_OPERATIONS: Final = "/google.longrunning.Operations/"
+SCALER: Final = "/externalscaler.ExternalScaler/"
+OPERATIONS: Final = "/google.longrunning.Operations/"
 
 RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     {
@@ -44,13 +45,19 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         GATEWAY + "CancelRequest": _USERS,
         GATEWAY + "ListModels": _USERS,
         GATEWAY + "GetModel": _USERS,
-        _FLEET + "ListEngines": _ADMIN,
+        FLEET + "ListEngines": _ADMIN,
+        FLEET + "WatchFleet": _ADMIN,
+        SCALER + "IsActive": METRICS_READERS,
+        SCALER + "StreamIsActive": METRICS_READERS,
+        SCALER + "GetMetricSpec": METRICS_READERS,
+        SCALER + "GetMetrics": METRICS_READERS,
         # These take raw tokens under any adapter and for any tenant: a gateway checks them before, an engine does not.
         _ENGINES + "Session": _GATEWAY,
         _ENGINES + "GetEngineInfo": _WATCHERS,
         _ENGINES + "WatchLoad": _WATCHERS,
         _ENGINES + "ListAdapters": _WATCHERS,
         _ENGINES + "WatchAdapters": _WATCHERS,
+        _ENGINES + "WatchPool": _WATCHERS,
         _ENGINES + "PinAdapter": _ADMIN,
         _ENGINES + "UnpinAdapter": _ADMIN,
         _ENGINES + "EvictAdapter": _ADMIN,
@@ -79,11 +86,11 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
         STORE + "AcknowledgeAliases": _WATCHERS,
         STORE + "AttachEngine": _ENGINE,
-        _OPERATIONS + "ListOperations": _ADMIN,
-        _OPERATIONS + "GetOperation": _ADMIN,
-        _OPERATIONS + "DeleteOperation": _ADMIN,
-        _OPERATIONS + "CancelOperation": _ADMIN,
-        _OPERATIONS + "WaitOperation": _ADMIN,
+        OPERATIONS + "ListOperations": _ADMIN,
+        OPERATIONS + "GetOperation": _ADMIN,
+        OPERATIONS + "DeleteOperation": _ADMIN,
+        OPERATIONS + "CancelOperation": _ADMIN,
+        OPERATIONS + "WaitOperation": _ADMIN,
     }
 )
 """Full method name -> the roles that may call it. A method that is not listed may not be called by any role."""

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar, Union
 
 from loraplex_common.secret import Secret
 from loraplex_common.sizes import parse_size, size_as_flag
-from loraplex_common.version import package_version
+from loraplex_common.version import version_line
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +124,7 @@ def _parser(
         epilog=f"Every flag can be given as {prefix}<FLAG>; lists are separated by commas there.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
+    parser.add_argument("--version", action="version", version=version_line(f"loraplex-{service.replace('_', '-')}"))
     for name, (field, hint) in fields.items():
         _add_flag(parser, name, field, hint)
     return parser

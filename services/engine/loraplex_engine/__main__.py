@@ -17,6 +17,7 @@ from loraplex_common.ports import require_free
 from loraplex_common.tracing import TracingError
 
 from loraplex_engine.config import ConfigError, EngineConfig
+from loraplex_engine.ranks.plan_ring import GroupLostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,8 @@ def prepare_process(config: EngineConfig) -> None:
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    elif config.tensor_parallel > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel))
 
 
 async def serve(config: EngineConfig) -> None:
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         directory, hub_name = local_base(config.model)
         name = config.served_model_name or hub_name
         asyncio.run(serve(replace(config, model=directory, served_model_name=name)))
-    except (BaseModelError, ConfigError, KeysFileError, TracingError, OSError) as error:
+    except (BaseModelError, ConfigError, KeysFileError, TracingError, OSError, GroupLostError) as error:
         sys.exit(f"loraplex-engine: {error}")
 
 

@@ -22,8 +22,10 @@ from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.numerics import numerics_of
 from loraplex_engine.model.weight_form import WeightForm
-from loraplex_engine.model.weights import DTYPES, WeightReader
+from loraplex_engine.model.weights import DTYPES, WeightLayout, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
+from loraplex_engine.ranks.degree import RankHost as RankHost
+from loraplex_engine.ranks.degree import checked_degree, for_each
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.weight_choice import WeightChoice
@@ -80,23 +82,23 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         ConfigError: If a size does not work out; the message names the flag.
     """
     kv_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), kv_dtype=kv_dtype)
+    degree = checked_degree(config.tensor_parallel, info, device)
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device), tp_degree=degree, kv_dtype=kv_dtype)
     num_pages = (config.pool_bytes or _default_pool_bytes(config, info, device)) // pool.page_bytes
-    num_arena_slots = config.arena_bytes // pool.page_bytes
+    num_arena_slots = config.arena_bytes // (pool.page_bytes * degree)
     max_model_len = config.max_model_len or info.max_position_embeddings
     for flag, size in (("--pool-bytes", num_pages), ("--arena-bytes", num_arena_slots)):
         if size < MIN_POOL_PAGES:
             raise ConfigError(
-                f"{flag} is {size} pages of {pool.page_bytes} bytes; at least {MIN_POOL_PAGES} are needed"
+                f"{flag} is {size} pages of {pool.page_bytes} bytes{for_each(degree)}; at least {MIN_POOL_PAGES} are needed"
             )
     if max_model_len > info.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
-    model = model_config(info.config)
-    weights = weight_choice(config, info, device).numerics
-    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
+    model, weights = model_config(info.config), weight_choice(config, info, device).numerics
+    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype, tp_degree=degree)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
@@ -186,7 +188,12 @@ def max_rank(config: EngineConfig, device: torch.device) -> int:
 
 
 def runner_factory(
-    config: EngineConfig, info: BaseModelInfo, device: torch.device, *, files: tuple[FileState, ...]
+    config: EngineConfig,
+    info: BaseModelInfo,
+    device: torch.device,
+    *,
+    files: tuple[FileState, ...],
+    host: RankHost | None = None,
 ) -> RunnerFactory:
     """Return what makes the compute backend once the engine knows its sizes.
 
@@ -196,22 +203,22 @@ def runner_factory(
         device: Where to compute.
         files: State of the model's files before `info` was read: what makes the backend raises `BaseModelError` if they
             have another one once the weights are loaded, for these may not be those that the fingerprint names.
+        host: What the processes of further ranks need of this one; unused with one rank.
 
     Raises:
         BaseModelError: If the backend does not compute the model's decoder: before its weights are read.
         ConfigError: If ``--quantization`` asks for what the backend cannot compute.
     """
-    is_cuda = resolve_backend(config, device) == "cuda"
-    if is_cuda:
+    if resolve_backend(config, device) == "cuda":
         _check_cuda_decoder(info)
-
     choice = weight_choice(config, info, device)
 
     def make(limits: EngineLimits) -> ModelRunner:
         runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device), weight_form=choice.form)
-        weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device, form=choice.form)
+        layout, dtype = WeightLayout(tp_degree=config.tensor_parallel), DTYPES[limits.pool.dtype]
+        weights = WeightReader(config.model, dtype=dtype, device=device, layout=layout, form=choice.form)
         choice.tell()
-        runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
+        runner = _make_runner(config, runner_config, weights, host)
         choice.tell_error(weights.added_error.relative)
         if state_of_files(config.model, text_only=config.text_only) != files:
             runner.close()
@@ -235,6 +242,29 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
     from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
 
     return CudaRunner(config, weights)
+
+
+def _make_runner(
+    config: EngineConfig, runner_config: RunnerConfig, weights: WeightReader, host: RankHost | None
+) -> ModelRunner:
+    if resolve_backend(config, torch.device(runner_config.device)) == "cuda":
+        return _cuda_runner(runner_config, weights)
+    if config.tensor_parallel == 1:
+        return TorchRunner(runner_config, weights)
+    from loraplex_engine.ranks.runner import GroupPlan, RankedRunner  # a single rank needs no torch.distributed
+
+    assert host is not None, "several ranks need the host's arena"
+    plan = GroupPlan(
+        degree=config.tensor_parallel,
+        model=config.model,
+        text_only=config.text_only,
+        num_threads=torch.get_num_threads(),
+        arena_fd=host.arena_fd,
+        on_lost=host.on_lost,
+        log_level=config.log_level,
+        log_format=config.log_format,
+    )
+    return RankedRunner(runner_config, weights, plan)
 
 
 def _weight_bytes(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> int:

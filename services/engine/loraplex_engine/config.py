@@ -94,7 +94,7 @@ class EngineConfig(ServiceSettings):
     )
     pool_bytes: int | None = size(
         None,
-        help=f"device memory of the page pool (default: {size_as_flag(CPU_POOL_BYTES)} on a CPU, on a GPU most of what the "
+        help=f"device memory of the page pool, of each tensor-parallel rank (default: {size_as_flag(CPU_POOL_BYTES)} on a CPU, on a GPU most of what the "
         "weights leave)",
     )
     arena_bytes: int = size(ARENA_BYTES, help="host memory for adapter images")
@@ -113,7 +113,13 @@ class EngineConfig(ServiceSettings):
     )
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
-    num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
+    tensor_parallel: int = setting(
+        1, help="processes that compute the model together, each with a part of every weight (docs/tensor_parallel.md)"
+    )
+    num_threads: int | None = setting(
+        None,
+        help="compute threads on a CPU, of each tensor-parallel rank (default: all cores, divided among the ranks)",
+    )
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
     store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store is away or says nothing")
@@ -167,6 +173,7 @@ class EngineConfig(ServiceSettings):
         for name in (*sizes, "ttft_slo_s", "max_running_per_key"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
+        _require(self.tensor_parallel > 0, f"--tensor-parallel must be positive, not {self.tensor_parallel}")
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         for name in (

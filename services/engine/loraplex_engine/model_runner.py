@@ -108,7 +108,12 @@ class ModelRunner(Protocol):
         ...
 
     def load_adapter(
-        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
     ) -> LoadHandle:
         """Start to copy an image into pages of the pool and bind it to an index of the adapter table.
 
@@ -119,6 +124,8 @@ class ModelRunner(Protocol):
             spec: Modules, ranks and scalings.
             pages: int32 ``[num_pages]``; page ids in image order.
             source: Host memory ``[num_pages, page_bytes]``, not always contiguous in dim 0; unchanged until done.
+            slots: Where ``source`` lies in the arena; the other ranks of a group read their images from the same slots of their
+                parts. A runner of one device does not need them.
 
         Raises:
             LoraplexError: If this one adapter cannot be bound. Nothing is bound or copied then, and the runner goes on;

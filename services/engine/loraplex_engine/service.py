@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 import uuid
 from functools import partial
@@ -17,11 +15,11 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.errors import EngineHungError, StoreUnavailableError
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
+from loraplex_common.lifecycle import end_after
 from loraplex_common.log import get_logger
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peer_targets import in_turn
 from loraplex_common.peers import PeerChannel
-from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.service_settings import refuse_cluster
 from loraplex_common.tasks import Supervisor
@@ -29,6 +27,7 @@ from loraplex_common.version import package_version
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import build
+from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -37,7 +36,7 @@ from loraplex_engine.metrics.prefetch import PrefetchMetrics
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.metrics.residency import ResidencyMetrics
 from loraplex_engine.rpc.draining import Draining
-from loraplex_engine.rpc.registration import Registration
+from loraplex_engine.rpc.registration import Registration, advertised, engine_record
 from loraplex_engine.rpc.rule_making import RuleMaker
 from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from loraplex_engine.rpc.store_client import AdapterClient, Attachment
@@ -46,10 +45,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import grpc
+    import torch
+    from loraplex_common.registry import EngineRecord
+    from loraplex_common.weight_digests import FileState
     from prometheus_client import CollectorRegistry
 
     from loraplex_engine.config import EngineConfig
     from loraplex_engine.constraints.compiler import Constraints
+    from loraplex_engine.limits import EngineLimits
 
 SERVICE_NAME = "loraplex.v1.EngineService"
 MAX_STREAMS = 256  # concurrent calls per connection; a gateway has one session on it
@@ -58,6 +61,8 @@ EXIT_HUNG = 70
 """Exit status of an engine whose step loop hangs (EX_SOFTWARE): its supervisor should start it again."""
 GOODBYE_S = 3.0
 """Time for the last messages of an engine whose step loop hangs."""
+LOST_GOODBYE_S = 1.5
+"""The same of an engine that has lost a rank, whose step loop holds nothing that an orderly end needs."""
 
 _Argument = TypeVar("_Argument")
 
@@ -89,14 +94,9 @@ class EngineService:
         self._residency_metrics = ResidencyMetrics(registry)
         self._prefetch_metrics = PrefetchMetrics(registry, limits.page_bytes)
         self._client: AdapterClient | None = None
+        self._has_lost_rank = False
         self._constraints = self._make_constraints(limits.eos_token_ids)
-        self.engine = Engine(
-            limits,
-            build.runner_factory(config, self._info, device, files=files),
-            on_store_event=lambda event: self._call_soon(self._on_store_event, event),
-            on_crash=self._on_crash,
-            filler=self._constraints.filler,
-        )
+        self.engine = self._make_engine(limits, device, files)
         registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
         self._draining = Draining(self.engine)
         self._servicer = EngineServicer(
@@ -115,6 +115,18 @@ class EngineService:
         self._supervisor = Supervisor()
         self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
         self._registration: Registration | None = None
+
+    def _make_engine(self, limits: EngineLimits, device: torch.device, files: tuple[FileState, ...]) -> Engine:
+        arena = HostArena(limits.num_arena_slots, limits.page_bytes, self._config.tensor_parallel)
+        host = build.RankHost(arena_fd=arena.fd, on_lost=self._on_rank_lost)
+        return Engine(
+            limits,
+            build.runner_factory(self._config, self._info, device, files=files, host=host),
+            on_store_event=lambda event: self._call_soon(self._on_store_event, event),
+            on_crash=self._on_crash,
+            filler=self._constraints.filler,
+            arena=arena,
+        )
 
     def _make_constraints(self, eos_token_ids: tuple[int, ...]) -> Constraints:
         return build.constraints_of(self._config, self._info, eos_token_ids)
@@ -230,14 +242,19 @@ class EngineService:
         error = StoreUnavailableError(f"adapter {event.digest}: this engine has no adapter store (--store-target)")
         self.engine.post(ImageRefused(event.digest, error))
 
+    def _on_rank_lost(self, trouble: str) -> None:
+        """Handle the end of a tensor-parallel rank, on the thread that watches them; it may come before the engine is ready."""
+        self._has_lost_rank = True
+        end_after(LOST_GOODBYE_S, EXIT_HUNG)
+        if (engine := getattr(self, "engine", None)) is not None:
+            engine.give_up(trouble)
+
     def _on_crash(self, cause: BaseException) -> None:
         """Handle the step loop's end, on a thread of the engine."""
         if isinstance(cause, EngineHungError):
-            _log.critical("the step loop hangs; the engine ends", cause=cause.message)
-            # The thread that hangs may hold what an orderly end needs.
-            last_resort = threading.Timer(GOODBYE_S, os._exit, [EXIT_HUNG])
-            last_resort.daemon = True
-            last_resort.start()
+            what = "has lost a rank" if self._has_lost_rank else "hangs"
+            _log.critical(f"the step loop {what}; the engine ends", cause=cause.message)
+            end_after(GOODBYE_S, EXIT_HUNG)  # the thread that hangs may hold what an orderly end needs
         self._call_soon(self._fail, cause)
 
     def _fail(self, cause: BaseException) -> None:
@@ -275,26 +292,5 @@ class EngineService:
         )
 
     def _record(self, port: int) -> EngineRecord:
-        limits = self.engine.limits
-        return EngineRecord(
-            engine_id=self.engine_id,
-            target=_advertised(self._config, port),
-            base_model=self._info.name,
-            base_fingerprint=self._info.fingerprint,
-            base_aliases=self._info.aliases,
-            max_model_len=limits.max_model_len,
-            vocab_size=self._info.vocab_size,
-            num_pages=limits.num_pages,
-            block_tokens=limits.block_tokens,
-            page_bytes=limits.page_bytes,
-            max_image_pages=limits.max_image_pages,
-            constrains=True,
-            sums_adapters=True,
-            numerics=limits.numerics,
-        )
-
-
-def _advertised(config: EngineConfig, port: int) -> str:
-    address = config.advertise or config.host
-    has_port = address.rpartition(":")[2].isdigit() and not address.endswith("]")
-    return address if has_port else f"{address}:{port}"
+        target = advertised(self._config, port)
+        return engine_record(self.engine_id, target, self._info, self.engine.limits)

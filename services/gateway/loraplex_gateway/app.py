@@ -23,8 +23,10 @@ from loraplex_gateway.adapters.resolution import SourceResolver
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
+from loraplex_gateway.fleet.watch import FleetWatch
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
+from loraplex_gateway.grpc.servicer_scaler import ScalerServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
@@ -38,6 +40,7 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
+from loraplex_gateway.scaling.demand import DemandBoard
 from loraplex_gateway.servers import (
     add_services,
     control_server,
@@ -100,11 +103,11 @@ class GatewayApp:
         self._store = store_channel(config, self._peers)
         self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
-        self.names = NameTable()
-        self._adapter_names = AdapterNames()
+        self.names, self._adapter_names = NameTable(), AdapterNames()
         self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = engine_pool(config, self.catalog, self.gateway_id, self._dial)
+        self.fleet = FleetWatch(self.pool, self._adapter_names, self._dial)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,
@@ -115,6 +118,7 @@ class GatewayApp:
         file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
         self._resume_keys = ResumeKeys(file=file, valkey=self._valkey)
         self.metrics = self._make_metrics()
+        self._board = DemandBoard(self._valkey, self.gateway_id, self.metrics.demand)
         self.quotas = self._make_quotas()
         self.sources = SourceResolver.over(self._store, self.names, config, self.metrics)
         self.ledger = UsageLedger.of(config, self._valkey, self.metrics)
@@ -128,8 +132,8 @@ class GatewayApp:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests can be served: an engine takes them and the gateway is not going away."""
-        return self.pool.has_candidate and not self._is_draining
+        """Whether requests can be served: an engine takes them, or will, and the gateway is not going away."""
+        return (self.pool.has_candidate or self.config.scale_from_zero_s > 0) and not self._is_draining
 
     async def start(self) -> None:
         """Listen on all ports, then look for engines and names; returns once that has been tried.
@@ -146,6 +150,7 @@ class GatewayApp:
         self._supervisor.spawn(self.quotas.run(), name="quotas")
         self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
         self._supervisor.spawn(self.ledger.run(), name="usage-ledger")
+        self._supervisor.spawn(self._board.run(), name="demand-board")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
@@ -180,6 +185,7 @@ class GatewayApp:
         Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
         """
         self._is_draining = True
+        self.fleet.end_readers()
         await drain(self.config, self._grpc, self.http, admission=self.admission, claims=self.claims)
 
     async def close(self) -> None:
@@ -188,6 +194,7 @@ class GatewayApp:
         await self._grpc.stop()
         await self._metrics_server.stop()
         await self._supervisor.close()
+        await self.fleet.close()
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
@@ -266,10 +273,10 @@ class GatewayApp:
 
     def _make_grpc(self) -> GrpcServer:
         generation = GatewayServicer(self.core, self.quotas, self._listing, slow_client_s=self.config.slow_client_s)
-        server = grpc_server(
-            self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
-        )
-        add_services(server, generation, FleetServicer(self.pool, self._dial))
+        is_worker = self._setup is not None
+        server = grpc_server(self.config, self._authenticator, self._metrics_registry, shares_port=is_worker)
+        scaler = ScalerServicer(self.catalog, self.pool, self._board)
+        add_services(server, generation, FleetServicer(self.pool, self.fleet, self._dial), scaler)
         return server
 
     def _make_http(self) -> HttpServer:

@@ -50,6 +50,8 @@ class GatewayConfig(ServiceSettings):
         usage_records: About how many records of requests' usage Valkey keeps for `loraplex usage`; 0 keeps none.
         engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
         failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
+        scale_from_zero_s: How long a new request waits for an engine where none of its base model is there; with more than 0 the
+            gateway is ready without engines, so that an autoscaler which asks it may start the first.
         max_buffered_tokens: Unread output of one client at which its request is ended.
         slow_client_s: Longest time that one write to a client may wait.
         drain_settle_s: Between NOT_SERVING and refusing new calls, for balancers to notice.
@@ -110,6 +112,9 @@ class GatewayConfig(ServiceSettings):
         help="send requests of a base model to engines whose numerics differ (--dtype, quantisation ...), and go on there",
     )
     failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
+    scale_from_zero_s: float = setting(
+        0.0, help="how long new requests wait where no engine is there, for an autoscaler to start one; 0 refuses them"
+    )
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")
     log_level: str = setting("info", help="debug, info, warning or error")
@@ -144,6 +149,7 @@ class GatewayConfig(ServiceSettings):
             "usage_records",
             "resume_window_s",
             "failover_wait_s",
+            "scale_from_zero_s",
             "max_connection_age_s",
             "drain_settle_s",
             "drain_grace_s",

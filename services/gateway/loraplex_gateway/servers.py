@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from loraplex.keda import externalscaler_pb2_grpc
 from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.exposition import Audience, Exposition
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.grpc.servicer import GatewayServicer
     from loraplex_gateway.grpc.servicer_fleet import FleetServicer
+    from loraplex_gateway.grpc.servicer_scaler import ScalerServicer
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.requests.admission import AdmissionController
     from loraplex_gateway.requests.claims import RequestClaims
@@ -59,6 +61,7 @@ def engine_pool(
             dial=dial,
         ),
         failover_wait_s=config.failover_wait_s,
+        arrival_wait_s=config.scale_from_zero_s,
         allows_mixed_numerics=config.allow_mixed_numerics,
     )
 
@@ -83,12 +86,14 @@ def grpc_server(
     )
 
 
-def add_services(server: GrpcServer, generation: GatewayServicer, fleet: FleetServicer) -> None:
-    """Have a server offer the gateway's two services."""
+def add_services(server: GrpcServer, generation: GatewayServicer, fleet: FleetServicer, scaler: ScalerServicer) -> None:
+    """Have a server offer the gateway's services."""
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(generation, server.server)
     server.add_service_name("loraplex.v1.GatewayService")
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.server)
     server.add_service_name("loraplex.v1.FleetService")
+    externalscaler_pb2_grpc.add_ExternalScalerServicer_to_server(scaler, server.server)
+    server.add_service_name("externalscaler.ExternalScaler")
 
 
 def store_channel(config: GatewayConfig, peers: Peers) -> PeerChannel | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import loraplex_client
 import pytest
+from loraplex_common.version import version_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,7 @@ def test_the_list_of_commands_is_whole(loraplex: Runner) -> None:
 def test_every_command_says_its_version(loraplex: Runner, command: tuple[str, ...]) -> None:
     result = loraplex(*command, "--version")
 
-    assert (result.code, result.out) == (0, f"loraplex {importlib.metadata.version('loraplex')}\n")
+    assert (result.code, result.out) == (0, version_line("loraplex") + "\n")
 
 
 @pytest.mark.parametrize("module", ["loraplex_gateway", "loraplex_engine", "loraplex_adapter_store"])
@@ -75,7 +76,7 @@ def test_every_service_says_its_version(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
 
     name = module.replace("_", "-")
-    assert (result.returncode, result.stdout) == (0, f"{name} {importlib.metadata.version('loraplex')}\n")
+    assert (result.returncode, result.stdout) == (0, version_line(name) + "\n")
 
 
 def test_the_library_says_its_version() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from loraplex_common.auth import Authenticator, Principal, Role
 from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.exposition import Audience, Exposition, new_registry, private
 from loraplex_common.secret import Secret
+from loraplex_common.version import package_commit, package_version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -132,6 +135,10 @@ def test_a_key_without_admin_right_sees_what_everybody_sees() -> None:
 def test_a_service_says_what_it_is_and_what_it_uses() -> None:
     text = Exposition(new_registry("gateway")).render().body.decode()
 
-    assert 'loraplex_build_info{service="gateway",version="' in text
+    about = re.search(
+        r'^loraplex_build_info\{commit="(\w+)",service="gateway",version="([^"]+)"\} 1', text, re.MULTILINE
+    )
+    assert about is not None
+    assert about.groups() == (package_commit(), package_version())
     assert "process_resident_memory_bytes " in text
     assert "python_info{" in text

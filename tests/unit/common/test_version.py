@@ -1,21 +1,24 @@
-"""The version is the installed package's, written in pyproject.toml alone."""
+"""The version is the installed package's, made of git's tags; a checkout and a wheel know their commit."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
-from loraplex_common.version import NOT_INSTALLED, package_version
+from loraplex_common.version import NOT_INSTALLED, UNKNOWN_COMMIT, package_commit, version_line
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_version_is_that_of_pyproject() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+def test_a_checkout_says_the_commit_of_its_head() -> None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert package_version() == project["version"]
+    commit = package_commit()
+
+    assert done.stdout.startswith(commit) if done.returncode == 0 else commit == UNKNOWN_COMMIT
+    assert version_line("loraplex").endswith(f" (commit {commit})")
 
 
 def test_sources_that_are_not_installed_say_so_and_run() -> None:

@@ -91,6 +91,11 @@ class Fetched(NamedTuple):
     seconds: float
     cpu_s: float
 
+    @property
+    def rate(self) -> float:
+        """GB/s."""
+        return self.num_bytes / self.seconds / 1e9
+
 
 async def fetch(peer: EnginePeer, digests: Sequence[str], pid: int) -> Fetched:
     """Want images all at once and wait for all."""

@@ -11,7 +11,7 @@ from loraplex_common.errors import LoraplexError
 from loraplex_common.hub_base import HubBaseError
 
 from loraplex_client._profiles import ProfileError, StaleProfileWarning
-from loraplex_client.cli import adapters, credentials, generate, load, model, plan, serve, status, usage
+from loraplex_client.cli import adapters, credentials, generate, load, model, plan, serve, status, top, usage
 from loraplex_client.cli.global_options import local, remote, root
 from loraplex_client.cli.wording import as_flags
 from loraplex_client.credentials.errors import CredentialsError
@@ -32,6 +32,7 @@ app.command()(remote(generate.chat))
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(credentials.app, name="credentials")
 app.command()(remote(status.status))
+app.command()(remote(top.top))
 app.command()(remote(usage.usage))
 app.command()(local(plan.plan))
 app.command()(remote(load.load))

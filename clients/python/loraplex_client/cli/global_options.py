@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from loraplex_common.version import package_version
+from loraplex_common.version import version_line
 
 from loraplex_client.cli.context import Identity
 
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        print(f"loraplex {package_version()}")
+        print(version_line("loraplex"))
         raise typer.Exit
 
 
 # Typer has no options that hold for all commands. These are appended to the commands' own parameters.
 VERSION: Final = {
     "version": Annotated[
-        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option("--version", help="Print version and commit, and end.", is_eager=True, callback=_print_version),
     ]
 }
 CREDENTIALS: Final = {

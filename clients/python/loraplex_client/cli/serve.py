@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import grpc
 import typer
 from loraplex_common.errors import LoraplexError
+from loraplex_common.version import version_line
 
 from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
@@ -162,6 +163,7 @@ def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> N
     store = "" if stack.store.endswith(":8510") else f" --store-target {stack.store}"
     prompt = "Remind me to call Ada about the demo tomorrow at 9 am"
     print(f"ready: grpc={stack.grpc} http={stack.http}", flush=True)
+    print(f"  {version_line('loraplex')}")
     print(f"  loraplex chat{target}{flag} --temperature 0 '{prompt}'")
     print(f"  curl http://{stack.http}/v1/models")
     print(f"  curl http://{stack.metrics}/metrics")

@@ -139,6 +139,9 @@ class EngineOptions:
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Type of keys and values: auto or fp8.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
     num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Processes that compute the model together, each with a part of every weight.")
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None
@@ -153,6 +156,7 @@ class EngineOptions:
                 "--kv-cache-dtype": self.kv_cache_dtype,
                 "--device": self.device,
                 "--num-threads": self.num_threads,
+                "--tensor-parallel": self.tensor_parallel,
                 "--max-model-len": self.max_model_len,
                 "--max-num-seqs": self.max_num_seqs,
                 "--max-num-batched-tokens": self.max_num_batched_tokens,

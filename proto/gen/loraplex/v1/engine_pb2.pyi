@@ -23,6 +23,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PageOwner:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PageOwnerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageOwner.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAGE_OWNER_UNSPECIFIED: _PageOwner.ValueType  # 0
+    """Nothing: it can be had."""
+    PAGE_OWNER_KV: _PageOwner.ValueType  # 1
+    """KV cache of sequences."""
+    PAGE_OWNER_ADAPTER: _PageOwner.ValueType  # 2
+    """An adapter."""
+    PAGE_OWNER_RETIRING: _PageOwner.ValueType  # 3
+    """Given back, but a step that is on the device may still read it."""
+    PAGE_OWNER_CACHED: _PageOwner.ValueType  # 4
+    """A block of the prefix cache that no sequence holds now; it gives way when there is need."""
+
+class PageOwner(_PageOwner, metaclass=_PageOwnerEnumTypeWrapper):
+    """PageOwner is what a page of the pool is used for."""
+
+PAGE_OWNER_UNSPECIFIED: PageOwner.ValueType  # 0
+"""Nothing: it can be had."""
+PAGE_OWNER_KV: PageOwner.ValueType  # 1
+"""KV cache of sequences."""
+PAGE_OWNER_ADAPTER: PageOwner.ValueType  # 2
+"""An adapter."""
+PAGE_OWNER_RETIRING: PageOwner.ValueType  # 3
+"""Given back, but a step that is on the device may still read it."""
+PAGE_OWNER_CACHED: PageOwner.ValueType  # 4
+"""A block of the prefix cache that no sequence holds now; it gives way when there is need."""
+Global___PageOwner: _TypeAlias = PageOwner  # noqa: Y015
+
 @_typing.final
 class SessionRequest(_message.Message):
     """SessionRequest is one message of a gateway."""
@@ -986,6 +1018,303 @@ class WatchAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class WatchPoolRequest(_message.Message):
+    """WatchPoolRequest opens a stream of the pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Time between two messages, 200 ms or more. Default 1 s."""
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPoolRequest: _TypeAlias = WatchPoolRequest  # noqa: Y015
+
+@_typing.final
+class WatchPoolResponse(_message.Message):
+    """WatchPoolResponse is one reading of the pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def change(self) -> Global___PoolChange:
+        """What has changed since the last message."""
+
+    @_builtins.property
+    def load(self) -> Global___LoadReport:
+        """The load then."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___PoolChange | None = ...,
+        load: Global___LoadReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "load", b"load"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPoolResponse: _TypeAlias = WatchPoolResponse  # noqa: Y015
+
+@_typing.final
+class PoolChange(_message.Message):
+    """PoolChange is what has changed between two readings of a pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    NUM_PAGES_FIELD_NUMBER: _builtins.int
+    RUN_STARTS_FIELD_NUMBER: _builtins.int
+    RUN_LENGTHS_FIELD_NUMBER: _builtins.int
+    RUN_OWNERS_FIELD_NUMBER: _builtins.int
+    RUN_HOLDERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    ENDED_REQUESTS_FIELD_NUMBER: _builtins.int
+    PROGRESS_HOLDERS_FIELD_NUMBER: _builtins.int
+    PROGRESS_COMPUTED_FIELD_NUMBER: _builtins.int
+    PROGRESS_OUTPUTS_FIELD_NUMBER: _builtins.int
+    PROGRESS_PAGES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    GONE_ADAPTERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    snapshot: _builtins.bool
+    """True if everything known before is void: all pages are free, and there are no requests and no adapters but these."""
+    num_pages: _builtins.int
+    """Pages of the pool; set with `snapshot`."""
+    requests_left_out: _builtins.int
+    """Open requests that are not told of: there are more than 1000."""
+    adapters_left_out: _builtins.int
+    """Adapters on the device that are not told of: there are more than 2000."""
+    @_builtins.property
+    def run_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that have another owner or holder now, as runs of neighbours: the first page of each run, with the following three
+        in parallel.
+        """
+
+    @_builtins.property
+    def run_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages of the run."""
+
+    @_builtins.property
+    def run_owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A PageOwner."""
+
+    @_builtins.property
+    def run_holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """PoolRequest.holder of PAGE_OWNER_KV (of several sequences that share a page, the one admitted last), PoolAdapter.holder of
+        PAGE_OWNER_ADAPTER; 0 elsewhere, and of a holder that is left out.
+        """
+
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolRequest]:
+        """Requests that are new or in another phase."""
+
+    @_builtins.property
+    def ended_requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Holders of requests that have ended."""
+
+    @_builtins.property
+    def progress_holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Requests that are further, by holder, with the following three in parallel."""
+
+    @_builtins.property
+    def progress_computed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """PoolRequest.computed_tokens."""
+
+    @_builtins.property
+    def progress_outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """PoolRequest.output_tokens."""
+
+    @_builtins.property
+    def progress_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """PoolRequest.num_pages."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolAdapter]:
+        """Adapters on the device that are new or have changed."""
+
+    @_builtins.property
+    def gone_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Holders of adapters that have left the device."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: _builtins.bool = ...,
+        num_pages: _builtins.int = ...,
+        run_starts: _abc.Iterable[_builtins.int] | None = ...,
+        run_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        run_owners: _abc.Iterable[_builtins.int] | None = ...,
+        run_holders: _abc.Iterable[_builtins.int] | None = ...,
+        requests: _abc.Iterable[Global___PoolRequest] | None = ...,
+        ended_requests: _abc.Iterable[_builtins.int] | None = ...,
+        progress_holders: _abc.Iterable[_builtins.int] | None = ...,
+        progress_computed: _abc.Iterable[_builtins.int] | None = ...,
+        progress_outputs: _abc.Iterable[_builtins.int] | None = ...,
+        progress_pages: _abc.Iterable[_builtins.int] | None = ...,
+        adapters: _abc.Iterable[Global___PoolAdapter] | None = ...,
+        gone_adapters: _abc.Iterable[_builtins.int] | None = ...,
+        requests_left_out: _builtins.int = ...,
+        adapters_left_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "adapters_left_out", b"adapters_left_out", "ended_requests", b"ended_requests", "gone_adapters", b"gone_adapters", "num_pages", b"num_pages", "progress_computed", b"progress_computed", "progress_holders", b"progress_holders", "progress_outputs", b"progress_outputs", "progress_pages", b"progress_pages", "requests", b"requests", "requests_left_out", b"requests_left_out", "run_holders", b"run_holders", "run_lengths", b"run_lengths", "run_owners", b"run_owners", "run_starts", b"run_starts", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolChange: _TypeAlias = PoolChange  # noqa: Y015
+
+@_typing.final
+class PoolRequest(_message.Message):
+    """PoolRequest is one open request of an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Phase:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PoolRequest._Phase.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: PoolRequest._Phase.ValueType  # 0
+        """Not set."""
+        PHASE_QUEUED: PoolRequest._Phase.ValueType  # 1
+        """Waiting for a place in a batch."""
+        PHASE_LOADING: PoolRequest._Phase.ValueType  # 2
+        """Waiting for its adapter."""
+        PHASE_PREFILL: PoolRequest._Phase.ValueType  # 3
+        """Its prompt is being computed."""
+        PHASE_DECODE: PoolRequest._Phase.ValueType  # 4
+        """It draws tokens."""
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+        """Where a request stands."""
+
+    PHASE_UNSPECIFIED: PoolRequest.Phase.ValueType  # 0
+    """Not set."""
+    PHASE_QUEUED: PoolRequest.Phase.ValueType  # 1
+    """Waiting for a place in a batch."""
+    PHASE_LOADING: PoolRequest.Phase.ValueType  # 2
+    """Waiting for its adapter."""
+    PHASE_PREFILL: PoolRequest.Phase.ValueType  # 3
+    """Its prompt is being computed."""
+    PHASE_DECODE: PoolRequest.Phase.ValueType  # 4
+    """It draws tokens."""
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIGESTS_FIELD_NUMBER: _builtins.int
+    FAIRNESS_KEY_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PAGES_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    holder: _builtins.int
+    """The engine's number for it; never 0, and never used again."""
+    request_id: _builtins.str
+    """The client's request id."""
+    phase: Global___PoolRequest.Phase.ValueType
+    """Where it stands."""
+    fairness_key: _builtins.str
+    """Whose share it counts against."""
+    prompt_tokens: _builtins.int
+    """Tokens of its prompt."""
+    computed_tokens: _builtins.int
+    """Tokens of prompt and output that are in the pool."""
+    output_tokens: _builtins.int
+    """Tokens generated."""
+    num_pages: _builtins.int
+    """Pages that its sequence holds, those that it shares included."""
+    @_builtins.property
+    def adapter_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of its adapters; none for the base model."""
+
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Time since it arrived at the engine."""
+
+    def __init__(
+        self,
+        *,
+        holder: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        phase: Global___PoolRequest.Phase.ValueType = ...,
+        adapter_digests: _abc.Iterable[_builtins.str] | None = ...,
+        fairness_key: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        num_pages: _builtins.int = ...,
+        age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digests", b"adapter_digests", "age", b"age", "computed_tokens", b"computed_tokens", "fairness_key", b"fairness_key", "holder", b"holder", "num_pages", b"num_pages", "output_tokens", b"output_tokens", "phase", b"phase", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolRequest: _TypeAlias = PoolRequest  # noqa: Y015
+
+@_typing.final
+class PoolAdapter(_message.Message):
+    """PoolAdapter is one adapter on an engine's device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    HALF_LIFE_FIELD_NUMBER: _builtins.int
+    holder: _builtins.int
+    """A number for it, as long as it is on the device; never 0."""
+    requests_per_s: _builtins.float
+    """Requests per second that ask for it lately: an average that loses half its weight per `half_life`, also between two
+    messages.
+    """
+    @_builtins.property
+    def adapter(self) -> Global___ResidentAdapter:
+        """The adapter; without `idle`."""
+
+    @_builtins.property
+    def half_life(self) -> _duration_pb2.Duration:
+        """As above."""
+
+    def __init__(
+        self,
+        *,
+        holder: _builtins.int = ...,
+        adapter: Global___ResidentAdapter | None = ...,
+        requests_per_s: _builtins.float = ...,
+        half_life: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "half_life", b"half_life"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "half_life", b"half_life", "holder", b"holder", "requests_per_s", b"requests_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolAdapter: _TypeAlias = PoolAdapter  # noqa: Y015
 
 @_typing.final
 class PinAdapterRequest(_message.Message):

@@ -60,6 +60,11 @@ class EngineServiceStub:
                 request_serializer=loraplex_dot_v1_dot_engine__pb2.WatchAdaptersRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_engine__pb2.WatchAdaptersResponse.FromString,
                 _registered_method=True)
+        self.WatchPool = channel.unary_stream(
+                '/loraplex.v1.EngineService/WatchPool',
+                request_serializer=loraplex_dot_v1_dot_engine__pb2.WatchPoolRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_engine__pb2.WatchPoolResponse.FromString,
+                _registered_method=True)
         self.PinAdapter = channel.unary_unary(
                 '/loraplex.v1.EngineService/PinAdapter',
                 request_serializer=loraplex_dot_v1_dot_engine__pb2.PinAdapterRequest.SerializeToString,
@@ -121,6 +126,14 @@ class EngineServiceServicer:
 
     def WatchAdapters(self, request, context):
         """WatchAdapters streams residency changes after start_sequence; a gap is OUT_OF_RANGE: list again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPool(self, request, context):
+        """WatchPool streams the owner of each page of the pool, the open requests and the adapters on the device: all of it first,
+        then what has changed, once per interval. Nothing is read without a stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,6 +202,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.WatchAdapters,
                     request_deserializer=loraplex_dot_v1_dot_engine__pb2.WatchAdaptersRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_engine__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'WatchPool': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPool,
+                    request_deserializer=loraplex_dot_v1_dot_engine__pb2.WatchPoolRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_engine__pb2.WatchPoolResponse.SerializeToString,
             ),
             'PinAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.PinAdapter,
@@ -352,6 +370,33 @@ class EngineService:
             '/loraplex.v1.EngineService/WatchAdapters',
             loraplex_dot_v1_dot_engine__pb2.WatchAdaptersRequest.SerializeToString,
             loraplex_dot_v1_dot_engine__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.EngineService/WatchPool',
+            loraplex_dot_v1_dot_engine__pb2.WatchPoolRequest.SerializeToString,
+            loraplex_dot_v1_dot_engine__pb2.WatchPoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

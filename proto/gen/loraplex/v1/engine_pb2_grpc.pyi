@@ -43,6 +43,10 @@ class EngineServiceStub:
     """ListAdapters pages through the adapters the engine holds."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_engine_pb2.WatchAdaptersRequest, _engine_pb2.WatchAdaptersResponse]
     """WatchAdapters streams residency changes after start_sequence; a gap is OUT_OF_RANGE: list again."""
+    WatchPool: _grpc.UnaryStreamMultiCallable[_engine_pb2.WatchPoolRequest, _engine_pb2.WatchPoolResponse]
+    """WatchPool streams the owner of each page of the pool, the open requests and the adapters on the device: all of it first,
+    then what has changed, once per interval. Nothing is read without a stream.
+    """
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_engine_pb2.PinAdapterRequest, _engine_pb2.PinAdapterResponse]
     """PinAdapter keeps an adapter in the pool whatever the pressure."""
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_engine_pb2.UnpinAdapterRequest, _engine_pb2.UnpinAdapterResponse]
@@ -71,6 +75,10 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """ListAdapters pages through the adapters the engine holds."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_engine_pb2.WatchAdaptersRequest, _engine_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """WatchAdapters streams residency changes after start_sequence; a gap is OUT_OF_RANGE: list again."""
+    WatchPool: _aio.UnaryStreamMultiCallable[_engine_pb2.WatchPoolRequest, _engine_pb2.WatchPoolResponse]  # type: ignore[assignment]
+    """WatchPool streams the owner of each page of the pool, the open requests and the adapters on the device: all of it first,
+    then what has changed, once per interval. Nothing is read without a stream.
+    """
     PinAdapter: _aio.UnaryUnaryMultiCallable[_engine_pb2.PinAdapterRequest, _engine_pb2.PinAdapterResponse]  # type: ignore[assignment]
     """PinAdapter keeps an adapter in the pool whatever the pressure."""
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_engine_pb2.UnpinAdapterRequest, _engine_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
@@ -126,6 +134,16 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_engine_pb2.WatchAdaptersResponse]]:
         """WatchAdapters streams residency changes after start_sequence; a gap is OUT_OF_RANGE: list again."""
+
+    @_abc_1.abstractmethod
+    def WatchPool(
+        self,
+        request: _engine_pb2.WatchPoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_engine_pb2.WatchPoolResponse], _abc.AsyncIterator[_engine_pb2.WatchPoolResponse]]:
+        """WatchPool streams the owner of each page of the pool, the open requests and the adapters on the device: all of it first,
+        then what has changed, once per interval. Nothing is read without a stream.
+        """
 
     @_abc_1.abstractmethod
     def PinAdapter(

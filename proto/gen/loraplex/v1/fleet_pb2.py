@@ -26,19 +26,27 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from loraplex.v1 import engine_pb2 as loraplex_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loraplex/v1/fleet.proto\x12\x0bloraplex.v1\x1a\x17google/rpc/status.proto\x1a\x18loraplex/v1/engine.proto\"\x14\n\x12ListEnginesRequest\"@\n\x13ListEnginesResponse\x12)\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.EngineState\"\xf1\x01\n\x0b\x45ngineState\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x30\n\x04info\x18\x03 \x01(\x0b\x32\".loraplex.v1.GetEngineInfoResponse\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.loraplex.v1.LoadReport\x12.\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1c.loraplex.v1.ResidentAdapter\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x13\n\x0bpassed_over\x18\x07 \x01(\t2`\n\x0c\x46leetService\x12P\n\x0bListEngines\x12\x1f.loraplex.v1.ListEnginesRequest\x1a .loraplex.v1.ListEnginesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loraplex/v1/fleet.proto\x12\x0bloraplex.v1\x1a\x17google/rpc/status.proto\x1a\x18loraplex/v1/engine.proto\"\x14\n\x12ListEnginesRequest\"@\n\x13ListEnginesResponse\x12)\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.EngineState\"\xf1\x01\n\x0b\x45ngineState\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x30\n\x04info\x18\x03 \x01(\x0b\x32\".loraplex.v1.GetEngineInfoResponse\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.loraplex.v1.LoadReport\x12.\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1c.loraplex.v1.ResidentAdapter\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x13\n\x0bpassed_over\x18\x07 \x01(\t\"\x13\n\x11WatchFleetRequest\"\xfe\x02\n\x12WatchFleetResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x30\n\x04info\x18\x03 \x01(\x0b\x32\".loraplex.v1.GetEngineInfoResponse\x12\'\n\x06\x63hange\x18\x04 \x01(\x0b\x32\x17.loraplex.v1.PoolChange\x12%\n\x04load\x18\x05 \x01(\x0b\x32\x17.loraplex.v1.LoadReport\x12H\n\radapter_names\x18\x06 \x03(\x0b\x32\x31.loraplex.v1.WatchFleetResponse.AdapterNamesEntry\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0c\n\x04gone\x18\x08 \x01(\x08\x12\x13\n\x0bpassed_over\x18\t \x01(\t\x1a\x33\n\x11\x41\x64\x61pterNamesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xb1\x01\n\x0c\x46leetService\x12P\n\x0bListEngines\x12\x1f.loraplex.v1.ListEnginesRequest\x1a .loraplex.v1.ListEnginesResponse\x12O\n\nWatchFleet\x12\x1e.loraplex.v1.WatchFleetRequest\x1a\x1f.loraplex.v1.WatchFleetResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WATCHFLEETRESPONSE_ADAPTERNAMESENTRY']._loaded_options = None
+  _globals['_WATCHFLEETRESPONSE_ADAPTERNAMESENTRY']._serialized_options = b'8\001'
   _globals['_LISTENGINESREQUEST']._serialized_start=91
   _globals['_LISTENGINESREQUEST']._serialized_end=111
   _globals['_LISTENGINESRESPONSE']._serialized_start=113
   _globals['_LISTENGINESRESPONSE']._serialized_end=177
   _globals['_ENGINESTATE']._serialized_start=180
   _globals['_ENGINESTATE']._serialized_end=421
-  _globals['_FLEETSERVICE']._serialized_start=423
-  _globals['_FLEETSERVICE']._serialized_end=519
+  _globals['_WATCHFLEETREQUEST']._serialized_start=423
+  _globals['_WATCHFLEETREQUEST']._serialized_end=442
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=445
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=827
+  _globals['_WATCHFLEETRESPONSE_ADAPTERNAMESENTRY']._serialized_start=776
+  _globals['_WATCHFLEETRESPONSE_ADAPTERNAMESENTRY']._serialized_end=827
+  _globals['_FLEETSERVICE']._serialized_start=830
+  _globals['_FLEETSERVICE']._serialized_end=1007
 # @@protoc_insertion_point(module_scope)

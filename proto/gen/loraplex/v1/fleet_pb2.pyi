@@ -114,3 +114,104 @@ class EngineState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineState: _TypeAlias = EngineState  # noqa: Y015
+
+@_typing.final
+class WatchFleetRequest(_message.Message):
+    """WatchFleetRequest has no parameters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFleetRequest: _TypeAlias = WatchFleetRequest  # noqa: Y015
+
+@_typing.final
+class WatchFleetResponse(_message.Message):
+    """WatchFleetResponse is news of one engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AdapterNamesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    INFO_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    ADAPTER_NAMES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
+    engine_id: _builtins.str
+    """Unique among all engines that ever ran."""
+    target: _builtins.str
+    """Where the gateway reaches it, `host:port`."""
+    gone: _builtins.bool
+    """True if it is gone."""
+    passed_over: _builtins.str
+    """As EngineState.passed_over."""
+    @_builtins.property
+    def info(self) -> _engine_pb2.GetEngineInfoResponse:
+        """What it is; set with the first news of it."""
+
+    @_builtins.property
+    def change(self) -> _engine_pb2.PoolChange:
+        """What has changed in its pool."""
+
+    @_builtins.property
+    def load(self) -> _engine_pb2.LoadReport:
+        """Its load."""
+
+    @_builtins.property
+    def adapter_names(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Names of the adapters that `change` names by digest, as requests may write them; none of an adapter without a name."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why it shows nothing; what was known of its pool is void then."""
+
+    def __init__(
+        self,
+        *,
+        engine_id: _builtins.str = ...,
+        target: _builtins.str = ...,
+        info: _engine_pb2.GetEngineInfoResponse | None = ...,
+        change: _engine_pb2.PoolChange | None = ...,
+        load: _engine_pb2.LoadReport | None = ...,
+        adapter_names: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        error: _status_pb2.Status | None = ...,
+        gone: _builtins.bool = ...,
+        passed_over: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "error", b"error", "info", b"info", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_names", b"adapter_names", "change", b"change", "engine_id", b"engine_id", "error", b"error", "gone", b"gone", "info", b"info", "load", b"load", "passed_over", b"passed_over", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFleetResponse: _TypeAlias = WatchFleetResponse  # noqa: Y015

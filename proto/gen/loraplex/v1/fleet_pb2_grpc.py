@@ -40,6 +40,11 @@ class FleetServiceStub:
                 request_serializer=loraplex_dot_v1_dot_fleet__pb2.ListEnginesRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_fleet__pb2.ListEnginesResponse.FromString,
                 _registered_method=True)
+        self.WatchFleet = channel.unary_stream(
+                '/loraplex.v1.FleetService/WatchFleet',
+                request_serializer=loraplex_dot_v1_dot_fleet__pb2.WatchFleetRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_fleet__pb2.WatchFleetResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -53,6 +58,14 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchFleet(self, request, context):
+        """WatchFleet streams the page pool of every engine, once per second: all of it first, then what has changed. Needs the admin
+        right where keys are asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListEngines,
                     request_deserializer=loraplex_dot_v1_dot_fleet__pb2.ListEnginesRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_fleet__pb2.ListEnginesResponse.SerializeToString,
+            ),
+            'WatchFleet': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchFleet,
+                    request_deserializer=loraplex_dot_v1_dot_fleet__pb2.WatchFleetRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_fleet__pb2.WatchFleetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class FleetService:
             '/loraplex.v1.FleetService/ListEngines',
             loraplex_dot_v1_dot_fleet__pb2.ListEnginesRequest.SerializeToString,
             loraplex_dot_v1_dot_fleet__pb2.ListEnginesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchFleet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.FleetService/WatchFleet',
+            loraplex_dot_v1_dot_fleet__pb2.WatchFleetRequest.SerializeToString,
+            loraplex_dot_v1_dot_fleet__pb2.WatchFleetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class FleetServiceStub:
     def __new__(cls, channel: _aio.Channel) -> FleetServiceAsyncStub: ...
     ListEngines: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListEnginesRequest, _fleet_pb2.ListEnginesResponse]
     """ListEngines asks every engine of the gateway's base models for its state. Needs the admin right where keys are asked for."""
+    WatchFleet: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchFleetRequest, _fleet_pb2.WatchFleetResponse]
+    """WatchFleet streams the page pool of every engine, once per second: all of it first, then what has changed. Needs the admin
+    right where keys are asked for.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -43,6 +47,10 @@ class FleetServiceAsyncStub(FleetServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEngines: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListEnginesRequest, _fleet_pb2.ListEnginesResponse]  # type: ignore[assignment]
     """ListEngines asks every engine of the gateway's base models for its state. Needs the admin right where keys are asked for."""
+    WatchFleet: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchFleetRequest, _fleet_pb2.WatchFleetResponse]  # type: ignore[assignment]
+    """WatchFleet streams the page pool of every engine, once per second: all of it first, then what has changed. Needs the admin
+    right where keys are asked for.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """FleetService is a gateway's view of the engines it sends requests to."""
@@ -54,5 +62,15 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ListEnginesResponse, _abc.Awaitable[_fleet_pb2.ListEnginesResponse]]:
         """ListEngines asks every engine of the gateway's base models for its state. Needs the admin right where keys are asked for."""
+
+    @_abc_1.abstractmethod
+    def WatchFleet(
+        self,
+        request: _fleet_pb2.WatchFleetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fleet_pb2.WatchFleetResponse], _abc.AsyncIterator[_fleet_pb2.WatchFleetResponse]]:
+        """WatchFleet streams the page pool of every engine, once per second: all of it first, then what has changed. Needs the admin
+        right where keys are asked for.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_image import image_sha256
+from loraplex_common.tree_digest import tree_sha256
 
 from loraplex_adapter_store.attach.image_writer import ImageWriter
 from loraplex_adapter_store.attach.messages import Offer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.attach.transfer import Transfer
     from loraplex_adapter_store.images import ImageCache
     from loraplex_adapter_store.metrics import StoreMetrics
+    from loraplex_adapter_store.page_image import Image
 
 
 MAX_FINDING: Final = 4
@@ -96,10 +98,19 @@ class Filler:
         if self._hello.takes_tree_digests:
             plan = await self._images.plan(key, self._fit)
         else:  # an engine of an earlier version checks the digest that comes with the offer
-            image = await self._images.get(key, self._fit)
+            image = await self._hashed(key)
             run = asyncio.get_running_loop().run_in_executor
             plan, sha256 = image.plan, await run(self._executor, image_sha256, image.pages)
         return Offer(transfer.digest, rank, plan.num_pages, sha256, transfer.is_wanted, plan.spec.to_json())
+
+    async def _hashed(self, key: ImageKey) -> Image:
+        """Return an image whose bytes have its tree digest: an engine that knows none cannot compare them with it."""
+        run = asyncio.get_running_loop().run_in_executor
+        image = await self._images.get(key, self._fit)
+        if await run(self._executor, tree_sha256, image.pages) != image.tree_sha256:
+            self._images.drop(key.digest, is_damaged=True)
+            image = await self._images.get(key, self._fit)
+        return image
 
     def _key(self, transfer: Transfer, rank: int) -> ImageKey:
         return ImageKey(transfer.digest, self._hello.geometry, rank)

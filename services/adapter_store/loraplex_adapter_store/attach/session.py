@@ -250,7 +250,7 @@ class EngineSession:
                 error=transfer.failure,
             )
             failure = transfer.failure
-            self._images.drop(transfer.digest)
+            self._images.drop(transfer.digest, is_damaged=True)
             transfer.advance(TransferState.PREPARING)
         raise AdapterCorruptError(f"revision {transfer.digest}: its image arrived corrupt twice: {failure}")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -53,6 +53,8 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+    _found: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The largest magnitude, once it is known: several checks ask for it, and each look reads all bytes."""
 
     @classmethod
     def of(cls, name: str, values: NDArray[Any]) -> Tensor:
@@ -82,7 +84,12 @@ class Tensor:
         return replace(self, shape=shape)
 
     def largest(self) -> float:
-        """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are 0."""
+        """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are 0. It is looked for once."""
+        if not self._found:
+            self._found.append(self._look_for_largest())
+        return self._found[0]
+
+    def _look_for_largest(self) -> float:
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
         found = [_largest(raw[first : first + SLICE_ITEMS], self.dtype) for first in range(0, raw.size, SLICE_ITEMS)]
         return float(np.max(found)) if found else 0.0

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
-from loraplex_common import geometry_wire
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.housekeeping import Trouble
 from loraplex_common.log import get_logger
 from loraplex_common.tree_digest import tree_root
 
 from loraplex_adapter_store.disk.cache_file import CacheFile, CacheFileError, open_cache_file, write_cache_file
-from loraplex_adapter_store.page_image import Image, ImageKey
+from loraplex_adapter_store.page_image import Image, ImageKey, geometry_id
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
@@ -87,7 +84,7 @@ class DiskTier:
 
     def recent(self, geometry: Geometry) -> dict[str, int]:
         """Return the digests whose images of a geometry are here with about their pages, most recently used first."""
-        part = f"-{_geometry_id(geometry)}-"
+        part = f"-{geometry_id(geometry)}-"
         found: dict[str, int] = {}
         for name, num_bytes in self._index.files():
             if part in name:
@@ -189,10 +186,4 @@ async def _pieces(data: NDArray[np.uint8]) -> AsyncGenerator[bytes, None]:
 
 
 def _image_name(key: ImageKey) -> str:
-    return f"{key.digest}-{_geometry_id(key.geometry)}-{key.rank}.image"
-
-
-@functools.lru_cache(maxsize=64)
-def _geometry_id(geometry: Geometry) -> str:
-    data = geometry_wire.to_message(geometry).SerializeToString(deterministic=True)
-    return hashlib.sha256(data).hexdigest()[:32]
+    return f"{key.digest}-{geometry_id(key.geometry)}-{key.rank}.image"

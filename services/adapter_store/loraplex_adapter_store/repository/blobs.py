@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,9 +22,11 @@ from loraplex_common.errors import (
     StoreUnavailableError,
 )
 from loraplex_common.log import get_logger
+from loraplex_common.tree_digest import piece_digests, tree_root
 
 from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
 from loraplex_adapter_store.import_notes import ImportNotes
+from loraplex_adapter_store.page_image import IMAGE
 from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.blob_tier import BlobTier, ChunkPlace, ValkeyTier
 
@@ -48,6 +51,9 @@ class Manifest:
         checksums: One crc32c per chunk.
         has_text_parts: Whether the header holds text parts.
         spec: The adapter's modules, so that an image's size is known before its bytes are read.
+        tree_sha256: The blob's tree digest, see `loraplex_common.tree_digest`; empty of blobs that an earlier version wrote.
+        images: Field of an image (`ImageKey.field`) -> its tree digest, of those that were derived once. They are fields of the
+            same hash, written by `Blobs.note_image`.
     """
 
     base_fingerprint: str
@@ -56,10 +62,14 @@ class Manifest:
     checksums: tuple[int, ...]
     spec: AdapterSpec
     has_text_parts: bool = False
+    tree_sha256: str = ""
+    images: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def to_fields(self) -> dict[str, str | bytes]:
-        """Encode as the fields of a Valkey hash."""
-        shape = {"bytes": self.num_bytes, "chunk_bytes": self.chunk_bytes, "crc32c": self.checksums}
+        """Encode as the fields of a Valkey hash, without those of images."""
+        shape: dict[str, Any] = {"bytes": self.num_bytes, "chunk_bytes": self.chunk_bytes, "crc32c": self.checksums}
+        if self.tree_sha256:
+            shape["tree_sha256"] = self.tree_sha256
         spec = self.spec.to_json()
         if self.has_text_parts:  # a store that knows of none refuses the adapter by this kind's name
             marked = json.loads(spec)
@@ -79,6 +89,8 @@ class Manifest:
             checksums=tuple(shape["crc32c"]),
             spec=AdapterSpec.from_json(spec),
             has_text_parts=has_text_parts,
+            tree_sha256=shape.get("tree_sha256", ""),
+            images={name.decode(): root.decode() for name, root in fields.items() if name.startswith(IMAGE.encode())},
         )
 
 
@@ -125,9 +137,11 @@ class Blobs:
             SaturatedError: If one is full.
         """
         checksums: list[int] = []
+        pieces: list[bytes] = []
         for tier in reversed(self._tiers):
             checksums.clear()
-            await tier.write(form.revision, _noting(form.chunks(), checksums))
+            pieces.clear()
+            await tier.write(form.revision, _noting(form.chunks(), checksums, pieces))
         manifest = Manifest(
             base_fingerprint=form.base_fingerprint,
             num_bytes=form.num_bytes,
@@ -135,6 +149,7 @@ class Blobs:
             checksums=tuple(checksums),
             spec=form.spec,
             has_text_parts=form.text_parts.info is not None,
+            tree_sha256=tree_root(pieces),
         )
         fields = manifest.to_fields()
         if form.notes is not None:
@@ -155,6 +170,21 @@ class Blobs:
             return
         with keys.translated():
             await self._client.eval(scripts.CHANGE_FIELD, 1, keys.manifest(digest), NOTES, notes.to_json())
+
+    async def note_image(self, digest: str, name: str, root: str) -> None:
+        """Keep the tree digest of an image that was derived from checked bytes, as long as the blob is kept.
+
+        Args:
+            digest: The blob.
+            name: `ImageKey.field`.
+            root: The image's tree digest.
+
+        Raises:
+            StoreUnavailableError: If Valkey cannot be reached.
+            SaturatedError: If it is full.
+        """
+        with keys.translated():
+            await self._client.eval(scripts.CHANGE_FIELD, 1, keys.manifest(digest), name, root)
 
     async def manifest(self, digest: str) -> Manifest | None:
         """Return a blob's manifest; None if there is no such blob.
@@ -237,8 +267,9 @@ class Blobs:
                 _log.warning("a chunk is not kept nearer", revision=digest, tier=tier.name, error=error.message)
 
 
-def _noting(chunks: Iterator[bytes], checksums: list[int]) -> Iterator[bytes]:
-    """Pass chunks on and note the crc32c of each."""
+def _noting(chunks: Iterator[bytes], checksums: list[int], pieces: list[bytes]) -> Iterator[bytes]:
+    """Pass chunks on and note the crc32c of each, and the digests of its pieces: none lies in two chunks."""
     for chunk in chunks:
         checksums.append(crc32c.crc32c(chunk))
+        pieces.append(piece_digests(memoryview(chunk)))
         yield chunk

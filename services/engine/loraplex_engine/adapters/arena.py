@@ -1,11 +1,13 @@
 """The host arena: the tier right behind the pool, one piece of host memory that a store on this host writes into.
 
 It is a sealed memory file (`loraplex_common.arena_file`, so no ``/dev/shm`` is needed). Bytes of the file, with H =
-`HEADER_BYTES`, N slots and P = ``page_bytes``:
+`HEADER_BYTES`, N slots, P = ``page_bytes`` and B = H + r * N * P:
 
     [0, 32)                          random nonce
     [32, H)                          rest of the header, unused
-    [H + i * P, H + (i + 1) * P)     slot i, for i in [0, N): one page
+    [B + i * P, B + (i + 1) * P)     slot i of tensor-parallel rank r, for i in [0, N): one page
+
+All ranks' images of an adapter lie in the same slots, each in its rank's part, so that one account of slots holds for all.
 
 A store opens the file through ``/proc``, checks seals and nonce, and fills the slots it was granted; without shared
 memory the engine's store client copies chunks into `view`. The kernel commits the memory as images arrive.
@@ -38,29 +40,44 @@ _WINDOW_SLOTS: Final = 2048
 class HostArena:
     """Slots of ``page_bytes`` in a memory file, and which of them are free.
 
+    Args:
+        num_slots: Slots of each rank.
+        page_bytes: Bytes of a slot.
+        num_ranks: Tensor-parallel ranks.
+
     Attributes:
         fd: File descriptor of the memory file.
         nonce: 32 random bytes at its start.
-        view: uint8 ``[num_slots, page_bytes]``; slot i lies at ``HEADER_BYTES + i * page_bytes`` of the file.
+        views: For each rank, uint8 ``[num_slots, page_bytes]``; slot i lies `first_byte` and ``i * page_bytes`` into the file.
     """
 
-    def __init__(self, num_slots: int, page_bytes: int) -> None:
+    def __init__(self, num_slots: int, page_bytes: int, num_ranks: int = 1) -> None:
         if num_slots <= 0 or page_bytes <= 0:
             raise ValueError(f"an arena of {num_slots} slots of {page_bytes} bytes has no room")
         self.nonce = secrets.token_bytes(NONCE_BYTES)
-        self.fd = create_arena_file(HEADER_BYTES + num_slots * page_bytes)
+        num_bytes = HEADER_BYTES + num_ranks * num_slots * page_bytes
+        self.fd = create_arena_file(num_bytes)
         try:
-            self._map = mmap.mmap(self.fd, HEADER_BYTES + num_slots * page_bytes)
+            self._map = mmap.mmap(self.fd, num_bytes)
         except OSError:
             os.close(self.fd)
             raise
         self._map[:NONCE_BYTES] = self.nonce
         flat = np.frombuffer(self._map, dtype=np.uint8, offset=HEADER_BYTES)
-        self.view: NDArray[np.uint8] = flat.reshape(num_slots, page_bytes)
+        self.views: tuple[NDArray[np.uint8], ...] = tuple(flat.reshape(num_ranks, num_slots, page_bytes))
         self._lock = threading.Lock()
         self._is_free = np.ones(num_slots, dtype=np.bool_)
         self._num_free = num_slots
         self._cursor = 0  # end of the last allocation: a gap is most likely there
+
+    @property
+    def view(self) -> NDArray[np.uint8]:
+        """Rank 0's part, ``[num_slots, page_bytes]``: all of it without other ranks."""
+        return self.views[0]
+
+    def first_byte(self, rank: int) -> int:
+        """Return where a rank's part begins in the file."""
+        return HEADER_BYTES + rank * self.views[0].nbytes
 
     @property
     def num_slots(self) -> int:
@@ -111,7 +128,7 @@ class HostArena:
             self._num_free += len(slots)
 
     def pages(self, slots: Sequence[int]) -> NDArray[np.uint8]:
-        """Return ``[len(slots), page_bytes]``: a view if the slots are consecutive, else a copy."""
+        """Return rank 0's ``[len(slots), page_bytes]``: a view if the slots are consecutive, else a copy."""
         first = slots[0]
         if tuple(slots) == tuple(range(first, first + len(slots))):
             return self.view[first : first + len(slots)]
@@ -131,7 +148,7 @@ class HostArena:
         """Release the memory; views of it that are still referenced keep theirs until they die."""
         if self.fd < 0:
             return
-        self.view = np.empty((0, self.view.shape[1]), dtype=np.uint8)
+        self.views = tuple(np.empty((0, view.shape[1]), dtype=np.uint8) for view in self.views)
         with contextlib.suppress(BufferError):  # a view is still referenced; the end of the last view unmaps the memory
             self._map.close()
         os.close(self.fd)

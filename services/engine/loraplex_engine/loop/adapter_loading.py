@@ -47,7 +47,7 @@ class AdapterLoading:
         for load in self._cache.loads.take_loads():
             source = self._arena.pages(load.arena_slots)
             try:
-                handle = self._runner.load_adapter(load.index, load.spec, load.pages, source)
+                handle = self._runner.load_adapter(load.index, load.spec, load.pages, source, load.arena_slots)
             except LoraplexError as error:
                 self._scheduler.load_refused(load.digest, error)
                 continue

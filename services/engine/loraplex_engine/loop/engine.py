@@ -17,6 +17,7 @@ from loraplex_engine.loop.calls import failing_into
 from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.loop.load_report import LoadReport, LoadSnapshot
 from loraplex_engine.loop.outbox import SessionOutbox
+from loraplex_engine.loop.pool_reading import PoolReading, read_pool
 from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, StoreEvent
@@ -49,10 +50,11 @@ class Engine:
             then refuses every command.
         clock: Seconds, monotonic.
         filler: Fills the masks of structured outputs; None if no request has one.
+        arena: Host memory for images that the runner knows already, with as many slots; closed here.
 
     Attributes:
         limits: What bounds it.
-        arena: Host memory for images; its `view` may be written in granted slots from any thread.
+        arena: Host memory for images; its `views` may be written in granted slots from any thread.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Engine:
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
         filler: MaskFiller | None = None,
+        arena: HostArena | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self.arena = HostArena(limits.num_arena_slots, limits.page_bytes)
+        self.arena = arena or HostArena(limits.num_arena_slots, limits.page_bytes)
         try:
             state = self._state = EngineState(limits, self.arena, emit=on_store_event, clock=clock, filler=filler)
             runner = self._runner = runner_factory(limits)
@@ -170,6 +173,10 @@ class Engine:
         """
         return self._call(self._state.cache.states.statuses)
 
+    def read_pool(self) -> Future[PoolReading]:
+        """Ask for the owner of each page, the open requests and the adapters on the device."""
+        return self._call(lambda: read_pool(self._state, self._clock()))
+
     def pin(self, digest: str) -> Future[AdapterStatus]:
         """Keep an adapter in the pool whatever the pressure; it is loaded if it is only in the arena.
 
@@ -240,6 +247,14 @@ class Engine:
     def is_healthy(self) -> bool:
         """False once the step loop has ended."""
         return self._loop.is_alive
+
+    def give_up(self, trouble: str) -> None:
+        """End every session with EngineHungError, so that gateways move the requests: the runner cannot go on.
+
+        Args:
+            trouble: What has happened, for the message; ``on_crash`` gets it, too.
+        """
+        self._loop.give_up(trouble)
 
     def close(self) -> None:
         """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread.

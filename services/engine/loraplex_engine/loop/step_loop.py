@@ -80,7 +80,7 @@ class EngineLoop:
             self._pulse,
             has_work=lambda: self._inbox.has_commands,
             patience_s=state.limits.step_patience_s,
-            on_hang=self._give_up,
+            on_hang=self.give_up,
         )
 
     # --- any thread ---
@@ -239,8 +239,9 @@ class EngineLoop:
     def _finish(self) -> None:
         """End everything in order: requests first, then steps and loads in flight, then the device."""
         error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
-        self._take_commands()
-        self._num_ended_by_drain += self._scheduler.end_all(error)
+        if not self._is_hung:  # else sessions are told that requests go on elsewhere, and not that they end here
+            self._take_commands()
+            self._num_ended_by_drain += self._scheduler.end_all(error)
         while self._steps:
             self._steps.complete()
         self._send()
@@ -248,8 +249,10 @@ class EngineLoop:
         self._shut(error)
         self._runner.close()
 
-    def _give_up(self, trouble: str) -> None:
-        """End every session, from the watchdog's thread, as the loop's own hangs; gateways move the requests."""
+    def give_up(self, trouble: str) -> None:
+        """End every session, from another thread, as the loop's own hangs or cannot go on; gateways move the requests."""
+        if self._is_hung:
+            return
         error = EngineHungError(f"{trouble}; this engine ends")
         self._is_hung = self._is_stopping = True
         self._on_crash(error)  # first: the calls below take locks that the loop's thread may hold

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
 
-def numerics_of(config: ModelConfig, weights: str, *, dtype: str, max_model_len: int, kv: str = "") -> Numerics:
+def numerics_of(
+    config: ModelConfig, weights: str, *, dtype: str, max_model_len: int, kv: str = "", tp_degree: int = 1
+) -> Numerics:
     """Return an engine's numerics.
 
     Args:
@@ -21,6 +23,7 @@ def numerics_of(config: ModelConfig, weights: str, *, dtype: str, max_model_len:
         dtype: torch's name of the type computed in.
         max_model_len: Longest sequence that is served: longrope picks its factors by it.
         kv: What keys and values are stored as; empty: in `dtype`.
+        tp_degree: Tensor-parallel ranks.
     """
     rope = "long" if has_long_factors(config, max_model_len) else ""
-    return Numerics(compute=dtype, weights=weights, kv=kv, rope=rope)
+    return Numerics(compute=dtype, weights=weights, kv=kv, rope=rope, tp_degree=tp_degree)

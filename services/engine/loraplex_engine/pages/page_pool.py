@@ -113,16 +113,16 @@ class PagePool:
         """All published pages, held or cached, rising."""
         return np.flatnonzero(self._is_published)
 
+    def owners(self) -> NDArray[np.int8]:
+        """Return the `PageOwner` of each page, int8 ``[num_pages]``, as a copy."""
+        return self._owners.copy()
+
     def is_cached(self, pages: Pages) -> NDArray[np.bool_]:
         """Tell per page whether it is CACHED now."""
-        cached: NDArray[np.bool_] = self._owners[pages] == _CACHED
-        return cached
+        return np.equal(self._owners[pages], _CACHED)
 
     def allocate(self, count: int, owner: PageOwner) -> Pages:
-        """Take ``count`` free pages.
-
-        Returns:
-            Page ids, ``[count]``.
+        """Take ``count`` free pages and return their ids, ``[count]``.
 
         Raises:
             RuntimeError: If fewer are free: the caller asks `num_free` first.

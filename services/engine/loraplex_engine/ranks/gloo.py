@@ -40,6 +40,18 @@ class GlooGroup:
             _process_group(_dist.PrefixStore(name, store), rank, degree, timeout) for name in ("steps", "loads")
         )
 
+    @classmethod
+    def meet(cls, file: str, rank: int, degree: int, *, timeout: timedelta = TIMEOUT) -> GlooGroup:
+        """Join ranks in other processes of this host.
+
+        Args:
+            file: Path of a file that they alone use, and that need not exist.
+            rank: As the constructor's, as are the others.
+            degree: All ranks.
+            timeout: How long a collective may take.
+        """
+        return cls(_dist.FileStore(file, degree), rank, degree, timeout=timeout)
+
     @property
     def rank(self) -> int:
         """See `RankGroup`."""

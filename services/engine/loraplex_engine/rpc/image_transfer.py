@@ -1,13 +1,13 @@
 """Takes images from the store into the arena: asks for room, receives the bytes, verifies them.
 
-Each offer has one task. It asks the step loop's thread for slots, grants them to the store, waits until the store
-reports that they are filled, verifies the image's digest and hands it over. Copies and hashes run in worker threads.
+The offers of an adapter's images, one for each tensor-parallel rank, have one task. It asks the step loop's thread for slots,
+grants the same ones for all ranks to the store, waits until the store reports that they are filled, verifies the images' digests
+and hands them over together. Copies and hashes run in worker threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,42 +20,17 @@ from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError
 
 from loraplex_engine.messages import ImageArrived, ImageRefused
 from loraplex_engine.rpc.image_check import ImageCheck
+from loraplex_engine.rpc.image_offer import ImageOffer, Stage, Transfer
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
     from loraplex_engine.loop.engine import Engine
 
 QUARANTINE_S: Final = 5.0
 """How long slots of a broken stream stay unused: a store that shares the arena may still be writing a page."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageOffer:
-    """An image that the store offers.
-
-    Attributes:
-        image_sha256: sha256 over the image's pages in order, 64 hex digits; empty if the tree digest comes with `filled`.
-        is_wanted: False if no request asked for the adapter.
-        is_expected: Whether a label is about to move to it, so that requests will ask for it.
-        spec: JSON of `AdapterSpec`.
-    """
-
-    digest: str
-    rank: int
-    num_pages: int
-    image_sha256: str
-    is_wanted: bool
-    spec: bytes
-    is_expected: bool = False
-
-
-class Stage(enum.Enum):
-    """State of a transfer."""
-
-    OFFERED = "offered"
-    FILLING = "filling"
-    VERIFYING = "verifying"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,17 +46,6 @@ class TransferCallbacks:
     grant: Callable[[str, int, tuple[int, ...]], None]
     decline: Callable[[str], None]
     fail: Callable[[str, LoraplexError], None]
-
-
-class _Transfer:
-    """The transfer of one image."""
-
-    def __init__(self, offer: ImageOffer) -> None:
-        self.offer = offer
-        self.stage = Stage.OFFERED
-        self.slots: tuple[int, ...] = ()
-        self.filled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
 
 
 class ImageTransfers:
@@ -100,7 +64,8 @@ class ImageTransfers:
         self._engine = engine
         self._max_image_pages = max_image_pages
         self._callbacks = callbacks
-        self._transfers: dict[tuple[str, int], _Transfer] = {}
+        self._num_ranks = len(engine.arena.views)
+        self._transfers: dict[str, Transfer] = {}
         self._quarantined: dict[tuple[int, ...], asyncio.TimerHandle] = {}
         self._check = ImageCheck()
         self.is_shared = False
@@ -112,19 +77,28 @@ class ImageTransfers:
 
     def is_prefetching(self, digest: str) -> bool:
         """Tell whether slots are granted to an unsolicited image that is not complete yet."""
-        transfer = self._transfers.get((digest, 0))
+        transfer = self._transfers.get(digest)
         return transfer is not None and transfer.stage is not Stage.OFFERED and not transfer.offer.is_wanted
 
     async def offered(self, offer: ImageOffer) -> None:
         """Take an offer up. The store repeats the offer of an unsolicited image when the image gets wanted."""
-        known = self._transfers.get((offer.digest, offer.rank))
-        if known is not None:
-            if known.stage is not Stage.OFFERED:
-                return  # its slots are granted already
-            await self._stop(known, is_quiet=True)
-        transfer = _Transfer(offer)
-        self._transfers[offer.digest, offer.rank] = transfer
-        transfer.task = asyncio.create_task(self._run(transfer), name=f"image-{offer.digest[:8]}")
+        if not 0 <= offer.rank < self._num_ranks:
+            error = AdapterCorruptError(
+                f"image {offer.digest} is of rank {offer.rank}, this engine has {self._num_ranks}"
+            )
+            self._callbacks.fail(offer.digest, error)
+            return
+        transfer = self._transfers.get(offer.digest)
+        if transfer is not None and offer.rank not in transfer.offers:
+            transfer.offers[offer.rank] = offer
+        else:
+            if transfer is not None:
+                if transfer.stage is not Stage.OFFERED:
+                    return  # its slots are granted already
+                await self._stop(transfer, is_quiet=True)
+            transfer = self._transfers[offer.digest] = Transfer(offer, self._num_ranks)
+        if transfer.is_complete:
+            transfer.task = asyncio.create_task(self._run(transfer), name=f"image-{offer.digest[:8]}")
 
     async def write(self, digest: str, rank: int, offset: int, data: bytes, checksum: int) -> None:
         """Copy a chunk into its slot; chunks of a transfer that was given up are ignored.
@@ -136,11 +110,12 @@ class ImageTransfers:
             data: The bytes; they must not cross a page boundary.
             checksum: crc32c of ``data``.
         """
-        transfer = self._transfers.get((digest, rank))
-        if transfer is None or transfer.stage is not Stage.FILLING:
+        transfer = self._transfers.get(digest)
+        if transfer is None or transfer.stage is not Stage.FILLING or not 0 <= rank < self._num_ranks:
             return
-        problem = await asyncio.to_thread(self._copy, transfer.slots, offset, data, checksum)
-        if problem is not None and self._transfers.get((digest, rank)) is transfer:
+        view = self._engine.arena.views[rank]
+        problem = await asyncio.to_thread(_copy, view, transfer.slots, offset, data, checksum)
+        if problem is not None and self._transfers.get(digest) is transfer:
             await self.abandon(digest)
             self._callbacks.fail(digest, AdapterCorruptError(f"image {digest}: {problem}"))
 
@@ -152,14 +127,14 @@ class ImageTransfers:
             rank: Tensor-parallel rank of the part.
             tree_sha256: See `loraplex_common.tree_digest`; empty from stores that know of none.
         """
-        transfer = self._transfers.get((digest, rank))
-        if transfer is not None and not transfer.filled.done():
-            transfer.filled.set_result(tree_sha256)
+        transfer = self._transfers.get(digest)
+        if transfer is not None and 0 <= rank < self._num_ranks and not transfer.filled[rank].done():
+            transfer.filled[rank].set_result(tree_sha256)
 
     async def abandon(self, digest: str) -> None:
         """Give up an adapter's transfers; the store has stopped writing them."""
-        for key in [key for key in self._transfers if key[0] == digest]:
-            await self._stop(self._transfers[key], is_quiet=True)
+        if (transfer := self._transfers.get(digest)) is not None:
+            await self._stop(transfer, is_quiet=True)
 
     async def abandon_all(self) -> None:
         """Give up all transfers, as the stream is gone; the next stream starts from the residency that it reports."""
@@ -174,23 +149,21 @@ class ImageTransfers:
         self._quarantined.clear()
         self._check.close()
 
-    async def _run(self, transfer: _Transfer) -> None:
+    async def _run(self, transfer: Transfer) -> None:
         offer = transfer.offer
         try:
-            spec = self._checked_spec(offer)
+            spec = self._checked_spec(transfer)
             slots = await self._granted(offer)
             if slots is None:
                 self._callbacks.decline(offer.digest)
                 return
             transfer.slots, transfer.stage = slots, Stage.FILLING
-            self._callbacks.grant(offer.digest, offer.rank, slots)
-            expected = await transfer.filled
+            for rank in range(self._num_ranks):
+                self._callbacks.grant(offer.digest, rank, slots)
+            tree_digests = await asyncio.gather(*transfer.filled)
             transfer.stage = Stage.VERIFYING
-            found = await self._check.digest(self._engine.arena.view, slots, is_tree=bool(expected))
-            if found != (expected or offer.image_sha256):
-                raise AdapterCorruptError(
-                    f"image {offer.digest}: sha256 is {found}, expected {expected or offer.image_sha256}"
-                )
+            for rank, tree_sha256 in enumerate(tree_digests):
+                await self._verify(transfer.offers[rank], slots, tree_sha256)
             transfer.slots = ()
             self._engine.post(ImageArrived(spec, slots))
         except (RequestTooLargeError, AdapterIncompatibleError) as error:
@@ -200,17 +173,33 @@ class ImageTransfers:
             self._return(transfer, is_quiet=True)
             self._callbacks.fail(offer.digest, error)
         finally:
-            if self._transfers.get((offer.digest, offer.rank)) is transfer:
-                del self._transfers[offer.digest, offer.rank]
+            self._forget(transfer)
 
-    def _checked_spec(self, offer: ImageOffer) -> AdapterSpec:
-        """Return the offer's spec if it describes this image.
+    async def _verify(self, offer: ImageOffer, slots: tuple[int, ...], tree_sha256: str) -> None:
+        """Check one rank's image.
 
         Raises:
-            AdapterCorruptError: If the spec describes another image.
+            AdapterCorruptError: If it is another than was offered.
+        """
+        expected = tree_sha256 or offer.image_sha256
+        found = await self._check.digest(self._engine.arena.views[offer.rank], slots, is_tree=bool(tree_sha256))
+        if found != expected:
+            where = f" of rank {offer.rank}" if self._num_ranks > 1 else ""
+            raise AdapterCorruptError(f"image {offer.digest}{where}: sha256 is {found}, expected {expected}")
+
+    def _forget(self, transfer: Transfer) -> None:
+        if self._transfers.get(transfer.offer.digest) is transfer:
+            del self._transfers[transfer.offer.digest]
+
+    def _checked_spec(self, transfer: Transfer) -> AdapterSpec:
+        """Return the offers' spec if it describes these images.
+
+        Raises:
+            AdapterCorruptError: If the spec describes other images.
             RequestTooLargeError: If the image can never fit.
             AdapterIncompatibleError: If the compute backend cannot serve it.
         """
+        offer = transfer.offer
         limit = min(self._max_image_pages, self._engine.arena.num_slots)
         if offer.num_pages > limit:
             raise RequestTooLargeError(
@@ -222,10 +211,12 @@ class ImageTransfers:
             num_pages = layout(self._engine.geometry, spec.sizes).num_pages
         except (ValueError, KeyError, TypeError) as error:  # ImageError and what json raises among them
             raise AdapterCorruptError(f"image {offer.digest}: unreadable spec: {error}") from error
-        if spec.digest != offer.digest or num_pages != offer.num_pages or offer.rank != 0:
-            raise AdapterCorruptError(
-                f"image {offer.digest} rank {offer.rank} of {offer.num_pages} pages: its spec is of {spec.digest}, {num_pages} pages"
-            )
+        for each in transfer.offers.values():
+            if spec.digest != each.digest or num_pages != each.num_pages or each.spec != offer.spec:
+                raise AdapterCorruptError(
+                    f"image {each.digest} rank {each.rank} of {each.num_pages} pages: its spec is of {spec.digest}, {num_pages} "
+                    "pages"
+                )
         self._engine.check_adapter(spec)
         return spec
 
@@ -240,14 +231,15 @@ class ImageTransfers:
             future.add_done_callback(functools.partial(_give_back, self._engine))
             raise
 
-    async def _stop(self, transfer: _Transfer, *, is_quiet: bool) -> None:
+    async def _stop(self, transfer: Transfer, *, is_quiet: bool) -> None:
         """Cancel a transfer; ``is_quiet`` tells that the store no longer writes to its slots."""
         if transfer.task is not None:
             transfer.task.cancel()
             await asyncio.wait([transfer.task])
+        self._forget(transfer)  # also one whose task never began
         self._return(transfer, is_quiet=is_quiet or transfer.stage is Stage.VERIFYING)
 
-    def _return(self, transfer: _Transfer, *, is_quiet: bool) -> None:
+    def _return(self, transfer: Transfer, *, is_quiet: bool) -> None:
         slots, transfer.slots = transfer.slots, ()
         if not slots:
             return
@@ -261,17 +253,17 @@ class ImageTransfers:
         del self._quarantined[slots]
         self._engine.return_slots(slots)
 
-    def _copy(self, slots: tuple[int, ...], offset: int, data: bytes, checksum: int) -> str | None:
-        """Check a chunk and copy it; return a description of what is wrong with it, or None."""
-        view = self._engine.arena.view
-        page_bytes = view.shape[1]
-        page, start = divmod(offset, page_bytes)
-        if page >= len(slots) or start + len(data) > page_bytes:
-            return f"{len(data)} bytes at {offset} do not lie in one of {len(slots)} pages of {page_bytes} bytes"
-        if crc32c.crc32c(data) != checksum:
-            return f"crc32c of {len(data)} bytes at {offset} is wrong"
-        view[slots[page], start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
-        return None
+
+def _copy(view: NDArray[np.uint8], slots: tuple[int, ...], offset: int, data: bytes, checksum: int) -> str | None:
+    """Check a chunk and copy it; return a description of what is wrong with it, or None."""
+    page_bytes = view.shape[1]
+    page, start = divmod(offset, page_bytes)
+    if page >= len(slots) or start + len(data) > page_bytes:
+        return f"{len(data)} bytes at {offset} do not lie in one of {len(slots)} pages of {page_bytes} bytes"
+    if crc32c.crc32c(data) != checksum:
+        return f"crc32c of {len(data)} bytes at {offset} is wrong"
+    view[slots[page], start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    return None
 
 
 def _give_back(engine: Engine, future: Future[tuple[int, ...] | None]) -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     import redis.asyncio
+    from loraplex_common.base_model import BaseModelInfo
+
+    from loraplex_engine.config import EngineConfig
+    from loraplex_engine.limits import EngineLimits
 
 _log = get_logger()
 
@@ -115,3 +119,30 @@ class Registration:
             _log.info("Valkey is back", engine_id=self._record.engine_id)
         self._is_reachable = True
         return True
+
+
+def advertised(config: EngineConfig, port: int) -> str:
+    """Return the address at which gateways reach an engine whose gRPC port is bound."""
+    address = config.advertise or config.host
+    has_port = address.rpartition(":")[2].isdigit() and not address.endswith("]")
+    return address if has_port else f"{address}:{port}"
+
+
+def engine_record(engine_id: str, target: str, info: BaseModelInfo, limits: EngineLimits) -> EngineRecord:
+    """Return what an engine registers."""
+    return EngineRecord(
+        engine_id=engine_id,
+        target=target,
+        base_model=info.name,
+        base_fingerprint=info.fingerprint,
+        base_aliases=info.aliases,
+        max_model_len=limits.max_model_len,
+        vocab_size=info.vocab_size,
+        num_pages=limits.num_pages,
+        block_tokens=limits.block_tokens,
+        page_bytes=limits.page_bytes,
+        max_image_pages=limits.max_image_pages,
+        constrains=True,
+        sums_adapters=True,
+        numerics=limits.numerics,
+    )

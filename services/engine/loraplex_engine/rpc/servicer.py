@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,7 @@ from loraplex_common.errors import DrainingError, InvalidParameterError
 from loraplex_engine.adapters.adapter import AdapterStatus
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.rpc import wire
+from loraplex_engine.rpc.pool_watch import PoolWatch
 from loraplex_engine.rpc.session import GatewaySession, SessionTimes
 from loraplex_engine.rpc.validation import RequestLimits, check_digest
 
@@ -93,6 +94,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             eos_token_ids=engine.limits.eos_token_ids,
             max_added_tokens=engine.limits.max_added_tokens,
         )
+        self._pool = PoolWatch(engine)
         self._is_closing = asyncio.Event()
         self._sessions: set[GatewaySession] = set()
 
@@ -201,6 +203,14 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 yield engine_pb2.WatchAdaptersResponse(sequence=event.sequence, adapter=_resident_adapter(event))
             await self._until_closing(self._feed.wait_beyond(position))
 
+    async def WatchPool(
+        self, request: engine_pb2.WatchPoolRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[engine_pb2.WatchPoolResponse]:
+        """Stream what becomes of the pool's pages."""
+        interval = request.interval if request.HasField("interval") else None
+        async for reading in self._pool.changes(interval, self._pause):
+            yield reading
+
     async def PinAdapter(
         self, request: engine_pb2.PinAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> engine_pb2.PinAdapterResponse:
@@ -238,12 +248,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         """Take requests again."""
         return engine_pb2.UndrainResponse(was_draining=await self._draining.undrain())
 
-    async def _pause(self, seconds: float) -> None:
-        try:
+    async def _pause(self, seconds: float) -> bool:
+        """Wait; returns False once streams are to end."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._is_closing.wait()
-        except TimeoutError:
-            return
+        return not self._is_closing.is_set()
 
     async def _until_closing(self, waiting: Any) -> None:
         tasks = [asyncio.ensure_future(waiting), asyncio.ensure_future(self._is_closing.wait())]

@@ -23,7 +23,6 @@ from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_engine.adapters.arena import HEADER_BYTES
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
 from loraplex_engine.rpc import store_wire
 from loraplex_engine.rpc.image_transfer import ImageTransfers, TransferCallbacks
@@ -188,9 +187,10 @@ class AdapterClient:
                     num_free=arena.num_free,
                     pid=os.getpid(),
                     fd=arena.fd,
-                    header_bytes=HEADER_BYTES,
+                    header_bytes=arena.first_byte(rank),
                     nonce=arena.nonce,
                 )
+                for rank in range(len(arena.views))
             ],
             held=[store_wire.held(event) for event in self._feed.held],
             sequence=sequence,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loraplex.v1 import adapter_store_pb2
 
 from loraplex_engine.rpc import wire
-from loraplex_engine.rpc.image_transfer import ImageOffer
+from loraplex_engine.rpc.image_offer import ImageOffer
 
 if TYPE_CHECKING:
     from loraplex_engine.messages import ResidencyChanged, WantImage

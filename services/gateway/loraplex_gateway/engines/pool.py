@@ -59,11 +59,13 @@ class EnginePool:
         catalog: Base models; engines of others are left alone.
         links: What all links have in common.
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
+        arrival_wait_s: How long a new request waits for an engine where there is none; 0 does not.
         allows_mixed_numerics: Whether a request may go to engines whose numerics differ.
         clock: Monotonic seconds.
 
     Attributes:
         failover_wait_s: As above.
+        arrival_wait_s: As above.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class EnginePool:
         links: LinkOptions,
         *,
         failover_wait_s: float = 60.0,
+        arrival_wait_s: float = 0.0,
         allows_mixed_numerics: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog, self._options = catalog, links
-        self.failover_wait_s = failover_wait_s
+        self.failover_wait_s, self.arrival_wait_s = failover_wait_s, arrival_wait_s
         self._absences = Absences(failover_wait_s, clock)
         self._alike = Alike(allows_mixed=allows_mixed_numerics)
         self._links: dict[str, EngineLink] = {}
@@ -106,6 +109,12 @@ class EnginePool:
         """Whether a session with any listed engine is still to be opened."""
         return any(
             link.state is LinkState.CONNECTING and link.engine_id in self._listed for link in self._links.values()
+        )
+
+    def has_engine(self, fingerprint: str) -> bool:
+        """Return whether an engine of a base model takes requests."""
+        return any(
+            self._is_candidate(link) for link in self._links.values() if link.record.base_fingerprint == fingerprint
         )
 
     def is_expected(self, fingerprint: str, begun: str | None = None) -> bool:

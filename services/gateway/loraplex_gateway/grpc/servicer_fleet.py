@@ -13,11 +13,12 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from loraplex_common.registry import EngineRecord
 
     from loraplex_gateway.engines.pool import EnginePool
+    from loraplex_gateway.fleet.watch import FleetWatch
 
 TIMEOUT_S: Final = 5.0
 
@@ -27,11 +28,14 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
     Args:
         pool: Knows which there are.
+        watch: Follows their page pools while there is a reader.
         dial: Opens a channel to an engine's address.
     """
 
-    def __init__(self, pool: EnginePool, dial: Callable[[str], grpc.aio.Channel] = open_channel) -> None:
-        self._pool = pool
+    def __init__(
+        self, pool: EnginePool, watch: FleetWatch, dial: Callable[[str], grpc.aio.Channel] = open_channel
+    ) -> None:
+        self._pool, self._watch = pool, watch
         self._dial = dial
 
     async def ListEngines(
@@ -40,6 +44,16 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         """Ask all engines at once; one that does not answer is listed with the reason."""
         records = sorted((link.record for link in self._pool.links), key=lambda record: record.target)
         return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(self._state, records)))
+
+    async def WatchFleet(
+        self, request: fleet_pb2.WatchFleetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[fleet_pb2.WatchFleetResponse]:
+        """Stream what becomes of the engines' page pools."""
+        with self._watch.reading() as reader:
+            while (found := await reader.take(TIMEOUT_S)) is not None:
+                for news in found:
+                    yield news.message
+        raise DrainingError("the gateway is shutting down", drop_reason="rejected-shutting-down")
 
     async def _state(self, record: EngineRecord) -> fleet_pb2.EngineState:
         known = fleet_pb2.EngineState(

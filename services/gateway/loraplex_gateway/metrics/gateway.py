@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from loraplex_gateway.metrics.tally import TallyHistogram
 from loraplex_gateway.metrics.top_usage import TopUsage
 from loraplex_gateway.metrics.vllm import VllmMetrics
+from loraplex_gateway.scaling.demand import Demand
 from loraplex_gateway.types import Priority
 
 if TYPE_CHECKING:
@@ -90,10 +91,12 @@ class GatewayMetrics:
 
     Attributes:
         vllm: Requests under the names that vLLM's dashboards read.
+        demand: What waits here for an engine.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.vllm = VllmMetrics(registry)
+        self.demand = Demand()
         self._adapter_label, self._tenant_label = LabelCap(), LabelCap()
         self.shares = ServiceShares()
         prefix = "loraplex_gateway_"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +20,7 @@ from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_gateway.engines.ticket import EngineLostError, EngineUpdate, LocalCancelError
 from loraplex_gateway.requests.attempts import OUTAGE_PAUSE_S, Attempts
+from loraplex_gateway.requests.engine_wait import expected_until
 from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.requests.submitting import submission_of
 from loraplex_gateway.types import FinishReason
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.run import RequestRun
     from loraplex_gateway.requests.tap import Tap
 
-FIRST_WAIT_S: Final = 5.0
-"""For an engine that is being dialled, of a request that no engine has had yet; the others wait as the pool says."""
 # After the deadline, for the engine's own verdict to arrive.
 ENGINE_DEADLINE_SLACK_S: Final = 2.0
 
@@ -169,7 +167,7 @@ class EngineRelay:
         """Return an engine, waiting for one while some is expected; None once the request's time limit has passed."""
         prepared = self._prepared
         fingerprint = prepared.model.fingerprint
-        first_until = self._clock() + FIRST_WAIT_S
+        since = self._clock()
         while True:
             changed = self._pool.changed
             if self._has_started and self._is_cut_at(self._clock()):
@@ -185,10 +183,9 @@ class EngineRelay:
             )
             if link is not None:
                 return link
-            until = self._pool.expected_until(fingerprint, self._begun)
-            if cause is None:
-                first = first_until if self._pool.is_expected(fingerprint, self._begun) else -math.inf
-                until = max(until, first) if self._has_started else first
+            until = expected_until(
+                self._pool, fingerprint, since, begun=self._begun, is_first=cause is None, has_started=self._has_started
+            )
             now = self._clock()
             if self._is_cut_at(now):
                 return None
@@ -196,7 +193,8 @@ class EngineRelay:
             left_s = min(until, prepared.deadline, *(limit for limit in limits if limit is not None)) - now
             if left_s <= 0:
                 raise self._give_up(cause)
-            await self._wait(changed, left_s)
+            with self._metrics.demand.waiting(fingerprint, len(prepared.prompt_ids) + len(self._tokens)):
+                await self._wait(changed, left_s)
 
     async def _outlast(self, outage: StoreUnavailableError) -> None:
         """Wait before the request is sent once more while the adapter store is out of reach.

@@ -37,17 +37,20 @@ class Waiting:
         self._run = run
         self._metrics = metrics
         self._model = run.prepared.model.name
+        self._demand = metrics.demand.waiting(run.prepared.model.fingerprint, len(run.prepared.prompt_ids))
         self._outcome = "cancelled"
         self._is_accepted = self._is_told = False
 
     def __enter__(self) -> Self:
         self._claim.on_cancel(lambda: self._place.give_up(LocalCancelError()))
         self._metrics.vllm.num_waiting[self._model] += 1
+        self._demand.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         times = self._run.times
         self._claim.on_cancel(None)
+        self._demand.__exit__(None, None, None)
         self._metrics.vllm.num_waiting[self._model] -= 1
         self._metrics.queue_duration.labels(self._outcome).observe(times.clock() - times.queued_at)
 

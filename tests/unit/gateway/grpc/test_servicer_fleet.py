@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 import pytest
 from loraplex.v1 import engine_pb2, engine_pb2_grpc, fleet_pb2
+from loraplex_common.adapter_names import AdapterNames
+from loraplex_common.grpc_channel import open_channel
 from loraplex_common.registry import EngineRecord
+from loraplex_gateway.fleet.watch import FleetWatch
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 
 if TYPE_CHECKING:
@@ -62,7 +65,8 @@ async def target() -> AsyncIterator[str]:
 
 def fleet(*targets: str) -> FleetServicer:
     links = [SimpleNamespace(record=replace(RECORD, target=target)) for target in targets]
-    return FleetServicer(cast("EnginePool", SimpleNamespace(links=links, passed_over=lambda _: "")))
+    pool = cast("EnginePool", SimpleNamespace(links=links, passed_over=lambda _: ""))
+    return FleetServicer(pool, FleetWatch(pool, AdapterNames(), open_channel))
 
 
 async def listed(servicer: FleetServicer) -> dict[str, fleet_pb2.EngineState]:

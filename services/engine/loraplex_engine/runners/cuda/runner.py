@@ -249,7 +249,12 @@ class CudaRunner:
         return any(setup is not None and setup.prompt_logprobs >= 0 for setup in setups)
 
     def load_adapter(
-        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
     ) -> LoadHandle:
         """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
         torch.cuda.set_device(self._device)

@@ -269,7 +269,12 @@ class TorchRunner:
         """Leave the arena unpinned: copies here are plain."""
 
     def load_adapter(
-        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        slots: tuple[int, ...] = (),
     ) -> TorchLoadHandle:
         """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
         return self._loads.load(index, spec, pages, source, list(self._launched))

@@ -1,0 +1,1 @@
+"""The page pools of all engines, for operators."""
