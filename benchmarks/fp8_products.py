@@ -27,6 +27,7 @@ from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.pointwise.fp8 import row_build
 from loraplex_kernels.pointwise.rms_norm import RmsNorm, rms_norm_build
 from loraplex_kernels.pointwise.silu_mul import SiluMul
+from loraplex_kernels.products.fp8_cut import choose_cuts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 OPS: Final = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 """Inputs and outputs."""
-ROWS: Final = (1, 8, 64, 256, 1024, 8192)
+ROWS: Final = (1, 8, 64, 128, 256, 1024, 8192)
+NUM_SMS: Final = 132  # of an H100 or H200
 COPIES: Final = 3
 """Weights of an op that take turns, so that none is in a cache."""
 
@@ -118,7 +120,9 @@ def smoke() -> None:
     norm, _ = rms_norm_build(4096, torch.bfloat16)
     gate, _ = row_build(14336, torch.bfloat16, has_groups=False)
     attended, _ = row_build(4096, torch.bfloat16, has_groups=False)
-    for name, defines in (("rms_norm_fp8", norm), ("silu_mul_fp8", gate), ("quantise_fp8", attended)):
+    cuts = [cut for outputs in {each for _, each in OPS.values()} for cut in choose_cuts(outputs, NUM_SMS)]
+    products = [("fp8_product", cut.defines(has_groups=has_groups)) for cut in cuts for has_groups in (False, True)]
+    for name, defines in (("rms_norm_fp8", norm), ("silu_mul_fp8", gate), ("quantise_fp8", attended), *products):
         program = compile_kernel(Build(name=name, defines=defines), "sm_90a")
         print(f"{name}: {program.registers} registers, {program.spill_bytes} B spilled")
 

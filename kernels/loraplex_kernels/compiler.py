@@ -17,7 +17,9 @@ from cuda.bindings import nvrtc
 SOURCES: Final = Path(__file__).parent / "csrc"
 DEFAULT_CACHE: Final = Path.home() / ".cache" / "loraplex" / "cubins"
 OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
-ENTRY_POINT: Final = re.compile(r'^extern "C" __global__[^{;]*?(\w+)\(const Params p\)', re.MULTILINE)
+ENTRY_POINT: Final = re.compile(
+    r'^extern "C" __global__[^{;]*?(\w+)\(const (?:__grid_constant__ )?Params p\)', re.MULTILINE
+)
 
 
 class CompileError(RuntimeError):

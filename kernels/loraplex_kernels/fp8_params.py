@@ -1,10 +1,10 @@
-"""ctypes mirrors of the parameter structs of kernels that quantise to e4m3."""
+"""ctypes mirrors of the parameter structs of kernels that quantise to e4m3, and that multiply it."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_void_p
+from ctypes import c_float, c_int, c_uint64, c_void_p
 from typing import Any, ClassVar
 
 _Fields = Sequence[tuple[str, type[Any]]]
@@ -50,3 +50,28 @@ class QuantiseFp8Params(ctypes.Structure):
     """csrc/pointwise/quantise_fp8.cu."""
 
     _fields_: ClassVar[_Fields] = [("x", c_void_p), ("quantised", Quantised)]
+
+
+class TensorMap(ctypes.Structure):
+    """csrc/products/tma.cuh."""
+
+    _fields_: ClassVar[_Fields] = [("words", c_uint64 * 16)]
+
+
+class Fp8ProductParams(ctypes.Structure):
+    """csrc/products/fp8_product.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("weight", TensorMap),
+        ("x", TensorMap),
+        ("weight_scales", c_void_p),
+        ("x_scales", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int),
+        ("outputs", c_int),
+        ("steps", c_int),
+        ("x_scale_stride", c_int),
+        ("accumulates", c_int),
+        ("reserved", c_int * 3),
+    ]

@@ -234,3 +234,22 @@ def adapted_logits(
     if rows is not None:
         out[:, rows[0].long()] = x.float() @ rows[1].float().T
     return out
+
+
+def fp8_product(
+    x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
+) -> torch.Tensor:
+    """Return ``x @ weight.T`` of e4m3 numbers times their scales, in fp32.
+
+    Args:
+        x: ``[rows, inputs]``.
+        x_scales: ``[1, rows]``, or ``[ceil(inputs / 128), rows]``.
+        weight: ``[outputs, inputs]``.
+        weight_scales: ``[outputs]``, or ``[ceil(outputs / 128), ceil(inputs / 128)]``.
+    """
+    outputs, inputs = weight.shape
+    if weight_scales.dim() == 1:
+        return (x.float() @ weight.float().t()) * x_scales.t() * weight_scales
+    of_inputs = x_scales.t().repeat_interleave(128, 1)[:, :inputs]
+    of_weight = weight_scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1)[:, :inputs]
+    return (x.float() * of_inputs) @ (weight.float() * of_weight).t()

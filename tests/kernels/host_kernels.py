@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from loraplex_kernels.compiler import SOURCES, headers, sources
+from loraplex_kernels.fp8_params import TensorMap
 from loraplex_kernels.module import KernelLibrary, dtype_defines
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ BUILDS: Final = HERE.parents[1] / ".cache" / "kernel-builds"
 def _common_parts() -> bytes:
     """What every executable is made of: the compiler, its flags, the shim and all headers."""
     version = subprocess.run([str(COMPILER), "--version"], capture_output=True, check=True).stdout
-    own = b"".join((HERE / name).read_bytes() for name in ("host_runner.cpp", "host_shim.h"))
+    own = b"".join((HERE / name).read_bytes() for name in ("host_runner.cpp", "host_shim.h", "host_tma.h"))
     return b"\0".join((version, repr(FLAGS).encode(), own, repr(headers()).encode()))
 
 
@@ -68,8 +69,17 @@ def pointer_fields(value: ctypes.Structure, at: int = 0) -> Iterator[tuple[int, 
         if kind is ctypes.c_void_p:
             if getattr(value, name):
                 yield where, getattr(value, name)
+        elif kind is TensorMap:
+            yield where, getattr(value, name).words[0]
         elif isinstance(kind, type) and issubclass(kind, ctypes.Structure):
             yield from pointer_fields(getattr(value, name), where)
+
+
+def host_byte_map(matrix: torch.Tensor, box_rows: int) -> TensorMap:
+    """Stands in for `tensor_map.byte_map`: what host_tma.h reads."""
+    made = TensorMap()
+    made.words[:4] = [matrix.data_ptr(), *matrix.shape, box_rows]
+    return made
 
 
 class HostKernel:

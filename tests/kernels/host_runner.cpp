@@ -1,5 +1,6 @@
 // Reads a launch (grid, block, parameter struct, buffers, which struct fields point where), runs it, writes the buffers back.
 #include "host_shim.h"
+#include "host_tma.h"
 #include KERNEL_FILE
 
 #include <type_traits>

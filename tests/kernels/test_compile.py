@@ -17,6 +17,7 @@ from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
 from loraplex_kernels.pointwise.fp8 import GROUPS_MACRO
+from loraplex_kernels.products.fp8_cut import choose_cuts
 from loraplex_kernels.sampling import sample as sampling
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PREFILL = [
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
 FP8 = "KV_SCALES=1048576"
+CUTS = {cut for outputs in (4096, 6144, 10240, 28672) for cut in choose_cuts(outputs, 132)}
 SOFTCAP = softcap_defines(50.0)
 
 
@@ -66,6 +68,8 @@ BUILDS = [
     ("quantise_fp8", ("WIDTH=4096", "THREADS=256"), None),
     ("quantise_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
     ("quantise_fp8", ("WIDTH=576", "THREADS=96", FP32), None),
+    *(("fp8_product", cut.defines(has_groups=False), None) for cut in sorted(CUTS, key=repr)),
+    *(("fp8_product", cut.defines(has_groups=True), None) for cut in sorted(CUTS, key=repr)),
     ("embedding", ("HIDDEN=4096",), None),
     ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
     ("embedding", ("HIDDEN=2560", "SCALED"), None),
@@ -136,15 +140,15 @@ def ceiling_of_header(name: str) -> int:
     return int(found[0])
 
 
-def exists_on(arch: str, defines: tuple[str, ...]) -> bool:
-    """Whether a build is used on an architecture: clusters exist from sm_90 on."""
+def exists_on(arch: str, name: str, defines: tuple[str, ...]) -> bool:
+    """Whether a build is used on an architecture: clusters exist from sm_90 on, products of e4m3 on sm_90a."""
     clusters = {f"CLUSTER={cluster}" for cluster in prefill_cut.CLUSTERS}
-    return arch != "sm_80" or not clusters.intersection(defines)
+    return arch != "sm_80" or not (name == "fp8_product" or clusters.intersection(defines))
 
 
 @pytest.mark.parametrize(
     ("name", "defines", "ceiling", "arch"),
-    [(*build, arch) for build in BUILDS for arch in ("sm_80", "sm_90a") if exists_on(arch, build[1])],
+    [(*build, arch) for build in BUILDS for arch in ("sm_80", "sm_90a") if exists_on(arch, *build[:2])],
 )
 def test_a_kernel_compiles_without_spills_within_its_registers(
     cubins: CubinCache, name: str, defines: tuple[str, ...], ceiling: int | None, arch: str
@@ -182,6 +186,15 @@ def test_lora_prefill_multiplies_by_warpgroup_above_rank_16_where_that_exists(cu
         by_warpgroup = arch == "90a" and "RANKS=16" not in defines
         assert (b"wgmma.mma_async" in ptx) == by_warpgroup
         assert (b"mma.sync" in ptx) != by_warpgroup
+
+
+def test_fp8_product_multiplies_by_warpgroup(cubins: CubinCache) -> None:
+    for name, defines, _ in BUILDS:
+        if name == "fp8_product":
+            ptx = cubins.get(Build(name=name, defines=(*defines, "LORAPLEX_PDL")), "compute_90a").image
+            rows = min(next(int(each[5:]) for each in defines if each.startswith("ROWS=")), 64)
+            assert ptx.count(f"m64n{rows}k32.f32.e4m3.e4m3".encode()) % 4 == 0
+            assert f"m64n{rows}k32.f32.e4m3.e4m3".encode() in ptx
 
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:

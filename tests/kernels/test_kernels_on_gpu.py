@@ -35,7 +35,7 @@ def test_every_kernel_computes_as_sm_80_code() -> None:
     failures = run_all(lambda dtype: RecordingLibrary(torch.device("cuda", 0), dtype, arch="compute_80"))
 
     assert not failures
-    assert loaded == sources().keys()
+    assert loaded == sources().keys() - {"fp8_product"}  # which exists as sm_90a code alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,7 @@
 // over its share of the context, its warps every fourth run of 16 tokens. Loads of K and V are mma fragments as they arrive, or
 // once they are widened, so nothing is staged in shared memory: scores^T = K q^T with tokens as M and heads as N, out^T = V^T p^T with dims as M. 16 loads in flight per lane.
 // Long contexts are split; the last CTA of a unit to arrive sums the shares in split order (no float atomics).
-// Shared memory: 128 x HEAD_DIM + 260 bytes. Alignment: HEAD_DIM rows on 16 bytes.
+// Shared memory: 128 x HEAD_DIM + 260 bytes. Alignment: rows of q, K and V on 16 bytes.
 // Registers: 4 CTAs of 128 threads per SM keep 128 KiB of loads in flight, hence at most 128. Heads of 256 take twice as
 // many of both: 2 CTAs. Heads of 80 leave half of their last fragment empty.
 // Architectures: sm_80 and up. Sources: Dao, arXiv:2307.08691 (FlashAttention-2); Hong et al., arXiv:2311.01282 (split-K).
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_state(State& state, int warp, int g, int c
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int dim = 32 * b + 8 * (g / 2) + dim_of(i / 2, g % 2);
+            const int dim = first_dim(b, g / 2) + dim_of(i / 2, g % 2);
             if (!has_dims(b, g / 2)) continue;
             shared.out[warp][2 * c + i % 2][dim] = state.out[b][i / 4][i % 4];
         }
@@ -86,11 +86,11 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, kCtas) attention_de
 
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
     Quad q[kBlocks];
-    const elem* q_row = p.q + sequence * p.q_stride + (kv_head * group + first + g) * kHeadDim + 8 * c;
+    const elem* q_row = p.q + sequence * p.q_stride + (kv_head * group + first + g) * kHeadDim;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
         q[b] = Quad{};
-        if (g < heads && has_dims(b, c)) q[b] = ordered(*reinterpret_cast<const Quad*>(q_row + 32 * b));
+        if (g < heads && has_dims(b, c)) q[b] = ordered(*reinterpret_cast<const Quad*>(q_row + first_dim(b, c)));
     }
     State state = {};
     state.peak[0] = state.peak[1] = negative_infinity();

@@ -3,6 +3,8 @@
 #pragma once
 #include "attention/decode_state.cuh"
 
+// The first of the eight dims of a head that a lane has in block b.
+__device__ __forceinline__ int first_dim(int b, int c) { return 32 * b + 8 * c; }
 // The dim of a pair and half of the eight that a lane has of a token.
 __device__ __forceinline__ int dim_of(int pair, int half) { return 2 * pair + half; }
 __device__ __forceinline__ Quad ordered(const Quad& q) { return q; }

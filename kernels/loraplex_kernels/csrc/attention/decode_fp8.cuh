@@ -10,6 +10,13 @@ __device__ __forceinline__ Quad ordered(const Quad& q) {
     return {q.x & 0xffffu | q.y << 16, q.x >> 16 | q.y & 0xffff0000u, q.z & 0xffffu | q.w << 16, q.z >> 16 | q.w & 0xffff0000u};
 }
 
+// The first of the eight dims of a head that a lane has in block b. A load brings 16 bytes, hence two blocks' dims, as the order
+// of k is free: loads of 8 bytes ask the L2 for twice as many parts of a line. Where rows are not whole lines, they are 8.
+constexpr bool kHasWideLoads = kHeadDim % 64 == 0;
+__device__ __forceinline__ int first_dim(int b, int c) {
+    return kHasWideLoads ? 64 * (b / 2) + 16 * c + 8 * (b % 2) : 32 * b + 8 * c;
+}
+
 // Two tokens of a lane, t + g and t + g + 8: where their K is, null without one, and their scales.
 struct TokenPair {
     const u8* from[2];
@@ -35,20 +42,28 @@ __device__ __forceinline__ TokenPair find_tokens(const Share& share, const PageP
     for (int i = 0; i < 2; ++i) {
         const int token = t + g + 8 * i;
         if (!is_live(share, token)) continue;
-        pair.from[i] = key_address(share.kv, pages.id[i], share.kv_head, token) + 8 * c;
+        pair.from[i] = key_address(share.kv, pages.id[i], share.kv_head, token) + first_dim(0, c);
         pair.scales[i] = *scale_address(share.kv, pages.id[i], share.kv_head, token);
     }
     return pair;
 }
 
+__device__ __forceinline__ void load_row(const u8* from, i64 plane, int c, Pair (&to)[kBlocks]) {
+    const bool live = from != nullptr;
+    if constexpr (kHasWideLoads) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; b += 2) {
+            const Quad both = live ? load_weights16(from + plane + 32 * b) : Quad{};
+            to[b] = {both.x, both.y}, to[b + 1] = {both.z, both.w};
+        }
+    } else {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) to[b] = live && has_dims(b, c) ? load_weights8(from + plane + 32 * b) : Pair{};
+    }
+}
 __device__ __forceinline__ void load_pair(const TokenPair& pair, i64 plane, int c, Pair (&to)[2][kBlocks]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            to[i][b] = Pair{};
-            if (pair.live(i) && has_dims(b, c)) to[i][b] = load_weights8(pair.from[i] + plane + 32 * b);
-        }
+    for (int i = 0; i < 2; ++i) load_row(pair.from[i], plane, c, to[i]);
 }
 
 __device__ __forceinline__ Quad widened(const Pair& raw, u32 multiplier) {

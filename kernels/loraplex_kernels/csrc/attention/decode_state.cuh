@@ -11,7 +11,7 @@ constexpr int kBlocks = (kHeadDim + 31) / 32;
 __device__ __forceinline__ bool has_dims(int b, int c) { return kHeadDim % 32 == 0 || 32 * b + 8 * c < kHeadDim; }
 
 // Running softmax over the tokens a warp has seen. Lane (g, c) holds heads 2c and 2c + 1; out[b][half][i] is dim
-// 32 b + 8 (g / 2) + dim_of(2 half + i / 2, g % 2) of head 2c + i % 2.
+// first_dim(b, g / 2) + dim_of(2 half + i / 2, g % 2) of head 2c + i % 2.
 struct State {
     float out[kBlocks][2][4];
     float peak[2];

@@ -9,6 +9,8 @@ from loraplex_kernels.pointwise.fp8 import GROUP, Fp8Rows, QuantiseFp8, RmsNormF
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
+from loraplex_engine.runners.cuda.fp8_few_rows import FewRowProducts
+
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
@@ -39,10 +41,11 @@ class Fp8Inputs:
 
     Attributes:
         has_groups: Whether fused kernels write a scale for each 128 features, and not for each token; as the linear layers want.
+        few_rows: Kernels of products of few rows.
     """
 
     def __init__(self, library: KernelLibrary, config: ModelConfig, *, max_tokens: int) -> None:
-        self.library, self.has_groups = library, False
+        self.library, self.has_groups, self.few_rows = library, False, FewRowProducts(library)
         projections = [each for layer in config.layers for each in layer]
         width = max(each.in_features for each in projections)
         self._max_rows, device = padded_rows(max_tokens), library.device

@@ -1,4 +1,4 @@
-"""Linear layers of a weight in e4m3 on the CUDA backend: torch's scaled products.
+"""Linear layers of a weight in e4m3 on the CUDA backend: our products of few rows, torch's scaled products of more.
 
 cuBLAS has no scaled product that accumulates onto its output through torch, so `ScaledMmLinear.onto` adds a product that lies in
 a buffer; decoders have the followers of products add where they can (ADR 35).
@@ -33,7 +33,9 @@ SCALE_STEP: Final = 4
 
 
 class ScaledMmLinear:
-    """A `Linear` of a weight in e4m3: one cuBLAS call a product, behind a kernel that quantises its input unless that is done.
+    """A `Linear` of a weight in e4m3: one launch a product, behind a kernel that quantises its input unless that is done.
+
+    Products of few rows are our kernel's on sm_90a, as many rows as it is faster for; all others are cuBLAS calls (ADR 46).
 
     Args:
         inputs: Where inputs lie in e4m3.
@@ -46,6 +48,7 @@ class ScaledMmLinear:
         self._inputs = inputs
         self._codes_t = weight.codes.t()
         self._scales_t = _padded_blocks(weight.scales).t() if weight.is_blocked else weight.scales.view(1, -1)
+        self._few_rows = inputs.few_rows.of(weight)
         inputs.require(weight.in_features, has_groups=weight.is_blocked)
 
     @property
@@ -76,15 +79,22 @@ class ScaledMmLinear:
         self._product(self._inputs.of(x, has_groups=self.weight.is_blocked), out, self.bias)
 
     def onto(self, x: Tensor, out: Tensor) -> None:
-        """See `Linear`; some rows at a time, rounded before they are added."""
+        """See `Linear`; more than few rows some at a time, rounded before they are added."""
+        if self._few_rows is not None and len(x) <= self._few_rows.max_rows:
+            rows = self._inputs.of(x, has_groups=self.weight.is_blocked)
+            self._few_rows.launch(rows, out, bias=self.bias, accumulates=True)
+            return
         step = self._inputs.sum_rows
         for first in range(0, len(x), step):
-            rows = x[first : first + step]
-            product = self._inputs.product(len(rows), self.out_features)
-            self.into(rows, product)
+            some = x[first : first + step]
+            product = self._inputs.product(len(some), self.out_features)
+            self.into(some, product)
             out[first : first + step].add_(product)
 
     def _product(self, rows: Fp8Rows, out: Tensor, bias: Tensor | None) -> None:
+        if self._few_rows is not None and len(out) <= self._few_rows.max_rows:
+            self._few_rows.launch(rows, out, bias=bias)
+            return
         padded = rows.codes.shape[0]
         if padded != len(out):
             out = out.as_strided((padded, self.out_features), (self.out_features, 1))

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from kernels.host_kernels import COMPILER, HostLibrary
+from kernels.host_kernels import COMPILER, HostLibrary, host_byte_map
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_common.architectures.registry import model_config
@@ -18,7 +18,7 @@ from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.fp8 import Fp8Linear, Fp8Weight, quantise, quantise_tokens, widen
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import WeightReader
-from loraplex_engine.runners.cuda import fp8_linear
+from loraplex_engine.runners.cuda import fp8_few_rows, fp8_linear
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs, padded_rows
 from loraplex_engine.runners.cuda.fp8_linear import ScaledMmLinear
 from loraplex_engine.runners.cuda.lora_paths import BesideLoraPath
@@ -26,6 +26,7 @@ from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.step import NO_ADAPTER
+from loraplex_kernels.products import fp8_product
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter
@@ -227,3 +228,27 @@ def test_a_written_input_is_read_once_and_not_after_it_was_changed(case: Case) -
     assert relative_error(out, case.expected(other)) < 1e-5, "read for another input"
     case.linear.into(x, out)
     assert relative_error(out, case.expected(x)) < 1e-5, "read after another input took its place"
+
+
+def test_few_rows_take_our_product_and_more_take_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_few_rows, "ARCH", "host")
+    monkeypatch.setattr(fp8_product, "byte_map", host_byte_map)
+    config = model_config(load_base_model(write_base_model(tmp_path / "base", PART_BASE)).config)
+    library = HostLibrary(torch.bfloat16, tmp_path)
+    weight = Fp8Weight(*quantise(torch.randn(64, 128)), is_blocked=False, dtype=torch.bfloat16)
+    inputs, bias = Fp8Inputs(library, config, max_tokens=160), torch.randn(64).bfloat16()
+    library.track(weight.codes, inputs.fixed_tensors[0])
+    linear, reference = ScaledMmLinear(inputs, weight, bias), Fp8Linear(weight, bias)
+    by_torch: list[int] = []
+    monkeypatch.setattr(fp8_linear, "_multiply_rows", lambda rows, *_: by_torch.append(len(rows.codes)))
+    x, out, expected = torch.randn(3, 128).bfloat16(), torch.ones(3, 64).bfloat16(), torch.ones(3, 64).bfloat16()
+
+    linear.onto(x, out)
+    reference.onto(x, expected)
+    assert relative_error(out, expected) < 1e-2, "added"
+    linear.into(x, out)
+    reference.into(x, expected)
+    assert relative_error(out, expected) < 1e-2, "written"
+    assert not by_torch
+    linear.into(torch.randn(129, 128).bfloat16(), torch.empty(padded_rows(129), 64).bfloat16()[:129])
+    assert by_torch == [padded_rows(129)]

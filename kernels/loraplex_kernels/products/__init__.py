@@ -1,0 +1,1 @@
+"""Products with the base's weights that libraries are slow at."""

@@ -1,0 +1,85 @@
+"""Products of few rows with FP8 weights, beside fp32's: on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from loraplex_kernels import reference
+from loraplex_kernels.products.fp8_product import Fp8Product
+
+if TYPE_CHECKING:
+    from loraplex_kernels.module import KernelLibrary
+    from loraplex_kernels.products.fp8_cut import Cut
+
+GROUP = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductCase:
+    """A product of random numbers.
+
+    Attributes:
+        rows: Rows; the input's memory has room for a multiple of 8.
+        inputs: Width of the input.
+        outputs: Width of the output.
+        has_groups: Whether scales belong to groups and blocks.
+        has_bias: Whether a bias is added.
+        accumulates: Whether the output is added to.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    has_groups: bool = False
+    has_bias: bool = False
+    accumulates: bool = False
+
+
+class ProductNumbers:
+    """A case's numbers on a device, and its result in fp32."""
+
+    def __init__(self, case: ProductCase, device: torch.device) -> None:
+        self.case, generator = case, torch.Generator().manual_seed(case.rows)
+        padded = -(-case.rows // 8) * 8
+        steps, blocks = -(-case.inputs // GROUP), -(-case.outputs // GROUP)
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        def scales(*shape: int) -> torch.Tensor:
+            return (torch.rand(*shape, generator=generator) + 0.5) / 64
+
+        self.x = (numbers(padded, case.inputs) * 50).to(torch.float8_e4m3fn).to(device)
+        self.weight = (numbers(case.outputs, case.inputs) * 50).to(torch.float8_e4m3fn).to(device)
+        self.x_scales = scales(steps if case.has_groups else 1, padded).to(device)
+        of_weight = (blocks, steps) if case.has_groups else (case.outputs,)
+        self.weight_scales = scales(*of_weight).to(device)
+        self.bias = numbers(case.outputs).to(torch.bfloat16).to(device) if case.has_bias else None
+        self.before = numbers(case.rows, case.outputs).to(torch.bfloat16).to(device)
+
+    def expected(self) -> torch.Tensor:
+        """Return the result in fp32."""
+        case = self.case
+        y = reference.fp8_product(self.x, self.x_scales, self.weight, self.weight_scales)[: case.rows]
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y + self.before.float() if case.accumulates else y
+
+    def launched(self, library: KernelLibrary, cut: Cut) -> torch.Tensor:
+        """Return what the kernel makes of it: every number is written."""
+        case = self.case
+        y = self.before.clone() if case.accumulates else torch.full_like(self.before, float("nan"))
+        product = Fp8Product(library, cut, has_groups=case.has_groups)
+        product.launch(
+            product.input_map(self.x),
+            self.x_scales,
+            product.weight_map(self.weight),
+            self.weight_scales,
+            y,
+            inputs=case.inputs,
+            bias=self.bias,
+            accumulates=case.accumulates,
+        )
+        return y
