@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -47,6 +47,12 @@ async def value_of(rig: Rig, name: str) -> float:
     return value.metricValueFloat
 
 
+async def told(stream: Any) -> bool:
+    answer = await stream.read()
+    assert isinstance(answer, externalscaler_pb2.IsActiveResponse)
+    return answer.result
+
+
 async def refusal_of(call: object) -> LoraplexError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call  # type: ignore[misc]
@@ -62,11 +68,11 @@ async def test_a_request_that_waits_on_one_gateway_is_answered_by_every_gateway_
     ):
         assert rig.app.is_ready
         needed = scaler(other).StreamIsActive(asked(), timeout=30)
-        assert not (await needed.read()).result
+        assert not await told(needed)
         assert await value_of(other, QUEUE_TOKENS) == 0
 
         call = asyncio.ensure_future(rig.stub.GenerateOnce(Once(request=text_request()), timeout=30))
-        assert (await needed.read()).result
+        assert await told(needed)
         assert await value_of(other, QUEUE_TOKENS) == await value_of(rig, QUEUE_TOKENS) > 0
         engine = EngineDouble(base=load_base_model(model_directory()), reply=letters)
         await engine.start()
@@ -76,7 +82,7 @@ async def test_a_request_that_waits_on_one_gateway_is_answered_by_every_gateway_
         await engine.kill()
 
         assert answer.started.engine_id == engine.engine_id
-        assert not (await needed.read()).result
+        assert not await told(needed)
         needed.cancel()
 
 
@@ -122,13 +128,13 @@ async def test_a_stream_tells_when_engines_begin_to_be_needed(valkey_url: str) -
     async with running_gateway(valkey_url) as rig:
         rig.engine.hold_at = 2
         stream = scaler(rig).StreamIsActive(asked(), timeout=30)
-        assert not (await stream.read()).result
+        assert not await told(stream)
 
         call = asyncio.ensure_future(rig.stub.GenerateOnce(Once(request=text_request()), timeout=30))
-        assert (await stream.read()).result
+        assert await told(stream)
         rig.engine.release()
         await call
-        assert not (await stream.read()).result
+        assert not await told(stream)
         stream.cancel()
 
 

@@ -30,7 +30,7 @@ def stage_rates(directory: Path, base: BaseModelInfo, url: str) -> dict[str, flo
     config = (directory / "adapter_config.json").read_bytes()
     weights = (directory / "adapter_model.safetensors").read_bytes()
     num_bytes = len(weights)
-    room = memoryview(np.ones(num_bytes, dtype=np.uint8))
+    room = np.ones(num_bytes, dtype=np.uint8).data
 
     def read() -> None:
         with (directory / "adapter_model.safetensors").open("rb", buffering=0) as file:
