@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from google.longrunning import operations_pb2
+from loraplex.keda import externalscaler_pb2
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, engine_pb2, fleet_pb2, gateway_pb2
 from loraplex_common.auth import Authenticator, Principal, Role
 from loraplex_common.errors import RoleForbiddenError
-from loraplex_common.rights import RIGHTS, require_right
+from loraplex_common.rights import METRICS_READERS, RIGHTS, SCALER, require_right
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FileDescriptor
 
-PROTOS = (adapter_pb2, adapter_store_pb2, engine_pb2, fleet_pb2, gateway_pb2, operations_pb2)
+PROTOS = (adapter_pb2, adapter_store_pb2, engine_pb2, externalscaler_pb2, fleet_pb2, gateway_pb2, operations_pb2)
 AUTHENTICATOR = Authenticator({f"key-{role}": Principal(name=f"a-{role}", role=role) for role in Role})
 
 
@@ -43,11 +44,13 @@ def test_a_role_may_do_what_the_table_says_and_is_told_what_it_takes_for_the_res
     assert caught.value.metadata == {"role": role.value, "rpc": method[1:], "roles_needed": needed}
 
 
-def test_services_are_no_tenants_and_scrapers_nothing_else() -> None:
+def test_services_are_no_tenants_and_scrapers_ask_what_engines_are_needed_and_nothing_else() -> None:
     generating = {role for method, roles in RIGHTS.items() if "GatewayService" in method for role in roles}
 
     assert generating == {Role.TENANT, Role.ADMIN}
-    assert not any(Role.METRICS in roles for roles in RIGHTS.values())
+    of_scrapers = {method for method, roles in RIGHTS.items() if Role.METRICS in roles}
+    assert of_scrapers == {method for method in RIGHTS if method.startswith(SCALER)}
+    assert all(RIGHTS[method] == METRICS_READERS for method in of_scrapers)
 
 
 def test_what_the_table_does_not_know_nobody_may() -> None:
