@@ -45,8 +45,8 @@ class Derivation:
         executor: Its threads do the work.
         buffers: Memory of canonical form and image.
         sink: Is given each page as soon as it is finished; None if nothing waits for pages.
-        known_root: The image's tree digest, if an earlier derivation recorded it. Nothing is hashed then: whoever takes the
-            image compares it with that, and names what is damaged.
+        known_root: The image's tree digest, if an earlier derivation recorded it. Nothing is hashed then: the engine
+            compares the image with that, and names what is damaged.
 
     Attributes:
         pages: ``[num_pages, page_bytes]``, uint8; complete once `run` has ended.

@@ -33,6 +33,7 @@ COMMANDS = [
         ("load",),
         ("fetch-model",),
         ("adapters",),
+        ("top",),
         ("usage",),
     ],
     *[("credentials",), ("credentials", "make"), ("credentials", "show")],

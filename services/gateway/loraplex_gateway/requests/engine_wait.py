@@ -19,7 +19,7 @@ def expected_until(
 
     Args:
         pool: The engines.
-        fingerprint: Of the request's base model.
+        fingerprint: The base model's, which the request asks for.
         since: When it began to look for an engine.
         begun: Numerics of the engine that its output began on, as `EnginePool.choose` takes them.
         is_first: Whether no engine has failed it yet.

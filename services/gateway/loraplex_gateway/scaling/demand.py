@@ -96,7 +96,7 @@ class DemandBoard:
 
     Args:
         valkey: Client.
-        gateway_id: Of this gateway.
+        gateway_id: This gateway's id.
         demand: What waits here.
     """
 
