@@ -12,6 +12,7 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.runner import CudaRunner
@@ -108,6 +109,7 @@ def make_cuda_runner(
     min_decode_runs: int = MIN_DECODE_RUNS,
     jitter: bool = False,
     kv_dtype: str = "",
+    weight_form: WeightForm = WeightForm.WHOLE,
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)
@@ -127,8 +129,10 @@ def make_cuda_runner(
         dependent_launch=dependent_launch,
         min_decode_runs=min_decode_runs,
         jitter=jitter,
+        weight_form=weight_form,
     )
-    return CudaRunner(config, WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0)))
+    reader = WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0), form=weight_form)
+    return CudaRunner(config, reader)
 
 
 @contextmanager
@@ -168,15 +172,22 @@ def cuda_engine(
         yield harness
 
 
-def make_torch_runner(model_dir: Path, dtype: str, *, num_pages: int = 512, max_num_seqs: int = 40) -> TorchRunner:
+def make_torch_runner(
+    model_dir: Path,
+    dtype: str,
+    *,
+    num_pages: int = 512,
+    max_num_seqs: int = 40,
+    kv_dtype: str = "",
+    weight_form: WeightForm = WeightForm.WHOLE,
+) -> TorchRunner:
     """Build the torch backend on the same GPU."""
     info = load_base_model(model_dir)
-    limits = EngineLimits(
-        pool=choose_pool_geometry(info, dtype=dtype), num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=256
-    )
+    pool = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
+    limits = EngineLimits(pool=pool, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=256)
     return TorchRunner(
-        RunnerConfig(info=info, limits=limits, device="cuda"),
-        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda")),
+        RunnerConfig(info=info, limits=limits, device="cuda", weight_form=weight_form),
+        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda"), form=weight_form),
     )
 
 
