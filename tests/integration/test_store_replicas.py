@@ -16,7 +16,9 @@ from loraplex_adapter_store import aliases, watchers
 from loraplex_adapter_store.imports.intake import _ID_CHARS
 from loraplex_adapter_store.records import Position
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.watchers import Watchers
+from loraplex_common.auth import Principal, Role
 from loraplex_common.error_status import to_status
 from loraplex_common.errors import InvalidParameterError, StoreUnavailableError
 from loraplex_common.valkey import connect
@@ -223,3 +225,18 @@ async def test_a_name_that_is_none_is_refused(redis_url: str, name: str) -> None
             with refused(InvalidParameterError, "watcher_id|letters|history_id|characters"), translated():
                 await call
         assert not (await first.upload_recipe("a", Recipe(seed=1))).visibility.late_gateways
+
+
+async def test_a_replica_that_stood_still_for_longer_than_changes_are_kept_reads_all_anew(redis_url: str) -> None:
+    async with running_rig(store_config(redis_url)) as (_, client), connect(redis_url) as valkey:
+        catalog = Catalog(valkey, gc_grace_s=60.0, check_name=lambda _: None)
+        table = aliases.AliasTable(valkey, catalog, (), Watchers(valkey))
+        await table._turn()
+        uploads = [await client.upload_recipe(name, Recipe(seed=seed)) for seed, name in enumerate("abc")]
+        await valkey.xtrim(keys.CHANGES, maxlen=1, approximate=False)
+
+        await table._turn()
+
+        assert set(table.revisions(Principal(name="admin", role=Role.ADMIN))) == {
+            each.revision.revision for each in uploads
+        }

@@ -255,6 +255,9 @@ class AliasTable:
             found = await self._client.xread({keys.CHANGES: f"{self._position.sequence}-0"}, count=100, block=BLOCK_MS)
         for _, entries in found or ():
             changes = [(int(entry_id.partition(b"-")[0]), fields[b"name"].decode()) for entry_id, fields in entries]
+            if changes[0][0] != self._position.sequence + 1:  # the stream is capped: what was not read in time is gone
+                await self._reload()
+                return
             names = list(dict.fromkeys(name for _, name in changes))
             views = await self._with_revisions(await self._catalog.get_many(names))
             for view in views:
