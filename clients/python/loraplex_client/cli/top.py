@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
@@ -15,6 +16,7 @@ from rich.text import Text
 from loraplex_client._fleet_view import FleetView, watch_fleet
 from loraplex_client._servers import Servers
 from loraplex_client.cli.context import Target, servers_of, stderr, stdout
+from loraplex_client.cli.interrupts import Display
 
 BAR_CELLS: Final = 32
 SHOWN_ID: Final = 12
@@ -39,19 +41,34 @@ def top(
         return
     if not sys.stdout.isatty():
         raise typer.BadParameter("stdout is no terminal: --once prints one reading, --json is for programs")
+    display = Display()
     with Live(Text("waiting for the first reading"), console=stdout, screen=True, auto_refresh=False) as live:
-        while True:
-            try:
-                shown_at = 0.0
-                for view in _fleet(servers):
-                    if time.monotonic() - shown_at >= FRAME_S:  # engines tell their news one by one
-                        live.update(screen(view, height=stdout.height), refresh=True)
-                        shown_at = time.monotonic()
-            except (RoleForbiddenError, UnauthenticatedError):
-                raise
-            except LoraplexError as error:
-                live.update(Text(f"{error.message}; trying again", style="red"), refresh=True)
-            time.sleep(AGAIN_S)
+
+        def show(what: RenderableType) -> None:
+            display.draw(lambda: live.update(what, refresh=True))
+
+        display.run(lambda: _watch(servers, show))
+
+
+def _watch(servers: Servers, show: Callable[[RenderableType], None]) -> None:
+    """Show the fleet for ever.
+
+    Raises:
+        RoleForbiddenError: If the caller may not see it.
+        UnauthenticatedError: If nobody knows the caller.
+    """
+    while True:
+        try:
+            shown_at = 0.0
+            for view in _fleet(servers):
+                if time.monotonic() - shown_at >= FRAME_S:  # engines tell their news one by one
+                    show(screen(view, height=stdout.height))
+                    shown_at = time.monotonic()
+        except (RoleForbiddenError, UnauthenticatedError):
+            raise
+        except LoraplexError as error:
+            show(Text(f"{error.message}; trying again", style="red"))
+        time.sleep(AGAIN_S)
 
 
 def _print(servers: Servers, *, once: bool, as_json: bool) -> None:
