@@ -96,5 +96,6 @@ def _likeness(letters: Counter[str], pairs: Counter[str], known: str) -> float:
 
 
 def _common(first: Counter[str], second: Counter[str]) -> float:
-    shared = sum(min(count, second[item]) for item, count in first.items())
+    # A Counter asks a function in Python for what it lacks.
+    shared = sum(min(count, second[item]) for item, count in first.items() if item in second)
     return 2 * shared / (first.total() + second.total())
