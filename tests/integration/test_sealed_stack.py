@@ -15,6 +15,7 @@ from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, e
 from loraplex_common import healthcheck
 from loraplex_common.errors import NoEngineError, RequestLostError, RoleForbiddenError, StreamInterruptedError
 from loraplex_common.grpc_channel import open_channel
+from loraplex_common.kept_status import KeptStatus
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.tls_files import TlsFiles
 from support.certificates import write
@@ -104,9 +105,13 @@ async def call(what: str, target: str, **options: object) -> None:
             await engine.Drain(engine_pb2.DrainRequest(), timeout=20)
             return
         session = engine.Session(timeout=20)
-        with contextlib.suppress(asyncio.InvalidStateError):  # refused before there was anything to send it over
-            await session.write(engine_pb2.SessionRequest(hello=engine_pb2.SessionRequest.Hello(gateway_id="me")))
-        await session.read()
+        kept = KeptStatus(session)
+        try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # refused before there was anything to send it over
+                await session.write(engine_pb2.SessionRequest(hello=engine_pb2.SessionRequest.Hello(gateway_id="me")))
+            await session.read()
+        except grpc.aio.AioRpcError as error:
+            raise kept.behind(error) from None
 
 
 def test_every_service_takes_its_rotated_certificate_in_and_no_request_fails(sealed_stack: SealedStack) -> None:
