@@ -35,7 +35,7 @@ def test_buf_builds_the_contract_without_a_network(where: tuple[str, ...], tmp_p
     services = {
         service.name for name, file in files.items() if name.startswith("loraplex/") for service in file.service
     }
-    assert services == {"GatewayService", "FleetService", "EngineService", "AdapterStoreService"}
+    assert services == {"GatewayService", "FleetService", "EngineService", "AdapterStoreService", "ExternalScaler"}
     assert "google/longrunning/operations.proto" in files
 
 

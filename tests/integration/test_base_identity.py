@@ -20,7 +20,7 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway.requests import relay
+from loraplex_gateway.requests import engine_wait
 from support.adapters import Recipe, adapter_files, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble
@@ -116,7 +116,7 @@ async def test_a_stream_never_goes_on_with_other_weights(valkey_url: str, is_lis
 async def test_an_engine_of_another_base_at_a_dead_ones_address_answers_no_request(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "FIRST_WAIT_S", 0.3)
+    monkeypatch.setattr(engine_wait, "FIRST_WAIT_S", 0.3)
     served = load_base_model(model_directory())
     other = EngineDouble(base=replace(served, fingerprint="11" * 32), reply=letters)
     async with running_gateway(valkey_url) as rig:

@@ -94,7 +94,7 @@ class EngineConfig(ServiceSettings):
     )
     pool_bytes: int | None = size(
         None,
-        help=f"device memory of the page pool, of each tensor-parallel rank (default: {size_as_flag(CPU_POOL_BYTES)} on a CPU, on a GPU most of what the "
+        help=f"device memory of each rank's page pool (default: {size_as_flag(CPU_POOL_BYTES)} on a CPU, on a GPU most of what the "
         "weights leave)",
     )
     arena_bytes: int = size(ARENA_BYTES, help="host memory for adapter images")

@@ -110,9 +110,7 @@ class GatewayApp:
         self.fleet = FleetWatch(self.pool, self._adapter_names, self._dial)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
-            max_concurrent=config.max_concurrent_requests,
-            max_queued=config.max_queued_requests,
-            clock=time.monotonic,
+            max_concurrent=config.max_concurrent_requests, max_queued=config.max_queued_requests, clock=time.monotonic
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
         file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)

@@ -20,6 +20,7 @@ SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_resident_adapters", "max
 DECLARING = {
     "config.py:EngineConfig",  # the flags
     "limits.py:EngineLimits",
+    "ranks/rank_line.py:RankSetup",  # what rank 0 tells the processes of the others
     "simulation/question.py:Question",  # what a simulation is asked, in JSON
     "rpc/validation.py:RequestLimits",  # of one request
 }
@@ -65,5 +66,5 @@ def test_compute_threads_are_the_process_s_and_set_before_anything_is_built(monk
     prepare_process(EngineConfig(model=Path("base")))
     prepare_process(EngineConfig(model=Path("base"), num_threads=3))
 
-    setters = [path.name for path in ENGINE.rglob("*.py") if "set_num_threads(" in path.read_text()]
-    assert (chosen, setters) == ([3], ["__main__.py"])
+    setters = {str(path.relative_to(ENGINE)) for path in ENGINE.rglob("*.py") if "set_num_threads(" in path.read_text()}
+    assert (chosen, setters) == ([3], {"__main__.py", "ranks/__main__.py"})

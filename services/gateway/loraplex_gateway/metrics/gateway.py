@@ -97,8 +97,7 @@ class GatewayMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.vllm = VllmMetrics(registry)
         self.demand = Demand()
-        self._adapter_label, self._tenant_label = LabelCap(), LabelCap()
-        self.shares = ServiceShares()
+        self._adapter_label, self._tenant_label, self.shares = LabelCap(), LabelCap(), ServiceShares()
         prefix = "loraplex_gateway_"
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
