@@ -54,8 +54,8 @@ def _watch(servers: Servers, show: Callable[[RenderableType], None]) -> None:
     """Show the fleet for ever.
 
     Raises:
-        RoleForbiddenError: If the caller may not see it.
-        UnauthenticatedError: If nobody knows the caller.
+        RoleForbiddenError: If the credential's role may not see it.
+        UnauthenticatedError: If its credential is unknown.
     """
     while True:
         try:
