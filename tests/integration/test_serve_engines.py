@@ -1,0 +1,173 @@
+"""``loraplex serve --engines 2``: one command, two engines behind one gateway, as processes on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from loraplex_client import AsyncClient, Client, Finished, Started
+from loraplex_client.load import LoadTest
+from loraplex_client.workload import Trace, zipf_adapters
+from loraplex_common.errors import LoraplexError
+from support.adapters import Recipe, write_adapter
+from support.base_models import TinyBase, write_base_model
+from support.serve_process import ServeProcess, children_of, is_alive, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.integration
+
+NUM_ADAPTERS = 40
+NAMES = tuple(f"a{number:02d}" for number in range(NUM_ADAPTERS))
+POOL = ("--pool-bytes", "2MiB", "--arena-bytes", "2MiB", "--drain-grace-s", "5")
+SAMPLE = re.compile(r"^(\S+?)(?:\{(.*)\})? (\S+)$")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base_model(tmp_path_factory.mktemp("base") / "tiny", TinyBase())
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[ServeProcess]:
+    flags = ("--model", str(base), "--engines", "2", "--device", "cpu", *POOL)
+    process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", *flags)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, base: Path, stack: ServeProcess) -> None:
+    folder = tmp_path_factory.mktemp("adapters")
+    with Client(stack.grpc, store_target=stack.store) as client:
+        for seed, name in enumerate(NAMES):
+            client.adapters.upload(name, write_adapter(folder / name, base, Recipe(rank=8, seed=seed)))
+        wait_until(lambda: set(NAMES) <= {model.name for model in client.list_models()})
+
+
+def metrics_of(process: ServeProcess) -> list[dict[str, list[tuple[str, float]]]]:
+    """Return what each engine counts: name -> labels and value of each sample."""
+    found = []
+    for address in process.engine_metrics:
+        samples: dict[str, list[tuple[str, float]]] = {}
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+            for line in page.read().decode().splitlines():
+                if match := SAMPLE.match(line):
+                    samples.setdefault(match[1], []).append((match[2] or "", float(match[3])))
+        found.append(samples)
+    return found
+
+
+def total(samples: dict[str, list[tuple[str, float]]], name: str) -> float:
+    return sum(value for _, value in samples.get(name, []))
+
+
+def loraplex(stack: ServeProcess, *arguments: str) -> str:
+    environment = {**os.environ, "LORAPLEX_TARGET": stack.grpc, "LORAPLEX_STORE_TARGET": stack.store, "COLUMNS": "200"}
+    command = [sys.executable, "-m", "loraplex_client", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+
+
+def test_two_engines_serve_and_are_told_apart(stack: ServeProcess) -> None:
+    assert len(set(stack.engines)) == len(stack.engine_pids()) == 2
+    assert {"starting engine-0", "starting engine-1"} <= set(stack.errors.splitlines())
+    for number in range(2):
+        assert (stack.data_dir / "logs" / f"engine-{number}.log").exists()
+    status = loraplex(stack, "status")
+    asked = loraplex(stack, "status", *(word for each in stack.engines for word in ("--engine-target", each)))
+    assert all(address in status and address in asked for address in stack.engines)
+    assert len(json.loads(loraplex(stack, "top", "--once", "--json"))["engines"]) == 2
+    with urllib.request.urlopen(f"http://{stack.http}/v1/models", timeout=10) as page:
+        assert "tiny" in {model["id"] for model in json.loads(page.read())["data"]}
+
+
+def hits_by_engine(process: ServeProcess) -> dict[str, Counter[str]]:
+    """Return from the gateway's log which engine served each adapter how often: adapter -> engine -> requests."""
+    found: dict[str, Counter[str]] = {}
+    for line in (process.data_dir / "logs" / "gateway.log").read_text().splitlines():
+        fields = dict(re.findall(r"(adapter|engine_id)=(\S+)", line))
+        if fields.get("adapter") in NAMES:
+            found.setdefault(fields["adapter"], Counter())[fields["engine_id"]] += 1
+    return found
+
+
+@pytest.mark.usefixtures("adapters")
+async def test_adapters_go_where_they_are_wanted_and_hot_ones_to_both(stack: ServeProcess) -> None:
+    generator, count = np.random.default_rng(1), 400
+    trace = Trace.of(
+        np.sort(generator.random(count)) * 2,
+        adapter=zipf_adapters(NUM_ADAPTERS, count, exponent=1.0, generator=generator),
+        prompt_tokens=np.full(count, 24, np.int32),
+        output_tokens=np.full(count, 24, np.int32),
+    )
+
+    async with AsyncClient(stack.grpc) as client:
+        result = await LoadTest(client, trace, NAMES, vocab_size=TinyBase().vocab_size).run()
+
+    result.measured.require_complete()
+    engines, hits = metrics_of(stack), hits_by_engine(stack)
+    fits = [total(each, "vllm:max_gpu_lora_adapters") for each in engines]
+    loads = [total(each, "loraplex_engine_adapter_loads_total") for each in engines]
+    served = Counter[str]()
+    for counts in hits.values():
+        served += counts
+    print(
+        f"fit {fits}, loads {loads}, served {served}", *(f"{name}: {[*hits[name].values()]}" for name in sorted(hits))
+    )
+    assert max(fits) < NUM_ADAPTERS, "all adapters fit one engine: this shows nothing"
+    assert sum(served.values()) == count
+    assert min(served.values()) > 0.3 * count
+    assert len(hits["a00"]) == 2, "the hottest adapter is served by both"
+    assert sum(loads) < 0.5 * count, "most requests find their adapter where they are sent"
+
+
+def test_streams_go_on_when_one_engine_is_killed_which_then_serves_again(stack: ServeProcess) -> None:
+    with Client(stack.grpc, store_target=stack.store) as client:
+        streams = [
+            client.generate(prompt=f"Hello {number}", max_new_tokens=150, ignore_eos=True, temperature=0)
+            for number in range(8)
+        ]
+        assert all(isinstance(next(stream), Started) for stream in streams)
+
+        os.kill(stack.engine_pids()[0], signal.SIGKILL)
+
+        ends = [list(stream)[-1] for stream in streams]
+        assert all(isinstance(end, Finished) and end.usage.output_tokens == 150 for end in ends)
+        wait_until(lambda: re.search(r"engine-[01] runs again", stack.errors) is not None, 60)
+        wait_until(lambda: len(json.loads(loraplex(stack, "top", "--once", "--json"))["engines"]) == 2, 60)
+
+
+def test_ctrl_c_leaves_no_process(stack: ServeProcess) -> None:
+    """Last of those that use the shared stack."""
+    pids = children_of(stack.pid)
+    assert len(pids) == 5
+
+    assert stack.terminate(signal.SIGINT) == 0
+
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_engines_of_several_ranks_end_with_their_ranks(base: Path, tmp_path: Path) -> None:
+    flags = ("--engines", "2", "--tensor-parallel", "2", "--device", "cpu", "--num-threads", "1")
+    process = ServeProcess(tmp_path / "data", "--model", str(base), *flags, *POOL)
+    ranks = [rank for engine in process.engine_pids() for rank in children_of(engine)]
+    with Client(process.grpc) as client:
+        with pytest.raises(LoraplexError):
+            client.generate_once(prompt="Hi", adapter="nothing", max_new_tokens=1)
+        assert client.generate_once(prompt="Hi", max_new_tokens=4).finished.usage.output_tokens == 4
+
+    process.close()
+
+    assert len(ranks) == 2
+    assert not any(is_alive(pid) for pid in ranks)
