@@ -61,6 +61,8 @@ ELSEWHERE = {
         "tests/integration/test_usage_ledger.py"
     ),
     "loraplex usage --redis-url redis://valkey:6379 --since 30d --by tenant --json": "tests/integration/test_usage_ledger.py",
+    "loraplex serve --model DIR --engines 2": "tests/integration/test_serve_engines.py",
+    "loraplex serve --model DIR --engines 8 --device cuda": "nothing: needs several GPUs",
     "pip install openai": CI,
     "make dist": "tests/packaging/test_wheel.py",
     **dict.fromkeys(lines_marked(ROOT / "docs" / "operating.md", BACKUP), BACKUP),
