@@ -17,7 +17,6 @@ import pytest
 from loraplex_client import AsyncClient, Client, Finished, Started
 from loraplex_client.load import LoadTest
 from loraplex_client.workload import Trace, zipf_adapters
-from loraplex_common.errors import LoraplexError
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.serve_process import ServeProcess, children_of, is_alive, wait_until
@@ -158,16 +157,37 @@ def test_ctrl_c_leaves_no_process(stack: ServeProcess) -> None:
     assert not any(is_alive(pid) for pid in pids)
 
 
-def test_engines_of_several_ranks_end_with_their_ranks(base: Path, tmp_path: Path) -> None:
+def by_rank(samples: dict[str, list[tuple[str, float]]], name: str) -> dict[str, float]:
+    return {labels: value for labels, value in samples[f"loraplex_engine_rank_{name}"]}
+
+
+def test_each_rank_of_each_engine_is_measured_and_ends_with_it(base: Path, tmp_path: Path) -> None:
     flags = ("--engines", "2", "--tensor-parallel", "2", "--device", "cpu", "--num-threads", "1")
     process = ServeProcess(tmp_path / "data", "--model", str(base), *flags, *POOL)
     ranks = [rank for engine in process.engine_pids() for rank in children_of(engine)]
-    with Client(process.grpc) as client:
-        with pytest.raises(LoraplexError):
-            client.generate_once(prompt="Hi", adapter="nothing", max_new_tokens=1)
-        assert client.generate_once(prompt="Hi", max_new_tokens=4).finished.usage.output_tokens == 4
+    with Client(process.grpc, store_target=process.store) as client:
+        client.adapters.upload("one", write_adapter(tmp_path / "one", base, Recipe(rank=8)))
+        wait_until(lambda: "one" in {model.name for model in client.list_models()})
+        for _ in range(2):
+            assert (
+                len(client.generate_once(prompt="Hi", adapter="one", max_new_tokens=16, ignore_eos=True).token_ids)
+                == 16
+            )
 
+    def ranks_agree() -> bool:
+        return all(
+            len(set(by_rank(engine, name).values())) == 1
+            for engine in metrics_of(process)
+            for name in ("step_seconds_count", "adapter_pages")
+        )
+
+    wait_until(ranks_agree)
+    served = max(metrics_of(process), key=lambda each: total(each, "loraplex_engine_rank_adapter_pages"))
+    assert by_rank(served, "step_seconds_count").keys() == {'rank="0"', 'rank="1"'}
+    assert min(by_rank(served, "adapter_pages").values()) > 0
+    assert min(by_rank(served, "resident_bytes").values()) > 50e6
+    for rank, spent_s in by_rank(served, "collective_seconds_total").items():
+        assert 0 < spent_s < by_rank(served, "step_seconds_sum")[rank], rank
     process.close()
-
     assert len(ranks) == 2
     assert not any(is_alive(pid) for pid in ranks)
