@@ -161,7 +161,7 @@ def by_rank(samples: dict[str, list[tuple[str, float]]], name: str) -> dict[str,
     return {labels: value for labels, value in samples[f"loraplex_engine_rank_{name}"]}
 
 
-def test_each_rank_of_each_engine_is_measured_and_ends_with_it(base: Path, tmp_path: Path) -> None:
+def test_each_rank_of_each_engine_is_measured_and_none_outlives_a_killed_serve(base: Path, tmp_path: Path) -> None:
     flags = ("--engines", "2", "--tensor-parallel", "2", "--device", "cpu", "--num-threads", "1")
     process = ServeProcess(tmp_path / "data", "--model", str(base), *flags, *POOL)
     ranks = [rank for engine in process.engine_pids() for rank in children_of(engine)]
@@ -188,6 +188,8 @@ def test_each_rank_of_each_engine_is_measured_and_ends_with_it(base: Path, tmp_p
     assert min(by_rank(served, "resident_bytes").values()) > 50e6
     for rank, spent_s in by_rank(served, "collective_seconds_total").items():
         assert 0 < spent_s < by_rank(served, "step_seconds_sum")[rank], rank
+    everyone = [*ranks, *children_of(process.pid)]
+    process.kill()
+    assert len(everyone) == 2 + 5
+    wait_until(lambda: not any(is_alive(pid) for pid in everyone))
     process.close()
-    assert len(ranks) == 2
-    assert not any(is_alive(pid) for pid in ranks)
