@@ -221,10 +221,10 @@ class ConfigValues:
             "mend the entry, or fetch the model's config.json again"
         )
 
-    def unserved(self, key: str, served: str) -> BaseModelError:
-        """Return the error that says that a sound entry asks for what is not computed."""
+    def unserved(self, key: str, served: str, remedy: str = "serve a model without it") -> BaseModelError:
+        """Return the error that says that a sound entry asks for what is not computed, and what to do about it."""
         value = repr(self._values.get(key))[:80]
-        return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}")
+        return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}; {remedy}")
 
     def _get(self, key: str, default: object) -> Any:
         self._asked.add(key)
