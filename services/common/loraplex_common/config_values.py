@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,18 @@ _REQUIRED: Final = object()
 
 class BaseModelError(ValueError):
     """The directory is no base model we can serve; the message names the file and the remedy."""
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse a JSON text of a model's files.
+
+    Raises:
+        ValueError: If it is none, or nested deeper than Python parses.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 class ConfigValues:

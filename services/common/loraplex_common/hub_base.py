@@ -33,6 +33,14 @@ ALLOWED: Final = (
 )
 """Files of a repository's top folder that are fetched: no pickle, no code, no second copy of the weights."""
 DEFAULT_BRANCH: Final = "main"
+TRY_AGAIN: Final = "try again, what has come is kept"
+STATUS_REMEDIES: Final = {
+    401: "set HF_TOKEN to a token that it takes; one that is set may have expired",
+    403: "the token in HF_TOKEN may not read this repository; accept its terms, or use a token that may",
+    404: "the file or the repository is gone; look for it there, or name another commit",
+    429: "it has had too many requests: wait a while, or set HF_TOKEN, then try again; what has come is kept",
+}
+"""What to do about an answer of the hub; about others: `TRY_AGAIN`."""
 
 _log = get_logger()
 
@@ -140,9 +148,20 @@ def _remedy(error: Exception, repo: str) -> str:
         return f"no such repository at {constants.ENDPOINT}; one that is private needs HF_TOKEN"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full; free room, or set HF_HOME to another one ({constants.HF_HUB_CACHE}), and try again"
-    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-        return f"{constants.ENDPOINT} answered {error.response.status_code}; try again, what has come is kept"
+    if (status := _status(error)) is not None:
+        return f"{constants.ENDPOINT} answered {status}; {STATUS_REMEDIES.get(status, TRY_AGAIN)}"
     return (
         f"{constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set), and {constants.HF_HUB_CACHE} has no whole copy "
         f"({type(error).__name__}); try again, set HF_ENDPOINT to a mirror, or give a directory"
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the status that the hub answered with, if that is what failed; the library wraps it once there is no copy."""
+    from huggingface_hub import errors
+
+    while error is not None:
+        if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+            return int(error.response.status_code)
+        error = error.__cause__
+    return None

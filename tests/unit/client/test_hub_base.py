@@ -106,6 +106,32 @@ def test_a_gated_repository_is_named_with_where_to_accept_its_terms(tmp_path: Pa
         assert f"org/base: is gated; accept its terms at {hub.url}/org/base and set HF_TOKEN" in result.stderr
 
 
+class FailingHub(HubDouble):
+    """A hub that answers whatever is asked with one status."""
+
+    status = 500
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        return self.status, {}, b"{}"
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "set HF_TOKEN to a token"), (403, "may not read"), (429, "too many requests: wait"), (500, "try again")],
+)
+def test_an_answer_that_is_a_failure_is_told_with_its_status_and_a_remedy(
+    tmp_path: Path, status: int, remedy: str
+) -> None:
+    failing = FailingHub("org/base", COMMIT, {})
+    failing.status = status
+    with running_hub(failing) as hub:
+        result = loraplex(tmp_path / "home", hub, "fetch-model", "org/base")
+
+        assert result.returncode == 1
+        assert f"org/base: {hub.url} answered {status}; " in result.stderr
+        assert remedy in result.stderr
+
+
 def test_a_full_disk_is_named_with_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

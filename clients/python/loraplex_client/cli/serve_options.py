@@ -136,6 +136,9 @@ class EngineOptions:
     pool_bytes: Annotated[str | None, typer.Option(help="Device memory for KV and adapter pages, e.g. 2GiB.")] = None
     arena_bytes: Annotated[str | None, typer.Option(help="Host memory for adapter images, e.g. 1GiB.")] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="What becomes of the weights: auto, fp8 or none; see docs/stored-forms.md.")
+    ] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Type of keys and values: auto or fp8.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
     num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None
@@ -153,6 +156,7 @@ class EngineOptions:
                 "--pool-bytes": self.pool_bytes,
                 "--arena-bytes": self.arena_bytes,
                 "--dtype": self.dtype,
+                "--quantization": self.quantization,
                 "--kv-cache-dtype": self.kv_cache_dtype,
                 "--device": self.device,
                 "--num-threads": self.num_threads,

@@ -111,8 +111,8 @@ def _is_reordered(weights: ConfigValues) -> bool:
 
 
 def _block(weights: ConfigValues) -> tuple[int | None, int | None]:
-    """Return outputs and inputs of a scale."""
-    strategy = weights.text("strategy", "tensor") if weights.has("strategy") else "tensor"
+    """Return outputs and inputs of a scale; without a strategy, as the library infers it from the group's size."""
+    strategy = weights.text("strategy", "tensor") if weights.has("strategy") else _strategy_of_size(weights)
     if strategy == "group":
         return 1, weights.integer("group_size")
     if strategy == "channel":
@@ -122,3 +122,9 @@ def _block(weights: ConfigValues) -> tuple[int | None, int | None]:
     if strategy == "block" and (block := weights.pair("block_structure")):
         return block
     raise weights.unserved("strategy", "served: tensor, channel, group, block with block_structure", SERVE_INSTEAD)
+
+
+def _strategy_of_size(weights: ConfigValues) -> str:
+    if not weights.has("group_size"):
+        return "tensor"
+    return "channel" if weights.raw("group_size") == -1 else "group"
