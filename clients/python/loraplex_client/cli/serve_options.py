@@ -169,6 +169,9 @@ class EngineOptions:
         str | None, typer.Option(help="Host memory of each engine for adapter images, e.g. 1GiB.")
     ] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="What becomes of the weights: auto, fp8 or none; see docs/stored-forms.md.")
+    ] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Type of keys and values: auto or fp8.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", envvar="LORAPLEX_ENGINE_DEVICE")] = None
     num_threads: Annotated[
@@ -213,6 +216,7 @@ class EngineOptions:
                 "--pool-bytes": self.pool_bytes,
                 "--arena-bytes": self.arena_bytes,
                 "--dtype": self.dtype,
+                "--quantization": self.quantization,
                 "--kv-cache-dtype": self.kv_cache_dtype,
                 "--device": self.device,
                 "--num-threads": self.num_threads,
