@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.timeout(600)  # ten processes start one after another
 @pytest.mark.integration
 @pytest.mark.skipif(not has_history(), reason=f"a shallow clone: the history does not have {PREVIOUS[:12]}")
 def test_no_stream_is_lost_or_altered_while_every_part_of_the_previous_version_is_replaced(tmp_path: Path) -> None:
