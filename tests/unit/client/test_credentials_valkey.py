@@ -138,6 +138,13 @@ def test_what_was_written_in_a_transaction_is_there_after_a_restart(server: Serv
         assert client.mget(engine_key("kept"), engine_key("kept too")) == [b"1", b"2"]
 
 
+def test_the_user_whose_rights_count_for_the_log_has_all_and_is_nobody(server: Server) -> None:
+    rights = (server.folder / "valkey" / "users.acl").read_text().splitlines()[0].split()
+
+    assert rights[:2] == ["user", "default"]
+    assert {"off", "~*", "&*", "+@all"} <= set(rights)  # older servers drop what it may not do, as valkey#3983 says
+
+
 def test_who_says_no_name_is_told_nothing(server: Server) -> None:
     with server.client(None) as client, pytest.raises(redis.exceptions.AuthenticationError):
         client.ping()
