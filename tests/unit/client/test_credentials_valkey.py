@@ -31,8 +31,8 @@ class Server:
         CredentialsFolder(folder).make(Plan())
         self.folder = folder
         self._socket = tempfile.TemporaryDirectory(prefix="loraplex-test-")
-        options = ("--port", "0", "--unixsocket", f"{self._socket.name}/s", "--aclfile", "users.acl", "--save", "")
-        options += ("--appendonly", "yes", "--aof-use-rdb-preamble", "no")
+        options = ["--port", "0", "--unixsocket", f"{self._socket.name}/s", "--aclfile", "users.acl", "--save", ""]
+        options += ["--appendonly", "yes", "--aof-use-rdb-preamble", "no"]
         self._command = [server_binary(), *options]
         self.process = self._start()
 
