@@ -33,7 +33,7 @@ class Server:
         self._socket = tempfile.TemporaryDirectory(prefix="loraplex-test-")
         options = ["--port", "0", "--unixsocket", f"{self._socket.name}/s", "--aclfile", "users.acl", "--save", ""]
         options += ["--appendonly", "yes", "--aof-use-rdb-preamble", "no"]
-        self._command = [server_binary(), *options]
+        self._command = [str(server_binary()), *options]
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
