@@ -122,7 +122,8 @@ def smoke() -> None:
     attended, _ = row_build(4096, torch.bfloat16, has_groups=False)
     cuts = [cut for outputs in {each for _, each in OPS.values()} for cut in choose_cuts(outputs, NUM_SMS)]
     products = [("fp8_product", cut.defines(has_groups=has_groups)) for cut in cuts for has_groups in (False, True)]
-    for name, defines in (("rms_norm_fp8", norm), ("silu_mul_fp8", gate), ("quantise_fp8", attended), *products):
+    gates = ("silu_mul_fp8", gate), ("silu_mul_fp8_many", gate[:1])
+    for name, defines in (("rms_norm_fp8", norm), *gates, ("quantise_fp8", attended), *products):
         program = compile_kernel(Build(name=name, defines=defines), "sm_90a")
         print(f"{name}: {program.registers} registers, {program.spill_bytes} B spilled")
 

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "docker compose up --build --wait --scale engine=2": CONTAINERS,
     "docker compose --profile observe up --build --wait": f"{NOTHING}needs Docker",
     "docker compose cp credentials:/credentials/admin ./admin": f"{NOTHING}needs Docker",
+    "docker compose --profile ranks up --build --wait --scale engine=0": "tests/unit/deploy/test_compose_file.py",
     "docker compose --profile gpu up --build --wait --scale engine=0": f"{NOTHING}needs Docker and a GPU",
     "make .venv/.dev-installed": CI,
     "LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 .venv/bin/pytest tests/smoke": (
@@ -61,6 +62,8 @@ ELSEWHERE = {
         "tests/integration/test_usage_ledger.py"
     ),
     "loraplex usage --redis-url redis://valkey:6379 --since 30d --by tenant --json": "tests/integration/test_usage_ledger.py",
+    "loraplex serve --model DIR --engines 2": "tests/integration/test_serve_engines.py",
+    "loraplex serve --model DIR --engines 8 --device cuda": "nothing: needs several GPUs",
     "pip install openai": CI,
     "make dist": "tests/packaging/test_wheel.py",
     **dict.fromkeys(lines_marked(ROOT / "docs" / "operating.md", BACKUP), BACKUP),

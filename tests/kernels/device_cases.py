@@ -110,14 +110,16 @@ class Cases:
     def fp8(self) -> None:
         """Activations in e4m3: as they are, of a norm, of SiLU times up; with one scale for a row, and with several."""
         library, device, width = self._library, self._device, 208
-        x, weight, gate_up = (self.randn(*s).to(device) for s in ((3, width), (width,), (3, 2 * width)))
+        many = library.num_multiprocessors + 1
+        x, weight, gate_up = (self.randn(*s).to(device) for s in ((3, width), (width,), (many, 2 * width)))
         for has_groups in (False, True):
             rows = quantised(library, x, has_groups=has_groups)
             self.check("quantise_fp8", wide(rows, 3), expected(x, has_groups=has_groups))
             rows, out = normed(library, x, weight, self.randn(3, width).to(device), has_groups=has_groups)
             self.check("rms_norm_fp8", wide(rows, 3), expected(out, has_groups=has_groups))
-            rows, out = activated(library, gate_up, None, has_groups=has_groups)
-            self.check("silu_mul_fp8", wide(rows, 3), expected(out, has_groups=has_groups))
+            for count in (3, library.num_multiprocessors + 1):
+                rows, out = activated(library, gate_up[:count], None, has_groups=has_groups)
+                self.check(f"silu_mul_fp8 of {count}", wide(rows, count), expected(out, has_groups=has_groups))
 
     def rope_kv(self) -> None:
         """RoPE and KV write with q and k norms."""

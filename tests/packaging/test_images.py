@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loraplex_common.healthcheck import TIMEOUT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILES = sorted((ROOT / "services").glob("*/Dockerfile"))
@@ -39,6 +40,14 @@ def test_no_image_runs_as_root_or_with_an_installer(path: Path) -> None:
 
     assert shipped
     assert all("\nUSER 10001\n" in stage and "pip" not in stage for stage in shipped)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_a_machine_that_is_busy_to_the_full_has_time_to_say_that_it_is_well(path: Path) -> None:
+    limits = [int(seconds) for seconds in re.findall(r"HEALTHCHECK .*--timeout=(\d+)s", path.read_text())]
+
+    assert limits
+    assert min(limits) >= 2 * TIMEOUT_S  # the probe's own deadline, and its start
 
 
 def test_locks_fit_the_project_and_the_constraints() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 SMALL = ("--num-threads", "1", "--pool-bytes", "64MiB", "--arena-bytes", "32MiB", "--drain-grace-s", "5")
 
 
@@ -27,7 +27,9 @@ class ServeProcess:
         grpc: The gateway's address.
         http: Address of the gateway's OpenAI-compatible port.
         metrics: Address of the gateway's /metrics.
-        engine: The engine's gRPC address.
+        engine: The (first) engine's gRPC address.
+        engines: Those of all engines.
+        engine_metrics: Address of each engine's /metrics.
         store: The adapter store's address.
         data_dir: Directory of its data.
     """
@@ -46,10 +48,24 @@ class ServeProcess:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        try:
+            self._read_head()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_head(self) -> None:
         head = self._wait_ready()
         self.grpc, self.http = head["grpc"], head["http"]
-        self.metrics = self._wait_line(r"curl http://(\S+)/metrics")
-        self.store, self.engine = self._wait_line(r"adapter store: (\S+   engine: \S+)").split("   engine: ")
+        self.metrics, engine_metrics = self._wait_line(r"curl http://(\S+/metrics   engine metrics: .+)").split(
+            "/metrics   engine metrics: "
+        )
+        self.engine_metrics = engine_metrics.split()
+        self.store, engines = re.split(
+            "   engines?: ", self._wait_line(r"adapter store: (\S+   engines?: .+)   logs: ")
+        )
+        self.engines = engines.split()
+        self.engine = self.engines[0]
 
     @property
     def pid(self) -> int:
@@ -69,9 +85,13 @@ class ServeProcess:
                 found[name[1] or name[2]] = pid
         return found
 
-    def terminate(self) -> int:
-        """Send SIGTERM and return the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+    def engine_pids(self) -> list[int]:
+        """Return the live engines in the order in which they were started, but for those that were started again."""
+        return sorted(pid for pid in children_of(self.pid) if "-m loraplex_engine " in command_of(pid))
+
+    def terminate(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self._process.send_signal(number)
         return self._process.wait(30)
 
     def kill(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,24 @@ if TYPE_CHECKING:
 
 FOUND_TIMEOUT_S = 20.0
 FREE_PORTS = ("--port", "0")
+PACKAGES = (
+    "clients/python",
+    "kernels",
+    "proto/gen",
+    *(f"services/{each}" for each in ("adapter_store", "common", "engine", "gateway")),
+)
+"""Where a checkout has the packages that services are made of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackFlags:
-    """Command-line flags in addition to those that connect the services."""
+    """Command-line flags in addition to those that connect the services.
 
+    Attributes:
+        checkout: The checkout whose code processes run from now on; None means this one.
+    """
+
+    checkout: Path | None = None
     num_stores: int = 1
     engine: tuple[str, ...] = ("--pool-bytes", kibibytes(8192), "--arena-bytes", kibibytes(8192))
     store: tuple[str, ...] = ()
@@ -138,7 +151,13 @@ class Stack:
         return self._spawn("loraplex_adapter_store", (*port, *flags, "--drain-settle-s", "0", *self.flags.store))
 
     def _spawn(self, module: str, flags: Sequence[str]) -> ServiceProcess:
-        return ServiceProcess(module, ["--model", str(self.model), *flags], log_dir=self.log_dir)
+        code = {} if self.flags.checkout is None else {"PYTHONPATH": python_path(self.flags.checkout)}
+        return ServiceProcess(module, ["--model", str(self.model), *flags], log_dir=self.log_dir, environment=code)
+
+
+def python_path(checkout: Path) -> str:
+    """Return the ``PYTHONPATH`` with which a process runs a checkout's code."""
+    return os.pathsep.join(str(checkout / each) for each in PACKAGES)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class ServerProfile:
     """How to reach servers of one kind.
 
     Attributes:
-        target: ``host:port``.
+        target: ``host:port``; of several engines, separated by commas.
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, with its key in ``tls_key``.
         tls_name: Name that has to stand in the server's certificate instead of the host dialled.
@@ -135,7 +135,7 @@ def found_profile(kind: str, target: str) -> Profile | None:
     for path in _candidates(kind, target):
         profile = read_profile(path)
         known = getattr(profile, kind).target
-        if known is None or local_address(known) != address:
+        if known is None or address not in map(local_address, known.split(",")):
             continue
         if _is_held(profile.lock):
             return profile

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 GROUP: Final = 128
 """Columns that share a scale where rows have several."""
 GROUPS_MACRO: Final = "GROUPS"
+MANY_BLOCK: Final = 256
+"""Threads of a gate's CTA where there are many rows."""
+MOST_REGISTER_BYTES: Final = 64
+"""Of a gate's row that a thread may hold: more spills."""
 
 
 class Fp8Rows(NamedTuple):
@@ -114,7 +118,18 @@ class SiluMulFp8(_Quantising):
     ) -> None:
         super().__init__(library, width, has_groups=has_groups)
         defines, block = row_build(width, library.dtype, has_groups=has_groups)
-        self._kernel = library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=(*defines, *macros))
+        fits = width * library.dtype.itemsize <= block * MOST_REGISTER_BYTES
+        self._few_rows = library.num_multiprocessors
+        self._few = (
+            library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=(*defines, *macros)) if fits else None
+        )
+        self._many = library.load(
+            "silu_mul_fp8_many",
+            SiluMulFp8Params(),
+            MANY_BLOCK,
+            defines=(f"WIDTH={width}", *group_macros(has_groups=has_groups), *macros),
+            shared_bytes=0 if has_groups else width * library.dtype.itemsize + MANY_BLOCK // 32 * 4,
+        )
 
     def launch(
         self, gate_up: torch.Tensor, out: torch.Tensor, quantised: Fp8Rows, *, delta: torch.Tensor | None = None
@@ -130,12 +145,14 @@ class SiluMulFp8(_Quantising):
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
-        check, dtype, width, params = self._library.check, self._library.dtype, self._width, self._kernel.params
+        check, dtype, width, rows = self._library.check, self._library.dtype, self._width, out.shape[0]
+        kernel = self._few if self._few and rows <= self._few_rows else self._many
+        params = kernel.params
         params.gate_up = check("gate_up", gate_up, dtype, -1, 2 * width)
         params.out = check("out", out, dtype, -1, width)
-        params.delta = None if delta is None else check("delta", delta, torch.float32, out.shape[0], 2 * width)
-        self._set(params.quantised, quantised, out.shape[0])
-        self._kernel.launch(out.shape[0])
+        params.delta = None if delta is None else check("delta", delta, torch.float32, rows, 2 * width)
+        self._set(params.quantised, quantised, rows)
+        kernel.launch(rows)
 
 
 class QuantiseFp8(_Quantising):

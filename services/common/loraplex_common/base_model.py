@@ -14,6 +14,7 @@ from loraplex_common.adapter_image import Geometry, ImageError
 from loraplex_common.architectures.registry import model_config, served_config
 from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
+from loraplex_common.config_values import parse_json
 from loraplex_common.decoder_config import ModelConfig
 from loraplex_common.directories import model_directory_problem
 from loraplex_common.projections import LayerProjections
@@ -111,7 +112,7 @@ def check_base_model(directory: Path, *, text_only: bool = False) -> CheckedMode
         raise BaseModelError(problem)
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         is_adapter = (directory / "adapter_config.json").is_file()
         found = (

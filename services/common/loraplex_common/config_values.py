@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,18 @@ _REQUIRED: Final = object()
 
 class BaseModelError(ValueError):
     """The directory is no base model we can serve; the message names the file and the remedy."""
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse a JSON text of a model's files.
+
+    Raises:
+        ValueError: If it is none, or nested deeper than Python parses.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 class ConfigValues:
@@ -221,10 +234,10 @@ class ConfigValues:
             "mend the entry, or fetch the model's config.json again"
         )
 
-    def unserved(self, key: str, served: str) -> BaseModelError:
-        """Return the error that says that a sound entry asks for what is not computed."""
+    def unserved(self, key: str, served: str, remedy: str = "serve a model without it") -> BaseModelError:
+        """Return the error that says that a sound entry asks for what is not computed, and what to do about it."""
         value = repr(self._values.get(key))[:80]
-        return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}")
+        return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}; {remedy}")
 
     def _get(self, key: str, default: object) -> Any:
         self._asked.add(key)

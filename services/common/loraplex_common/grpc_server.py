@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
+from loraplex_common.health_names import LIVENESS, READINESS
 from loraplex_common.interceptors import LoraplexInterceptor
 from loraplex_common.log import get_logger
 from loraplex_common.quiet_connections import QuietConnections
@@ -33,8 +34,6 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 # With a grace, however short, gRPC closes idle connections in order (GOAWAY with NO_ERROR) before it cuts the others.
 GOODBYE_S: Final = 0.1
 FOR_EVER_MS: Final = 2**31 - 1
-LIVENESS: Final = "liveness"
-READINESS: Final = "readiness"
 
 _log = get_logger()
 

@@ -17,10 +17,11 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loraplex_common.grpc_server import READINESS
+from loraplex_common.health_names import READINESS
 from loraplex_common.tls_files import TlsFiles
 
-TIMEOUT_S: Final = 3.0
+TIMEOUT_S: Final = 10.0
+"""A machine that is busy to the full answers late, and is not ill; the images' own limit is longer."""
 
 
 def check(

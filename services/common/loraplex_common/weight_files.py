@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex_common.architectures.text_part import is_multimodal, text_names
-from loraplex_common.config_values import BaseModelError
+from loraplex_common.config_values import BaseModelError, parse_json
 from loraplex_common.stored_forms.registry import quantisation_of
 
 MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
@@ -66,9 +65,16 @@ def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]
     """Return ``{tensor name: (dtype, shape)}`` from a safetensors file's header.
 
     Raises:
-        BaseModelError: If the header is longer than `MAX_HEADER_BYTES` or not what the format says, or the file is
-            shorter than the header says.
+        BaseModelError: If it cannot be read, the header is longer than `MAX_HEADER_BYTES` or not what the format says, or
+            the file is not as long as the header says.
     """
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise BaseModelError(f"{path}: {error.strerror}; fetch it again") from error
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with path.open("rb") as file:
         prefix = file.read(8)
         if prefix == _LFS_POINTER:
@@ -79,15 +85,28 @@ def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]
             data = file.read(length)
             if len(data) != length:
                 raise ValueError(f"{len(data)} of {length} bytes")
-            header = json.loads(data)
+            header = parse_json(data)
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-            index = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+            end = 8 + length + max((_end_of(entry) for entry in tensors.values()), default=0)
+            index = {name: (str(entry["dtype"]), _shape_of(entry)) for name, entry in tensors.items()}
         except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-            raise BaseModelError(f"{path}: unreadable safetensors header: {error}") from error
-    if (size := path.stat().st_size) < end:
+            raise BaseModelError(f"{path}: unreadable safetensors header: {error!r}; fetch it again") from error
+    if (size := path.stat().st_size) != end:
         raise BaseModelError(f"{path}: {size} of {end} bytes are there; fetch it again")
     return index
+
+
+def _end_of(entry: Any) -> int:
+    begin, end = entry["data_offsets"]
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        raise ValueError(f"data_offsets {entry['data_offsets']}")
+    return end
+
+
+def _shape_of(entry: Any) -> tuple[int, ...]:
+    if not isinstance(entry["shape"], list) or any(type(size) is not int or size < 0 for size in entry["shape"]):
+        raise ValueError(f"shape {entry['shape']}")
+    return tuple(entry["shape"])
 
 
 def find_weights(directory: Path) -> Weights:
@@ -144,7 +163,7 @@ def _of_text(directory: Path, files: Mapping[str, Path], shapes: Mapping[str, tu
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Any = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise BaseModelError(f"{index}: unreadable: {error!r}; fetch it again") from error
     if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):

@@ -26,6 +26,7 @@ from loraplex_engine.model.weights import DTYPES, WeightLayout, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.ranks.degree import RankHost as RankHost
 from loraplex_engine.ranks.degree import checked_degree, for_each
+from loraplex_engine.ranks.figures import RankBook as RankBook
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.weight_choice import WeightChoice
@@ -261,6 +262,7 @@ def _make_runner(
         num_threads=torch.get_num_threads(),
         arena_fd=host.arena_fd,
         on_lost=host.on_lost,
+        book=host.book,
         log_level=config.log_level,
         log_format=config.log_format,
     )

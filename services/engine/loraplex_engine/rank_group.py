@@ -32,6 +32,11 @@ class RankGroup(Protocol):
         """Ranks of the group."""
         ...
 
+    @property
+    def collective_s(self) -> float:
+        """Seconds that this rank's steps have spent in collectives; those of loads are left out."""
+        ...
+
     def all_reduce(self, values: Tensor) -> None:
         """Replace values by their sum over ranks, in place; a 2-dimensional tensor may be a transposed one."""
         ...

@@ -33,6 +33,7 @@ from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
 from loraplex_engine.metrics.collector import EngineCollector
 from loraplex_engine.metrics.prefetch import PrefetchMetrics
+from loraplex_engine.metrics.ranks import RankCollector
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.metrics.residency import ResidencyMetrics
 from loraplex_engine.rpc.draining import Draining
@@ -95,8 +96,10 @@ class EngineService:
         self._prefetch_metrics = PrefetchMetrics(registry, limits.page_bytes)
         self._client: AdapterClient | None = None
         self._has_lost_rank = False
+        self._rank_book = build.RankBook()
         self._constraints = self._make_constraints(limits.eos_token_ids)
         self.engine = self._make_engine(limits, device, files)
+        registry.register(RankCollector(self.engine, self._rank_book))
         registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
         self._draining = Draining(self.engine)
         self._servicer = EngineServicer(
@@ -118,7 +121,7 @@ class EngineService:
 
     def _make_engine(self, limits: EngineLimits, device: torch.device, files: tuple[FileState, ...]) -> Engine:
         arena = HostArena(limits.num_arena_slots, limits.page_bytes, self._config.tensor_parallel)
-        host = build.RankHost(arena_fd=arena.fd, on_lost=self._on_rank_lost)
+        host = build.RankHost(arena_fd=arena.fd, on_lost=self._on_rank_lost, book=self._rank_book)
         return Engine(
             limits,
             build.runner_factory(self._config, self._info, device, files=files, host=host),

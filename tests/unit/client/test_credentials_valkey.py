@@ -31,14 +31,34 @@ class Server:
         CredentialsFolder(folder).make(Plan())
         self.folder = folder
         self._socket = tempfile.TemporaryDirectory(prefix="loraplex-test-")
-        options = ("--port", "0", "--unixsocket", f"{self._socket.name}/s", "--aclfile", "users.acl", "--save", "")
-        self.process = subprocess.Popen(
-            [server_binary(), *options],
-            cwd=folder / "valkey",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        options = ["--port", "0", "--unixsocket", f"{self._socket.name}/s", "--aclfile", "users.acl", "--save", ""]
+        options += ["--appendonly", "yes", "--aof-use-rdb-preamble", "no"]
+        self._command = [str(server_binary()), *options]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command, cwd=self.folder / "valkey", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def restart(self) -> None:
+        """End the server and start it on what it has written."""
+        self.process.terminate()
+        self.process.communicate()
+        self.process = self._start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                self.client("health", "any").ping()
+                return
+            except (redis.ConnectionError, redis.exceptions.BusyLoadingError):
+                assert self.process.poll() is None, self.process.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
 
     def client(self, user: str | None, password: str | None = None) -> Any:
         if user is not None and password is None:
@@ -54,15 +74,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("made") / "credentials")
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            server.client(None).ping()
-            break
-        except redis.ConnectionError:
-            assert server.process.poll() is None, server.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    server.wait()
     yield server
     server.close()
 
@@ -116,8 +128,30 @@ def test_a_service_may_do_nothing_else(server: Server, user: str, command: tuple
         client.execute_command(*command)
 
 
-def test_who_says_no_name_can_ask_whether_it_answers_and_nothing_else(server: Server) -> None:
-    with server.client(None) as client:
+def test_what_was_written_in_a_transaction_is_there_after_a_restart(server: Server) -> None:
+    with server.client("engine") as client, client.pipeline(transaction=True) as transaction:
+        transaction.set(engine_key("kept"), "1").set(engine_key("kept too"), "2").execute()
+
+    server.restart()
+
+    with server.client("engine") as client:
+        assert client.mget(engine_key("kept"), engine_key("kept too")) == [b"1", b"2"]
+
+
+def test_the_user_whose_rights_count_for_the_log_has_all_and_is_nobody(server: Server) -> None:
+    rights = (server.folder / "valkey" / "users.acl").read_text().splitlines()[0].split()
+
+    assert rights[:2] == ["user", "default"]
+    assert {"off", "~*", "&*", "+@all"} <= set(rights)  # older servers drop what it may not do, as valkey#3983 says
+
+
+def test_who_says_no_name_is_told_nothing(server: Server) -> None:
+    with server.client(None) as client, pytest.raises(redis.exceptions.AuthenticationError):
+        client.ping()
+
+
+def test_health_checks_can_ask_whether_it_answers_and_nothing_else(server: Server) -> None:
+    with server.client("health", "any") as client:
         assert client.ping()
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.get(engine_key("e"))

@@ -46,6 +46,39 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 # --- search ---
 
 
+def test_engines_of_several_gpus_are_counted_in_gpus() -> None:
+    asked: list[int] = []
+
+    def ask(num_engines: int) -> Simulation:
+        asked.append(num_engines)
+        return make_simulation(1.0 if num_engines >= 3 else 0.5)
+
+    plan, short = (find_plan(ask, attainment=0.99, max_gpus=most, degree=4) for most in (15, 11))
+
+    assert plan.num_gpus == 12
+    assert {trial.num_gpus for trial in plan.trials} == {4, 8, 12}
+    assert (short.num_gpus, short.trials[-1].num_gpus) == (None, 8)
+    assert max(asked) == 3
+
+
+def test_a_plan_of_several_gpus_an_engine_says_what_each_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ("--model", "llama3-70b", "--adapters", "4", "--rate", "1", "--requests", "20")
+
+    code = run(monkeypatch, *load, "--tensor-parallel", "4", "--max-gpus", "4")
+
+    said = capsys.readouterr().out
+    assert code == 0
+    assert "4 x h100 meet the objective" in said
+    assert "each GPU: 32.9 GiB of weights" in said
+    assert "do not serve --tensor-parallel on GPUs yet" in said
+    assert "assumed 10 us" in said
+    assert run(monkeypatch, *load, "--tensor-parallel", "4", "--max-gpus", "3") == 2
+    assert "--max-gpus 3 are fewer than --tensor-parallel 4" in capsys.readouterr().err
+    assert run(monkeypatch, *load, "--tensor-parallel", "0") == 2
+
+
 @given(needed=st.integers(1, 70), max_gpus=st.integers(1, 64), first=st.integers(1, 80))
 def test_the_search_finds_the_smallest_fleet(needed: int, max_gpus: int, first: int) -> None:
     asked: list[int] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.config import StoreConfig
-from loraplex_client.cli.serve_options import BaseOptions
+from loraplex_client.cli.serve_options import BaseOptions, EngineOptions
 from loraplex_common import settings
 from loraplex_common.base_model import BaseModelError
 from loraplex_engine.build import read_base_model
@@ -117,3 +117,11 @@ def test_serve_starts_nothing(tmp_path: Path, kind: str) -> None:
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert not (tmp_path / "data").exists()
+
+
+def test_serve_hands_what_becomes_of_weights_on_to_the_engine(tmp_path: Path) -> None:
+    flags = EngineOptions(quantization="fp8").flags()
+
+    assert flags == ("--quantization", "fp8")
+    argv = (*flags, "--model", str(tmp_path), "--redis-url", "unix:///nowhere")
+    assert settings.load(EngineConfig, service="engine", argv=argv, environ={}).quantization == "fp8"

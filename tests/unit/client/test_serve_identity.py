@@ -103,12 +103,13 @@ def test_two_runs_on_one_data_folder_share_nothing(made: Callable[..., ServeIden
 def test_a_run_leaves_a_profile_and_takes_it_along(made: Callable[..., ServeIdentity]) -> None:
     identity = made()
 
-    path = identity.leave_profile(gateway=GATEWAY, store=STORE, engine=ENGINE)
+    engines = [ENGINE, "127.0.0.1:9522"]
+    path = identity.leave_profile(gateway=GATEWAY, store=STORE, engines=engines)
 
     assert path == profile_path(GATEWAY)
     assert path.stat().st_mode & 0o777 == 0o600
     assert Servers(GATEWAY).store.tls_ca == identity.path / "admin" / "ca.crt"
-    assert Servers(store_target=STORE).engine(ENGINE).tls_name == "engine.loraplex.internal"
+    assert {Servers(store_target=STORE).engine(each).tls_name for each in engines} == {"engine.loraplex.internal"}
     identity.close()
     assert not path.exists()
     assert not identity.path.exists()
@@ -116,8 +117,8 @@ def test_a_run_leaves_a_profile_and_takes_it_along(made: Callable[..., ServeIden
 
 def test_a_run_does_not_take_the_profile_of_its_successor_along(made: Callable[..., ServeIdentity]) -> None:
     first, second = made(), made()
-    first.leave_profile(gateway=GATEWAY, store=STORE, engine=ENGINE)
-    path = second.leave_profile(gateway=GATEWAY, store=STORE, engine=ENGINE)
+    first.leave_profile(gateway=GATEWAY, store=STORE, engines=[ENGINE])
+    path = second.leave_profile(gateway=GATEWAY, store=STORE, engines=[ENGINE])
 
     first.close()
 
@@ -191,7 +192,7 @@ import sys, time
 from pathlib import Path
 from loraplex_client.serve.identity import ServeIdentity
 identity = ServeIdentity(Path(sys.argv[1]))
-identity.leave_profile(gateway="127.0.0.1:9500", store="127.0.0.1:9510", engine="127.0.0.1:9520")
+identity.leave_profile(gateway="127.0.0.1:9500", store="127.0.0.1:9510", engines=["127.0.0.1:9520"])
 print(identity.path, flush=True)
 time.sleep(600)
 """

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,8 @@ class ToyConfig(ServeConfig):
     def store(self, wiring: Wiring) -> ServiceSpec:
         return toy(name="adapter_store")
 
-    def engine(self, wiring: Wiring, store_target: str) -> ServiceSpec:
-        return toy(*self.engine_args, name="engine")
+    def engine(self, wiring: Wiring, store_target: str, number: int = 0) -> ServiceSpec:
+        return replace(toy(*self.engine_args), name=super().engine(wiring, store_target, number).name)
 
     def gateway(self, wiring: Wiring, store_target: str) -> ServiceSpec:
         return toy(name="gateway")
@@ -144,7 +145,7 @@ async def test_a_part_that_is_killed_runs_again_on_the_same_port(
         ToyConfig(model=tmp_path, data_dir=tmp_path / "data", valkey=ValkeyAccess(url="redis://unused")), reports.append
     )
     await stack.start()
-    address = {"adapter_store": stack.store, "engine": stack.engine, "gateway": stack.grpc}[victim]
+    address = {"adapter_store": stack.store, "engine": stack.engines[0], "gateway": stack.grpc}[victim]
     running = asyncio.create_task(stack.run())
 
     child = next(child for child in stack._children if child.name == victim)

@@ -75,9 +75,39 @@ def test_all_taken_ports_are_named_at_once_and_one_asked_for_twice(taken: int) -
     assert "port 9 (the engine's gRPC, --engine-port) is that of the adapter store's gRPC too" in str(caught.value)
 
 
+def test_the_ports_of_every_engine_are_checked(taken: int) -> None:
+    ports = assign_ports(0, {**NONE_GIVEN, "engine_port": taken - 2, "engine_metrics_port": 9}, num_engines=3)
+
+    with pytest.raises(PortError) as caught:
+        require_free_ports("127.0.0.1", ports, num_engines=3)
+
+    assert f"port {taken} (engine 1's gRPC, --engine-port) is taken" in str(caught.value)
+
+
+def test_engines_whose_ports_meet_are_named() -> None:
+    ports = assign_ports(0, {**NONE_GIVEN, "engine_port": 9000, "engine_metrics_port": 9002}, num_engines=2)
+
+    with pytest.raises(
+        PortError, match=r"port 9002 \(engine 1's gRPC, --engine-port\) is that of the engine's /metrics"
+    ):
+        require_free_ports("127.0.0.1", ports, num_engines=2)
+
+
+def test_a_base_port_leaves_room_for_every_engine() -> None:
+    last = MAX_BASE_PORT - 14
+
+    assert assign_ports(last, NONE_GIVEN, num_engines=8)["engine_metrics_port"] + 14 == 65535
+    with pytest.raises(PortError, match=f"--base-port {last + 1} is not within 0 to {last} with --engines 8"):
+        assign_ports(last + 1, NONE_GIVEN, num_engines=8)
+    with pytest.raises(PortError, match="--engine-port 65530 is not within 0 to 65521 with --engines 8"):
+        assign_ports(0, {**NONE_GIVEN, "engine_port": 65530}, num_engines=8)
+
+
 def test_the_check_reads_the_arguments_of_serve(taken: int) -> None:
     with pytest.raises(SystemExit, match=f"port {taken} .*--http-port"):
         main(["--demo", "--base-port", "0", f"--http-port={taken}", "--drain-grace-s", "5"])
+    with pytest.raises(SystemExit, match=f"port {taken} .engine 1's gRPC, --engine-port"):
+        main(["--demo", "--engines", "2", "--base-port", "0", "--engine-port", str(taken - 2)])
 
 
 def test_make_serve_finds_a_taken_port_before_it_installs_anything(taken: int, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -61,3 +62,14 @@ def test_no_server_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
         healthcheck.main()
 
     assert "UNAVAILABLE" in str(ended.value.code)
+
+
+def test_a_probe_which_runs_every_few_seconds_imports_no_server() -> None:
+    program = (
+        "import sys, loraplex_common.healthcheck; print(*(n for n in sys.modules if n.startswith('loraplex_common.')))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+
+    assert "loraplex_common.healthcheck" in done.stdout.split()
+    assert {"loraplex_common.grpc_server", "loraplex_common.interceptors"} & set(done.stdout.split()) == set()

@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cache
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import helm_python as helm
+import jsonschema
 import kubernetes_validate
 import pytest
+import typer.core
+import typer.main
 import yaml
 from loraplex_adapter_store.config import StoreConfig
+from loraplex_client.cli.app import app
 from loraplex_common.settings import load
 from loraplex_engine.config import EngineConfig
 from loraplex_gateway.config import GatewayConfig
+from support.helm_chart import CHART, LEAST, SETS, of_kind, part_of, pod_of, pods, render, rendered, values_of
 
 if TYPE_CHECKING:
     from loraplex_common.service_settings import ServiceSettings
 
-CHART = Path(__file__).parents[3] / "deploy/helm/loraplex"
-SETS = sorted(each.name for each in (CHART / "ci").glob("*.yaml"))
 OLDEST, NEWEST = "1.29", "1.35"
-OTHERS = ("cert-manager.io/", "keda.sh/", "monitoring.coreos.com/", "inference.networking.k8s.io/")
-"""Resources whose schemas do not come with Kubernetes."""
+CUSTOM: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "custom_resources.yaml").read_text())
 CONFIGS: dict[str, tuple[str, type[ServiceSettings]]] = {
     "gateway": ("gateway", GatewayConfig),
     "store": ("adapter_store", StoreConfig),
     "engine": ("engine", EngineConfig),
 }
-LEAST: dict[str, dict[str, Any]] = {
-    "model": {"path": "llama", "volume": {"persistentVolumeClaim": {"claimName": "models"}}},
-    "valkey": {"external": {"host": "valkey.example"}},
-}
-
-
-def values_of(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((CHART / "ci" / name).read_text())
-    return loaded
-
-
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    with helm.Chart.load(CHART) as chart:
-        files = chart.render(values, name="loraplex", namespace="serving")
-    return [
-        each
-        for path, text in files.items()
-        if not path.endswith("NOTES.txt")
-        for each in yaml.safe_load_all(text)
-        if each is not None
-    ]
-
-
-@cache
-def rendered(name: str) -> list[dict[str, Any]]:
-    return render(values_of(name))
-
-
-def pods(resources: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the pod templates by the names of their workloads."""
-    kinds = ("Deployment", "StatefulSet")
-    return {each["metadata"]["name"]: each["spec"]["template"] for each in resources if each["kind"] in kinds}
-
-
-def part_of(labels: dict[str, str]) -> str:
-    return labels["app.kubernetes.io/component"]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -72,10 +38,15 @@ def test_the_chart_passes_helms_own_lint_and_the_schemas_of_kubernetes(name: str
 
     assert [each for each in findings["messages"] if "icon" not in each["error"]] == []
     for resource in rendered(name):
-        if resource["apiVersion"].startswith(OTHERS):
-            continue
-        volumes = pods([resource]) if name == "mesh.yaml" else {}
-        for version in (NEWEST,) if volumes else (OLDEST, NEWEST):  # volumes of images came with 1.33
+        kind = f"{resource['apiVersion']}/{resource['kind']}"
+        if kind in CUSTOM["specs"]:
+            schema = CUSTOM["specs"][kind] | {"definitions": CUSTOM["definitions"]}
+            jsonschema.Draft7Validator(schema).validate(resource["spec"])
+            if resource["kind"] != "LeaderWorkerSet":
+                continue
+            resource = {"apiVersion": "v1", "kind": "Pod", **pod_of(resource)}
+        has_volumes_of_images = name == "mesh.yaml" and resource["kind"] == "Deployment"
+        for version in (NEWEST,) if has_volumes_of_images else (OLDEST, NEWEST):  # they came with 1.33
             kubernetes_validate.validate(resource, version, strict=True)
 
 
@@ -103,6 +74,22 @@ def test_services_take_each_variable_and_option_that_they_are_given(
         fields = set(loaded.__dataclass_fields__)
         assert {each for each in own if each not in fields and each.removesuffix("_file") not in fields} == set()
         assert all(key.startswith((prefix, "LORAPLEX_HEALTHCHECK_TLS_")) or key in ("POD_IP", "TZ") for key in environ)
+
+
+def test_the_command_line_takes_what_fetches_the_model() -> None:
+    containers = [
+        each
+        for pod in pods(rendered("gpu-cert-manager.yaml")).values()
+        for each in pod["spec"].get("initContainers", [])
+    ]
+
+    assert len(containers) == 4
+    for container in containers:
+        name, *arguments = container["args"]
+        command = typer.main.get_command(app)
+        assert isinstance(command, typer.core.TyperGroup)
+        with command.commands[name].make_context(name, arguments) as context:
+            assert str(context.params["out"]) == "/models/llama"
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -155,6 +142,38 @@ def test_only_gateways_reach_engines_and_only_parts_and_administrators_the_store
         assert part_of(pod["metadata"]["labels"]) in policies
 
 
+def test_alerts_and_dashboards_are_those_that_prometheus_and_grafana_of_compose_have() -> None:
+    resources = rendered("gpu-cert-manager.yaml")
+    dashboards = {
+        Path(name).name: json.loads(text)
+        for config in of_kind(resources, "ConfigMap").values()
+        if config["metadata"]["labels"].get("grafana_dashboard") == "1"
+        for name, text in config["data"].items()
+    }
+
+    rules = of_kind(resources, "PrometheusRule")["loraplex"]["spec"]
+    assert rules == yaml.safe_load((CHART.parents[1] / "prometheus/alerts.yaml").read_text())
+    files = CHART.parents[1].glob("grafana/*.json")
+    assert dashboards == {f"loraplex-{file.name}": json.loads(file.read_text()) for file in files}
+    assert dashboards
+
+
+def test_traces_go_to_the_collector_of_all_parts() -> None:
+    resources = rendered("gpu-cert-manager.yaml")
+    collector = [{"namespaceSelector": {"matchLabels": {"team": "observe"}}}]
+
+    for pod in pods(resources).values():
+        part = part_of(pod["metadata"]["labels"])
+        if part == "valkey":
+            continue
+        environ = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0]["env"]}
+        prefix = f"LORAPLEX_{CONFIGS[part][0].upper()}"
+        assert environ[f"{prefix}_OTLP_ENDPOINT"] == "http://otel.observe:4317"
+        assert environ[f"{prefix}_TRACE_SAMPLE_RATIO"] == "0.1"
+        egress = of_kind(resources, "NetworkPolicy")[f"loraplex-{part}"]["spec"]["egress"]
+        assert {"ports": [{"port": 4317}], "to": collector} in egress
+
+
 def test_a_gpu_engine_takes_one_gpu_and_goes_before_its_successor_comes() -> None:
     engines = {
         each["metadata"]["name"]: each["spec"]
@@ -183,7 +202,12 @@ def test_a_gpu_engine_takes_one_gpu_and_goes_before_its_successor_comes() -> Non
         ({"credentials": {"mode": "certManager"}}, "issuerName is empty"),
         ({"credentials": {"mode": "mesh"}, "valkey": {"enabled": True}}, "passwordsSecret is empty"),
         ({"gateway": {"requireClientCertificates": True}}, "needs gateway.tlsSecret"),
-        ({"engines": {"a": {"autoscaling": {"enabled": True}}}}, "autoscaling.prometheus is empty"),
+        ({"gateway": {"certificate": {"issuerName": "a", "dnsNames": ["b"]}}}, "gateway.tlsSecret is empty"),
+        ({"gateway": {"tlsSecret": "a", "certificate": {"issuerName": "a"}}}, "dnsNames is empty"),
+        ({"engines": {"a": {"device": "cuda", "tensorParallel": 2}}}, "CPUs only"),
+        ({"inferencePool": {"rewrites": [{"targets": [{"model": "a"}]}]}}, "needs inferencePool.enabled"),
+        ({"inferencePool": {"enabled": True}}, "endpointPicker.name is empty"),
+        ({"tracing": {"endpoint": "otel:4317"}}, "endpoint"),
         ({"gatway": {}}, "gatway"),
         ({"engineDefaults": {"device": "tpu"}}, "device"),
         ({"engines": {"a": {"replica": 2}}}, "engines"),

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 import sys
 import warnings
+from typing import Final
 
 import typer
 from loraplex_common.errors import LoraplexError
@@ -17,7 +18,7 @@ from loraplex_client.cli.wording import as_flags
 from loraplex_client.credentials.errors import CredentialsError
 from loraplex_client.demo.errors import DemoModelError
 from loraplex_client.plan import PlanError
-from loraplex_client.serve import PortError, ServeError
+from loraplex_client.serve import PortError, ServeError, ShareError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +46,12 @@ def _root(context: typer.Context) -> None:
     pass
 
 
+_TOLD: Final = (
+    *(CredentialsError, DemoModelError, HubBaseError, PlanError, PortError, ProfileError, ServeError, ShareError),
+)
+"""What the user can mend; the message says how."""
+
+
 def main() -> None:
     """Run the command line; interrupts and closed pipes are typer's business."""
     try:
@@ -54,7 +61,7 @@ def main() -> None:
             app(prog_name="loraplex")
     except LoraplexError as error:
         _fail(f"{error.reason}: {as_flags(error.message)}")
-    except (CredentialsError, DemoModelError, HubBaseError, PlanError, PortError, ProfileError, ServeError) as error:
+    except _TOLD as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("loraplex"):

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -27,6 +28,8 @@ from loraplex_client.plan import (
 from loraplex_client.plan.figure import plan_chart
 
 BAR_WIDTH: Final = 40
+MIB: Final = 2**20
+GIB: Final = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,9 @@ class FleetOptions:
     model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b"
     text_only: Annotated[bool, typer.Option("--text-only", help="Size the text part of a multimodal model.")] = False
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100"
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs of each engine, which has a part of every weight and adapter on each.")
+    ] = 1
     kv_cache_dtype: Annotated[str, typer.Option(help="Type of keys and values: auto or fp8.")] = "auto"
     ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16"
     targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all"
@@ -76,6 +82,10 @@ def plan(
         question = _question(adapters, fleet, slo_ttft, search)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if search.max_gpus < fleet.tensor_parallel:
+        raise typer.BadParameter(
+            f"--max-gpus {search.max_gpus} are fewer than --tensor-parallel {fleet.tensor_parallel}"
+        )
     found = _search(demand, question, attainment=attainment, max_gpus=search.max_gpus)
     if svg is not None:
         svg.write_text(plan_chart(found, attainment=attainment))
@@ -83,7 +93,7 @@ def plan(
         document = {"num_gpus": found.num_gpus, "trials": [asdict(trial) for trial in found.trials]}
         print(json.dumps(document, indent=1))
     else:
-        _print(found, attainment, fleet.gpu)
+        _print(found, attainment, fleet)
     if found.num_gpus is None:
         raise typer.Exit(1)
 
@@ -93,6 +103,7 @@ def _question(adapters: int, fleet: FleetOptions, slo_ttft: float, search: Searc
         "text_only": fleet.text_only,
         "gpu": fleet.gpu,
         "kv_cache_dtype": fleet.kv_cache_dtype,
+        "tensor_parallel": fleet.tensor_parallel,
         "num_adapters": adapters,
         "ranks": read_ranks(fleet.ranks),
         "targets": fleet.targets,
@@ -126,14 +137,16 @@ def _search(demand: Demand, question: dict[str, Any], *, attainment: float, max_
         path = Path(folder) / "trace.npz"
         save_trace(make_trace(demand), path)
 
-        def ask(num_gpus: int) -> Simulation:
-            with stderr.status(f"simulating {num_gpus} GPU{'s' if num_gpus > 1 else ''}"):
-                return simulate(question | {"trace": str(path), "num_engines": num_gpus})
+        degree = question["tensor_parallel"]
 
-        return find_plan(ask, attainment=attainment, max_gpus=max_gpus)
+        def ask(num_engines: int) -> Simulation:
+            with stderr.status(f"simulating {num_engines * degree} GPU{'s' if num_engines * degree > 1 else ''}"):
+                return simulate(question | {"trace": str(path), "num_engines": num_engines})
+
+        return find_plan(ask, attainment=attainment, max_gpus=max_gpus, degree=degree)
 
 
-def _print(found: Plan, attainment: float, gpu: str) -> None:
+def _print(found: Plan, attainment: float, fleet: FleetOptions) -> None:
     columns = ("GPUS", "ATTAINED", "", "TTFT P50", "P99", "TPOT P50", "P99", "ON DEVICE", "IN HOST", "MISS", "BUSY")
     table = Table(*columns, box=None)
     for trial in found.trials:
@@ -154,19 +167,34 @@ def _print(found: Plan, attainment: float, gpu: str) -> None:
             style=style,
         )
     stdout.print(table)
-    last = found.trials[-1].simulation
-    sizes = last.sizes
-    stdout.print(
-        f"each GPU: {sizes['pool_kv_tokens']:,.0f} tokens of KV, or {sizes['pool_adapters']:,.0f} adapters, share its "
-        f"pool; {sizes['arena_adapters']:,.0f} adapters fit its host memory",
-        soft_wrap=True,
-    )
+    last, gpu = found.trials[-1].simulation, fleet.gpu
+    _print_sizes(last.sizes, fleet.tensor_parallel)
     if not last.is_measured:
         stdout.print(f"note: the rates of {gpu} are {last.source}", soft_wrap=True)
     if found.num_gpus is None:
         stdout.print(f"{found.trials[-1].num_gpus} GPUs reach {last.attainment:.1%}, not {attainment:.1%}")
     else:
         stdout.print(f"[bold]{found.num_gpus} x {gpu}[/bold] meet the objective")
+
+
+def _print_sizes(sizes: Mapping[str, float], degree: int) -> None:
+    """Say what fits where."""
+    each = "each GPU" if degree == 1 else f"each engine of {degree} GPUs"
+    stdout.print(
+        f"{each}: {sizes['pool_kv_tokens']:,.0f} tokens of KV, or {sizes['pool_adapters']:,.0f} adapters, share its "
+        f"pool; {sizes['arena_adapters']:,.0f} adapters fit its host memory",
+        soft_wrap=True,
+    )
+    if degree > 1:
+        stdout.print(
+            f"each GPU: {sizes['weight_bytes'] / GIB:,.1f} GiB of weights, {sizes['adapter_bytes_mean'] / MIB:,.1f} MiB of a mean "
+            f"adapter; a step takes {sizes['step_floor_s'] * 1e3:.1f} ms at least, {sizes['collective_s'] * 1e3:.1f} ms of it "
+            "collectives",
+            soft_wrap=True,
+        )
+        stdout.print(
+            "note: engines do not serve --tensor-parallel on GPUs yet; this is what it would take", soft_wrap=True
+        )
 
 
 def _bar(share: float, objective: float) -> str:

@@ -28,7 +28,6 @@ from loraplex_client.serve import (
     ServeConfig,
     Stack,
     default_data_dir,
-    require_free_ports,
 )
 
 PROBE_TIMEOUT_S: Final = 120.0
@@ -50,17 +49,15 @@ def serve(
         bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
     ] = False,
     gateway_workers: Annotated[int, typer.Option(min=1, help="Processes of the gateway, on one pair of ports.")] = 1,
-    ui: Annotated[bool, typer.Option("--ui", help="Show the page at /ui: page pools, requests, a playground.")] = False,
     drain_grace_s: Annotated[float, typer.Option(help="How long running requests may go on after Ctrl-C.")] = 10.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Run Valkey, adapter store, engine and gateway on this machine until Ctrl-C."""
+    """Run Valkey, adapter store, engines and gateway on this machine until Ctrl-C."""
     base.check()
-    ports = address.ports()
-    require_free_ports(address.host, ports)
+    ports = address.ports(engine.engines)
     check_directories(None if base.hub_name else base.model, import_root or [])
     adapters = demo_adapters(base.demo_dir) if base.demo else {}
-    model = fetched(base)
+    shares, model = engine.shares(), fetched(base)
     check_base(model, log_level, text_only=base.text_only)
     config = ServeConfig(
         model=model.resolve(),
@@ -74,7 +71,8 @@ def serve(
         **access.of_stack(),
         base_args=(*base.flags(), *(("--enable-reflection",) if enable_reflection else ())),
         engine_args=engine.flags(),
-        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers), *(("--ui",) if ui else ())),
+        engine_shares=shares,
+        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers)),
         store_args=access.store_flags(),
     )
     asyncio.run(_serve(config, adapters, is_public=access.is_public))
@@ -167,12 +165,13 @@ def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> N
     print(f"  {version_line('loraplex')}")
     print(f"  loraplex chat{target}{flag} --temperature 0 '{prompt}'")
     print(f"  curl http://{stack.http}/v1/models")
-    print(f"  curl http://{stack.metrics}/metrics")
+    print(f"  curl http://{stack.metrics}/metrics   engine metrics: {' '.join(stack.engine_metrics)}")
     print(f"  loraplex status{target}")
     if "--ui" in config.gateway_args:
         print(f"  http://{stack.http}/ui shows pages, adapters and requests, and asks adapters side by side")
     print(f"  loraplex adapters list{store}")
+    engines = f"engine{'s' if len(stack.engines) > 1 else ''}: {' '.join(stack.engines)}"
     print(
-        f"  adapter store: {stack.store}   engine: {stack.engine}   logs: {config.data_dir / 'logs'}   Ctrl-C stops everything",
+        f"  adapter store: {stack.store}   {engines}   logs: {config.data_dir / 'logs'}   Ctrl-C stops everything",
         flush=True,
     )

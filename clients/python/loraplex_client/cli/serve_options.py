@@ -9,9 +9,20 @@ from typing import Annotated, TypedDict
 import typer
 from loraplex_common.hub_base import hub_base
 
+from loraplex_client.cli.context import stderr
 from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.demo import SMOLLM2_HUB_ID
-from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
+from loraplex_client.serve import (
+    DEFAULT_BASE_PORT,
+    MAX_NUM_ENGINES,
+    EngineShare,
+    ValkeyAccess,
+    Wanted,
+    assign_ports,
+    require_free_ports,
+    share_out,
+    this_machine,
+)
 from loraplex_client.serve.ports import Ports
 
 DataDir = Annotated[
@@ -85,11 +96,19 @@ class AddressOptions:
     store_metrics_port: Annotated[int | None, typer.Option(help="The adapter store's /metrics port (base + 11).")] = (
         None
     )
-    engine_port: Annotated[int | None, typer.Option(help="The engine's gRPC port (base + 20).")] = None
-    engine_metrics_port: Annotated[int | None, typer.Option(help="The engine's /metrics port (base + 21).")] = None
+    engine_port: Annotated[
+        int | None, typer.Option(help="The engine's gRPC port (base + 20; each further engine's is 2 higher).")
+    ] = None
+    engine_metrics_port: Annotated[
+        int | None, typer.Option(help="The engine's /metrics port (base + 21; each further engine's is 2 higher).")
+    ] = None
 
-    def ports(self) -> Ports:
-        """Return the port of each part, by its name in `ServeConfig`."""
+    def ports(self, num_engines: int) -> Ports:
+        """Return the port of each part, by its name in `ServeConfig`; check that all of them are free.
+
+        Raises:
+            PortError: If a number is no port, or cannot be listened on.
+        """
         given = {
             "grpc_port": self.port,
             "http_port": self.http_port,
@@ -99,7 +118,9 @@ class AddressOptions:
             "engine_port": self.engine_port,
             "engine_metrics_port": self.engine_metrics_port,
         }
-        return assign_ports(self.base_port, given)
+        ports = assign_ports(self.base_port, given, num_engines)
+        require_free_ports(self.host, ports, num_engines)
+        return ports
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,28 +152,71 @@ class ValkeyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """What the engine computes with."""
+    """How many engines there are, and what each of them computes with."""
 
-    pool_bytes: Annotated[str | None, typer.Option(help="Device memory for KV and adapter pages, e.g. 2GiB.")] = None
-    arena_bytes: Annotated[str | None, typer.Option(help="Host memory for adapter images, e.g. 1GiB.")] = None
+    engines: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_NUM_ENGINES,
+            help="Engines, each with GPUs of its own, or its share of the CPU's threads (docs/deploy.md).",
+        ),
+    ] = 1
+    pool_bytes: Annotated[
+        str | None, typer.Option(help="Device memory of each engine for KV and adapter pages, e.g. 2GiB.")
+    ] = None
+    arena_bytes: Annotated[
+        str | None, typer.Option(help="Host memory of each engine for adapter images, e.g. 1GiB.")
+    ] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="What becomes of the weights: auto, fp8 or none; see docs/stored-forms.md.")
+    ] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Type of keys and values: auto or fp8.")] = None
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
-    num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", envvar="LORAPLEX_ENGINE_DEVICE")] = None
+    num_threads: Annotated[
+        int | None,
+        typer.Option(
+            envvar="LORAPLEX_ENGINE_NUM_THREADS",
+            help="Compute threads on a CPU of each engine's process (default: all cores, divided among them).",
+        ),
+    ] = None
     tensor_parallel: Annotated[
-        int | None, typer.Option(help="Processes that compute the model together, each with a part of every weight.")
+        int | None,
+        typer.Option(
+            min=1,
+            envvar="LORAPLEX_ENGINE_TENSOR_PARALLEL",
+            help="Processes of an engine that compute the model together, each with a part of every weight.",
+        ),
     ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None
 
+    def shares(self) -> tuple[EngineShare, ...]:
+        """Return what each engine gets of this machine.
+
+        Raises:
+            ShareError: If there are too few GPUs.
+        """
+        if self.engines == 1:
+            return (EngineShare(),)
+        wanted = Wanted(
+            num_engines=self.engines,
+            degree=self.tensor_parallel or 1,
+            device=self.device or "auto",
+            num_threads=self.num_threads,
+        )
+        return share_out(this_machine(), wanted, lambda line: stderr.print(line, markup=False, soft_wrap=True))
+
     def flags(self) -> tuple[str, ...]:
-        """Return the engine's arguments."""
+        """Return every engine's arguments."""
         return flags(
             {
                 "--pool-bytes": self.pool_bytes,
                 "--arena-bytes": self.arena_bytes,
                 "--dtype": self.dtype,
+                "--quantization": self.quantization,
                 "--kv-cache-dtype": self.kv_cache_dtype,
                 "--device": self.device,
                 "--num-threads": self.num_threads,
@@ -166,7 +230,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccessOptions:
-    """Which callers are let in, how far, and how they are sure of the gateway."""
+    """Which callers are let in, how far, how they are sure of the gateway, and whether it shows them a page."""
 
     api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None
     quotas_file: Annotated[Path | None, typer.Option(help="Limits of tenants, TOML; see docs/quotas.md.")] = None
@@ -180,6 +244,7 @@ class AccessOptions:
             metavar="FILE",
         ),
     ] = None
+    ui: Annotated[bool, typer.Option("--ui", help="Show the page at /ui: page pools, requests, a playground.")] = False
 
     @property
     def is_public(self) -> bool:
@@ -201,7 +266,7 @@ class AccessOptions:
     def gateway_flags(self) -> tuple[str, ...]:
         """Return the gateway's arguments."""
         given = {"--api-keys-file": self.api_keys_file, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
-        return (*flags(given), *self.store_flags())
+        return (*flags(given), *self.store_flags(), *(("--ui",) if self.ui else ()))
 
 
 def flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:

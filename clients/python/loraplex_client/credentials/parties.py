@@ -73,5 +73,10 @@ METRICS: Final = Party(folder="metrics", role=Role.METRICS, has_certificate=Fals
 TENANT: Final = Party(folder="tenant", role=Role.TENANT, has_certificate=False)
 
 PARTIES: Final = (GATEWAY, ENGINE, ADAPTER_STORE, VALKEY, METRICS, TENANT, ADMIN)
-HEALTH_CHECKER: Final = "user default reset on nopass resetchannels +ping"
-"""Valkey's user of connections without credentials: it can find out that the server answers, and no more."""
+LOG_READER: Final = "user default reset off ~* &* +@all"
+"""The user by whose rights Valkey reads its own append-only file: without all rights it drops transactions at a restart (valkey#3983).
+
+It is off: no connection can be it, and one that names no user may do nothing.
+"""
+HEALTH_CHECKER: Final = "user health reset on nopass resetchannels +ping"
+"""Valkey's user of health checks: it can find out that the server answers, and no more. Any password is right."""

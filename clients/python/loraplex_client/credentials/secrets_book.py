@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from typing import TYPE_CHECKING, Final
 
-from loraplex_client.credentials.parties import HEALTH_CHECKER, VALKEY, Party
+from loraplex_client.credentials.parties import HEALTH_CHECKER, LOG_READER, VALKEY, Party
 from loraplex_client.credentials.private_files import write_private
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class SecretsBook:
         return "\n".join(lines) + "\n"
 
     def _valkey_users(self, good: dict[Path, list[str]]) -> str:
-        lines = [HEALTH_CHECKER]
+        lines = [LOG_READER, HEALTH_CHECKER]
         for party in self._users:
             passwords = " ".join(f"#{digest}" for digest in good[self._path / party.folder / VALKEY_PASSWORD])
             lines.append(f"user {party.folder} reset on {passwords} {party.valkey_rights}")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex_client.serve.child import ServiceSpec
+from loraplex_client.serve.ports import engine_port
+from loraplex_client.serve.shares import EngineShare
 from loraplex_client.valkey_access import ValkeyAccess
 
 
@@ -51,9 +53,9 @@ class ServeConfig:
         http_port: The gateway's OpenAI-compatible port.
         metrics_port: The gateway's HTTP port of /metrics.
         store_port: The adapter store's gRPC port.
-        engine_port: The engine's gRPC port.
+        engine_port: The engine's gRPC port; of several, the first's.
         store_metrics_port: The adapter store's HTTP port of /metrics.
-        engine_metrics_port: The engine's HTTP port of /metrics.
+        engine_metrics_port: The engine's HTTP port of /metrics; of several, the first's.
         import_roots: Folders below which the store imports directories.
         drain_grace_s: How long running requests may go on after Ctrl-C, in seconds.
         metrics_key: Shows scrapers that send it what is private.
@@ -61,7 +63,8 @@ class ServeConfig:
         user_keys: Keys file of the users that may call the gateway.
         certificate_lifetime_s: How long the parts' certificates are good, in seconds; renewed well before.
         base_args: Arguments that all services get, such as the base model's name.
-        engine_args: Further arguments of the engine.
+        engine_args: Further arguments of every engine.
+        engine_shares: What each engine gets of the machine; as many engines run.
         gateway_args: Further arguments of the gateway.
         store_args: Further arguments of the adapter store.
     """
@@ -86,6 +89,7 @@ class ServeConfig:
     certificate_lifetime_s: float = 30 * 86400.0
     base_args: tuple[str, ...] = ()
     engine_args: tuple[str, ...] = ()
+    engine_shares: tuple[EngineShare, ...] = (EngineShare(),)
     gateway_args: tuple[str, ...] = ()
     store_args: tuple[str, ...] = field(default=())
 
@@ -100,19 +104,26 @@ class ServeConfig:
             environment=self._environment("adapter_store", wiring),
         )
 
-    def engine(self, wiring: Wiring, store_target: str) -> ServiceSpec:
-        """Return how to run the engine."""
+    def engine(self, wiring: Wiring, store_target: str, number: int = 0) -> ServiceSpec:
+        """Return how to run the engine with this number; a lone one is just called the engine."""
+        share = self.engine_shares[number]
+        ports = {"grpc": ("--port", self.engine_port), "metrics": ("--metrics-port", self.engine_metrics_port)}
         return ServiceSpec(
-            name="engine",
+            name="engine" if len(self.engine_shares) == 1 else f"engine-{number}",
             module="loraplex_engine",
             arguments=(
                 *self._shared(),
                 *("--store-target", store_target),
                 *wiring.identity.engine_flags(),
                 *self.engine_args,
+                *share.arguments,
             ),
-            ports={"grpc": ("--port", self.engine_port), "metrics": ("--metrics-port", self.engine_metrics_port)},
-            environment={"HF_HUB_OFFLINE": "1", **self._environment("engine", wiring)},  # only the store reaches out
+            ports={kind: (flag, engine_port(first, number)) for kind, (flag, first) in ports.items()},
+            environment={  # only the store reaches out
+                "HF_HUB_OFFLINE": "1",
+                **self._environment("engine", wiring),
+                **share.environment,
+            },
         )
 
     def gateway(self, wiring: Wiring, store_target: str) -> ServiceSpec:

@@ -25,7 +25,7 @@ from loraplex_client.credentials.secrets_book import API_KEY, KEYS_FILE
 from loraplex_client.serve.child import ChildError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from loraplex_common.auth import Principal
 
@@ -85,7 +85,7 @@ class ServeIdentity:
         names = ("--engine-tls-name", ENGINE.tls_name, "--store-tls-name", ADAPTER_STORE.tls_name)
         return (*self._peer_flags(GATEWAY), *names)
 
-    def leave_profile(self, *, gateway: str, store: str, engine: str) -> Path:
+    def leave_profile(self, *, gateway: str, store: str, engines: Sequence[str]) -> Path:
         """Leave a profile for the command line and the clients of this user; return its file.
 
         Raises:
@@ -97,7 +97,7 @@ class ServeIdentity:
         profile = Profile(
             gateway=ServerProfile(target=gateway),
             store=ServerProfile(target=store, tls_name=ADAPTER_STORE.tls_name, api_key_file=key, **files),
-            engine=ServerProfile(target=engine, tls_name=ENGINE.tls_name, api_key_file=key, **files),
+            engine=ServerProfile(target=",".join(engines), tls_name=ENGINE.tls_name, api_key_file=key, **files),
             lock=self.path / "lock",
         )
         path = profile_path(gateway)

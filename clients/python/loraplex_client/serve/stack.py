@@ -50,12 +50,15 @@ class Stack:
         http: Address of its OpenAI-compatible port, once started.
         metrics: Address of its /metrics, once started.
         store: Address of the adapter store, once started.
-        engine: Address of the engine, once started.
+        engines: Address of each engine, once started.
+        engine_metrics: Address of each engine's /metrics, once started.
         profile: Client profile of this user for all of them, once started.
     """
 
     def __init__(self, config: ServeConfig, report: Report) -> None:
-        self.grpc = self.http = self.metrics = self.store = self.engine = ""
+        self.grpc = self.http = self.metrics = self.store = ""
+        self.engines: tuple[str, ...] = ()
+        self.engine_metrics: tuple[str, ...] = ()
         self.profile: Path | None = None
         self._identity: ServeIdentity | None = None
         self._config = config
@@ -122,18 +125,20 @@ class Stack:
         store = ServiceChild(config.store(wiring), log_dir)
         await self._start(store)
         self.store = store.addresses["grpc"]
-        engine = ServiceChild(config.engine(wiring, self.store), log_dir)
+        numbers = range(len(config.engine_shares))
+        engines = [ServiceChild(config.engine(wiring, self.store, number), log_dir) for number in numbers]
         gateway = ServiceChild(config.gateway(wiring, self.store), log_dir)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._start(engine))
-                group.create_task(self._start(gateway))
+                for child in (*engines, gateway):
+                    group.create_task(self._start(child))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        self.engine = engine.addresses["grpc"]
+        self.engines = tuple(engine.addresses["grpc"] for engine in engines)
+        self.engine_metrics = tuple(engine.addresses["metrics"] for engine in engines)
         self.grpc, self.http = gateway.addresses["grpc"], gateway.addresses["http"]
         self.metrics = gateway.addresses["metrics"]
-        self.profile = self._identity.leave_profile(gateway=self.grpc, store=self.store, engine=self.engine)
+        self.profile = self._identity.leave_profile(gateway=self.grpc, store=self.store, engines=self.engines)
 
     async def _start_valkey(self) -> ValkeyAccess:
         from loraplex_client.serve.valkey_child import ValkeyChild  # needs redis: the serve extra

@@ -43,6 +43,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- fail "valkey.passwordsSecret is empty: Valkey of this chart takes nobody without a password" }}{{ end }}
 {{- if and .Values.gateway.requireClientCertificates (not .Values.gateway.tlsSecret) }}
 {{- fail "gateway.requireClientCertificates needs gateway.tlsSecret" }}{{ end }}
+{{- if and .Values.gateway.certificate.issuerName (not .Values.gateway.tlsSecret) }}
+{{- fail "gateway.certificate.issuerName is set and gateway.tlsSecret is empty: name the secret that cert-manager is to keep" }}{{ end }}
+{{- if and .Values.gateway.certificate.issuerName (not .Values.gateway.certificate.dnsNames) }}
+{{- fail "gateway.certificate.dnsNames is empty: name what clients dial" }}{{ end }}
 {{- end }}
 
 {{- define "loraplex.modelDir" -}}
@@ -71,7 +75,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with $root.Values.model.aliases }}
 - {name: {{ $.var }}_MODEL_ALIAS, value: {{ join "," . | quote }}}
 {{- end }}
+{{- if $root.Values.model.textOnly }}
+- {name: {{ .var }}_TEXT_ONLY, value: "true"}
+{{- end }}
 - {name: {{ .var }}_LOG_FORMAT, value: json}
+{{- with $root.Values.tracing.endpoint }}
+- {name: {{ $.var }}_OTLP_ENDPOINT, value: {{ . | quote }}}
+- {name: {{ $.var }}_TRACE_SAMPLE_RATIO, value: {{ $root.Values.tracing.sampleRatio | quote }}}
+{{- end }}
 - {name: {{ .var }}_REDIS_URL, value: {{ include "loraplex.valkeyUrl" . | quote }}}
 {{- if eq $mode "secrets" }}
 - {name: {{ .var }}_REDIS_PASSWORD_FILE, value: /credentials/valkey-password}
@@ -142,6 +153,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with .root.Values.monitoring.keySecret }}
 - {name: metrics-key, secret: {secretName: {{ . }}, defaultMode: 0440}}
 {{- end }}
+{{- with .pod.volumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "loraplex.mounts" -}}
@@ -160,6 +174,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- if .root.Values.monitoring.keySecret }}
 - {name: metrics-key, mountPath: /metrics-key, readOnly: true}
+{{- end }}
+{{- with .pod.volumeMounts }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 

@@ -87,6 +87,13 @@ __device__ __forceinline__ void store_codes(const Vec& values, float largest, u8
     *reinterpret_cast<Codes*>(to) = codes;
 }
 
+// A vector of a row with GROUPS: a warp's lanes hold neighbours, and largest is their group's.
+__device__ __forceinline__ void store_group(const Vec& values, i64 row, int column, int width, float largest,
+                                            const Quantised& out) {
+    if (column % kGroup == 0) out.scales[static_cast<i64>(column / kGroup) * out.scale_stride + row] = largest / kLargestCode;
+    store_codes(values, largest, out.codes + row * width + column);
+}
+
 // All threads of a block call it with their vectors of the row, zeros where a vector lies behind the row's end: vector i of
 // thread t has the columns from (i * kThreads + t) * kVec on. scratch holds one float per warp and is free before the call.
 template <int kThreads, int kWidth, int kVecs>
@@ -107,8 +114,10 @@ __device__ __forceinline__ void quantise_row(const Vec (&row)[kVecs], i64 index,
     for (int i = 0; i < kVecs; ++i) {
         const int column = (i * kThreads + static_cast<int>(threadIdx.x)) * kVec;
         if (column >= kWidth) continue;
-        if (kGroups && column % kGroup == 0)
-            out.scales[static_cast<i64>(column / kGroup) * out.scale_stride + index] = largest[i] / kLargestCode;
-        store_codes(row[i], largest[kGroups ? i : 0], out.codes + index * kWidth + column);
+        if constexpr (kGroups) {
+            store_group(row[i], index, column, kWidth, largest[i], out);
+        } else {
+            store_codes(row[i], largest[0], out.codes + index * kWidth + column);
+        }
     }
 }

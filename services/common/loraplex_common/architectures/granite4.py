@@ -47,11 +47,11 @@ def read(values: ConfigValues) -> ModelConfig:
 
 def _refuse_hybrids(values: ConfigValues, num_layers: int) -> None:
     if values.integer("num_local_experts", 8, least=0):
-        raise values.unserved("num_local_experts", "serve a model of the family without experts")
+        raise values.unserved("num_local_experts", "only 0 is", "serve a model of the family without experts")
     key = "layers_block_type" if values.has("layers_block_type") and not values.has("layer_types") else "layer_types"
     layer_types = values.texts(key) or ["mamba"] * num_layers
     if set(layer_types) - set(ATTENTION):
-        raise values.unserved(key, "serve a model of the family whose layers are all attention")
+        raise values.unserved(key, "only attention is", "serve a model of the family whose layers are all attention")
     if len(layer_types) != num_layers:
         raise values.wrong(key, f"expected {num_layers} of {ATTENTION[0]}")
 

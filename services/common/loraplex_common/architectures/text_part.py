@@ -6,10 +6,9 @@ the names of its own architecture. The encoders of images are neither read nor s
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.config_values import BaseModelError, ConfigValues
+from loraplex_common.config_values import BaseModelError, ConfigValues, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,7 +48,7 @@ def multimodal_architecture(config: Mapping[str, Any]) -> str | None:
 def is_multimodal(directory: Path) -> bool:
     """Tell whether a directory's config.json is a multimodal model's; not if it cannot be read."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # `check_base_model` says so
         return False
     return isinstance(config, dict) and multimodal_architecture(config) is not None

@@ -77,7 +77,7 @@ def _group(group: ConfigValues, default_format: str) -> Group:
     refuse_unknown(group, GROUP_KNOWN)
     weights = group.section("weights")
     if weights is None:
-        raise group.unserved("weights", f"a group whose weights are whole; {SERVE_INSTEAD}")
+        raise group.unserved("weights", "a group whose weights are whole", SERVE_INSTEAD)
     refuse_unknown(weights, WEIGHTS_KNOWN)
     stored_as = group.text("format", default_format) if group.has("format") else default_format
     number = weights.text("type", "int")
@@ -91,10 +91,10 @@ def _group(group: ConfigValues, default_format: str) -> Group:
     refuse_unless(weights, "dynamic", (False,))
     symmetric = weights.flag("symmetric", default=True)
     if number == "float" and not symmetric:
-        raise weights.unserved("symmetric", f"floating-point numbers have no zero points; {SERVE_INSTEAD}")
+        raise weights.unserved("symmetric", "floating-point numbers have no zero points", SERVE_INSTEAD)
     block = _block(weights)
     if name == "mxfp4" and block != (1, MX_GROUP):
-        raise weights.unserved("group_size", f"MXFP4 has a scale for {MX_GROUP} inputs; {SERVE_INSTEAD}")
+        raise weights.unserved("group_size", f"MXFP4 has a scale for {MX_GROUP} inputs", SERVE_INSTEAD)
     form = StoredForm(
         name=name,
         bits=weights.integer("num_bits", 8),
@@ -111,8 +111,8 @@ def _is_reordered(weights: ConfigValues) -> bool:
 
 
 def _block(weights: ConfigValues) -> tuple[int | None, int | None]:
-    """Return outputs and inputs of a scale."""
-    strategy = weights.text("strategy", "tensor") if weights.has("strategy") else "tensor"
+    """Return outputs and inputs of a scale; without a strategy, as the library infers it from the group's size."""
+    strategy = weights.text("strategy", "tensor") if weights.has("strategy") else _strategy_of_size(weights)
     if strategy == "group":
         return 1, weights.integer("group_size")
     if strategy == "channel":
@@ -121,4 +121,10 @@ def _block(weights: ConfigValues) -> tuple[int | None, int | None]:
         return None, None
     if strategy == "block" and (block := weights.pair("block_structure")):
         return block
-    raise weights.unserved("strategy", f"served: tensor, channel, group, block with block_structure; {SERVE_INSTEAD}")
+    raise weights.unserved("strategy", "served: tensor, channel, group, block with block_structure", SERVE_INSTEAD)
+
+
+def _strategy_of_size(weights: ConfigValues) -> str:
+    if not weights.has("group_size"):
+        return "tensor"
+    return "channel" if weights.raw("group_size") == -1 else "group"

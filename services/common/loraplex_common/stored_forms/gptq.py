@@ -47,7 +47,7 @@ def read(values: ConfigValues) -> Quantisation:
     refuse_unless(values, "pack_dtype", ("int32",))
     for key in ("checkpoint_format", "format"):
         refuse_unless(values, key, ("gptq", "gptq_v2"))
-    version = values.text("checkpoint_format" if values.has("checkpoint_format") else "format", "gptq")
+    version = _version(values)
     form = StoredForm(
         name="gptq",
         bits=values.integer("bits"),
@@ -58,3 +58,11 @@ def read(values: ConfigValues) -> Quantisation:
         zero_offset=0 if version == "gptq_v2" else 1,
     )
     return Quantisation("gptq", every_linear(form))
+
+
+def _version(values: ConfigValues) -> str:
+    """Return the format; programs write it under one key or the other, or under both."""
+    found = {key: values.text(key, "gptq") for key in ("checkpoint_format", "format") if values.has(key)}
+    if len(set(found.values())) > 1:
+        raise values.wrong("format", f"expected that of checkpoint_format, {found['checkpoint_format']!r}")
+    return next(iter(found.values()), "gptq")

@@ -129,7 +129,7 @@ def refuse_unknown(values: ConfigValues, known: Sequence[str]) -> None:
     """
     for key in values.names():
         if key not in known and values.has(key):
-            raise values.unserved(key, f"the key is not known; {SERVE_INSTEAD}")
+            raise values.unserved(key, "the key is not known", SERVE_INSTEAD)
 
 
 def refuse_unless(values: ConfigValues, key: str, allowed: Sequence[object]) -> None:
@@ -140,4 +140,4 @@ def refuse_unless(values: ConfigValues, key: str, allowed: Sequence[object]) -> 
     """
     if values.has(key) and values.raw(key) not in allowed:
         served = ", ".join(repr(each) for each in allowed)
-        raise values.unserved(key, f"served: {served}; {SERVE_INSTEAD}")
+        raise values.unserved(key, f"served: {served}", SERVE_INSTEAD)

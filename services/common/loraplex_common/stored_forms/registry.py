@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.config_values import BaseModelError, ConfigValues
+from loraplex_common.config_values import BaseModelError, ConfigValues, parse_json
 from loraplex_common.stored_forms import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from loraplex_common.stored_forms.quantisation import SERVE_INSTEAD, Quantisation
 
@@ -43,6 +42,11 @@ def read_quantisation(config: Mapping[str, Any], file: str = "config.json") -> Q
     if not found:
         return None
     key = found[0]
+    if any(config[other] != config[key] for other in found):
+        raise BaseModelError(
+            f"{file}: {' and '.join(found)} say different things of one checkpoint; remove the entry that the weights do not "
+            "follow"
+        )
     values = ConfigValues(config, file).section(key)
     method = values.text("quant_method", "") if values else ""
     if values is None or method not in METHODS:
@@ -61,7 +65,7 @@ def quantisation_of(directory: Path) -> Quantisation | None:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # `check_base_model` says so
         return None
     return read_quantisation(config, str(path)) if isinstance(config, dict) else None

@@ -9,7 +9,7 @@ from loraplex_common.base_model import BaseModelError
 from loraplex_common.heap import give_back_freed
 from loraplex_common.stored_forms.registry import quantisation_of
 from loraplex_common.weight_files import IGNORED_SUFFIXES, SERVED_DTYPES, find_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex_engine.model.fp8_reading import AddedError, Place, read_fp8
@@ -53,6 +53,18 @@ class WeightSource(Protocol):
     def close(self) -> None:
         """Say that all weights have been read."""
         ...
+
+
+def _open(file: Path) -> Any:
+    """Map a file of weights.
+
+    Raises:
+        BaseModelError: If it cannot be read, or its header is not what the format says.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"{file}: {error}; fetch it again") from error
 
 
 class WeightReader:
@@ -259,13 +271,13 @@ class WeightReader:
         """Return a tensor as a slice of its file, which stays mapped as long as the slice is kept.
 
         Raises:
-            BaseModelError: If it is missing.
+            BaseModelError: If it is missing, or its file cannot be read.
         """
         if name not in self._files:
             raise BaseModelError(f"{self._directory}: weight {name} is missing")
         file = self._files[name]
         if self._opened is None or self._opened[0] != file:
-            self._opened = file, safe_open(file, framework="pt")
+            self._opened = file, _open(file)
         return self._opened[1].get_slice(self._stored.stored_name(name))
 
     def mark_read(self, name: str) -> None:

@@ -29,17 +29,32 @@ BEAT_S: Final = 0.5
 EXIT_FAILED: Final = 70
 
 
-def watch(line: socket.socket) -> None:
-    """Say now and then that this process lives; end it when the engine's has ended."""
-    poll = select.poll()
-    poll.register(line, select.POLLIN)
-    while True:
-        try:
-            if poll.poll(BEAT_S * 1000) and not line.recv(MAX_BYTES):
+class Life:
+    """Says now and then that this process lives, and what it has done; ends it when the engine's has ended.
+
+    Args:
+        line: The line to rank 0.
+
+    Attributes:
+        following: What has figures; None while the model is loaded.
+    """
+
+    def __init__(self, line: socket.socket) -> None:
+        self.following: Following | None = None
+        self._line = line
+
+    def run(self) -> None:
+        """Do so for as long as the process lives."""
+        poll = select.poll()
+        poll.register(self._line, select.POLLIN)
+        while True:
+            try:
+                if poll.poll(BEAT_S * 1000) and not self._line.recv(MAX_BYTES):
+                    os._exit(0)
+                figures = "" if self.following is None else self.following.figures().to_text()
+                say(self._line, Said(Word.LIVES, text=figures))
+            except OSError:
                 os._exit(0)
-            say(line, Said(Word.LIVES))
-        except OSError:
-            os._exit(0)
 
 
 def arena_part(fd: int, setup: RankSetup, page_bytes: int) -> NDArray[np.uint8]:
@@ -71,10 +86,12 @@ def main() -> None:
         return
     setup = RankSetup.from_bytes(told)
     log.configure(f"engine-rank-{setup.rank}", setup.log_level, setup.log_format)  # type: ignore[arg-type]
-    threading.Thread(target=watch, args=(line,), name="engine-watch", daemon=True).start()
+    life = Life(line)
+    threading.Thread(target=life.run, name="engine-watch", daemon=True).start()
     try:
         following = prepare(setup, line)
         following.arena = arena_part(arena_fd, setup, following.page_bytes)
+        life.following = following
         say(line, Said(Word.READY))
         following.run(RingReader(ring_fd, ReaderFds(work_fd, room_fd)))
     except BaseException as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loraplex_common.adapter_image import TILE_ALIGN
 from loraplex_common.image_geometry import ImageError
 
 from loraplex_engine.config import ConfigError
+from loraplex_engine.ranks.figures import RankBook
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,12 @@ class RankHost:
     Attributes:
         arena_fd: Memory file of the host arena, which has a part for each rank.
         on_lost: Called once, from any thread, with what happened when a rank ends or hangs.
+        book: Takes what ranks say of themselves.
     """
 
     arena_fd: int
     on_lost: Callable[[str], None]
+    book: RankBook = field(default_factory=RankBook)
 
 
 def checked_degree(degree: int, info: BaseModelInfo, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.ranks.figures import RankFigures, resident_bytes
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.rank_line import Said, Word, say
 from loraplex_engine.ranks.rank_records import Kind, read_load, read_plan, read_unload
@@ -76,22 +78,39 @@ class Following:
     def __init__(self, follower: TorchFollower, line: socket.socket) -> None:
         self._follower, self._line = follower, line
         self.arena: NDArray[np.uint8] = np.empty((0, self.page_bytes), dtype=np.uint8)
+        self._num_steps, self._step_s = 0, 0.0
+        self._pages_of: dict[int, int] = {}  # place in the adapter table -> pages
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
         return self._follower.geometry.page_bytes
 
+    def figures(self) -> RankFigures:
+        """Return what this rank has done; from any thread."""
+        return RankFigures(
+            num_steps=self._num_steps,
+            step_s=self._step_s,
+            collective_s=self._follower.collective_s,
+            adapter_pages=sum(list(self._pages_of.values())),
+            resident_bytes=resident_bytes(),
+        )
+
     def run(self, ring: RingReader) -> None:
         """Follow for as long as the process lives."""
         for kind, payload in ring.records():
             match Kind(kind):
                 case Kind.PLAN:
+                    began_s = time.perf_counter()
                     self._follower.follow(read_plan(payload))
+                    self._step_s += time.perf_counter() - began_s
+                    self._num_steps += 1
                 case Kind.LOAD:
                     self._load(payload)
                 case Kind.UNLOAD:
-                    self._follower.unload_adapter(read_unload(payload))
+                    place = read_unload(payload)
+                    self._follower.unload_adapter(place)
+                    del self._pages_of[place]
 
     def _load(self, payload: bytes) -> None:
         load = read_load(payload)
@@ -101,6 +120,7 @@ class Following:
         except Exception as error:
             say(self._line, Said(Word.LOAD_FAILED, load.number, f"{type(error).__name__}: {error}"))
             return
+        self._pages_of[load.place] = len(load.pages)
         handle.add_done_callback(partial(self._answer, load.number, handle))
 
     def _answer(self, number: int, handle: LoadHandle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +37,7 @@ class GlooGroup:
     def __init__(self, store: Store, rank: int, degree: int, *, timeout: timedelta = TIMEOUT) -> None:
         self._rank, self._degree = rank, degree
         self._is_broken = False
+        self._collective_s = 0.0
         self._steps, self._loads = (
             _process_group(_dist.PrefixStore(name, store), rank, degree, timeout) for name in ("steps", "loads")
         )
@@ -62,10 +64,15 @@ class GlooGroup:
         """See `RankGroup`."""
         return self._degree
 
+    @property
+    def collective_s(self) -> float:
+        """See `RankGroup`."""
+        return self._collective_s
+
     def all_reduce(self, values: Tensor) -> None:
         """See `RankGroup`."""
         self._check()
-        self._steps.allreduce([values if values.is_contiguous() else values.t()]).wait()
+        self._finish(self._steps.allreduce([values if values.is_contiguous() else values.t()]))
 
     def all_reduce_of_load(self, values: Tensor) -> None:
         """See `RankGroup`."""
@@ -75,18 +82,24 @@ class GlooGroup:
     def broadcast(self, values: Tensor) -> None:
         """See `RankGroup`."""
         self._check()
-        self._steps.broadcast(values, 0).wait()
+        self._finish(self._steps.broadcast(values, 0))
 
     def gather(self, values: Tensor, parts: Sequence[Tensor]) -> None:
         """See `RankGroup`."""
         self._check()
-        self._steps.gather(list(parts), values, 0).wait()
+        self._finish(self._steps.gather(list(parts), values, 0))
 
     def abort(self) -> None:
         """See `RankGroup`: the others find the connections of a rank that ends closed."""
         self._is_broken = True
         for each in (self._steps, self._loads):
             each.abort()
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a collective of a step, and count how long that takes."""
+        began_s = time.perf_counter()
+        work.wait()
+        self._collective_s += time.perf_counter() - began_s
 
     def _check(self) -> None:
         if self._is_broken:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.log import get_logger
 
+from loraplex_engine.ranks.figures import RankFigures
 from loraplex_engine.ranks.plan_ring import GroupLostError, RingWriter
 from loraplex_engine.ranks.rank_line import MAX_BYTES, Said, Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from loraplex_engine.ranks.figures import RankBook
     from loraplex_engine.ranks.rank_line import RankSetup
     from loraplex_engine.ranks.rank_records import Kind
 
@@ -42,6 +44,7 @@ class RankProcesses:
 
     Args:
         setups: What each is, rank 1 first.
+        book: Takes their figures.
         arena_fd: The memory file of the host arena.
         on_lost: Called once, on a thread of its own, with what happened when a rank ends or hangs.
         on_load: Called on that thread with each rank's answer to a load.
@@ -50,12 +53,13 @@ class RankProcesses:
     def __init__(
         self,
         setups: Sequence[RankSetup],
+        book: RankBook,
         *,
         arena_fd: int,
         on_lost: Callable[[str], None],
         on_load: Callable[[Said], None],
     ) -> None:
-        self._on_lost, self._on_load = on_lost, on_load
+        self._book, self._on_lost, self._on_load = book, on_lost, on_load
         self._ring = RingWriter(len(setups))
         self._lines: dict[int, tuple[int, socket.socket]] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -176,6 +180,8 @@ class RankProcesses:
             with self._changed:
                 self._ready.add(rank)
                 self._changed.notify_all()
+        elif said.word is Word.LIVES and said.text:
+            self._book.others[rank] = RankFigures.from_text(said.text)
         elif said.word in (Word.LOADED, Word.LOAD_FAILED):
             self._on_load(said)
         elif said.word is Word.FAILED:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from loraplex_engine.ranks.figures import RankBook
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.group_load import GroupLoad
 from loraplex_engine.ranks.processes import RankProcesses
@@ -44,6 +45,7 @@ class GroupPlan:
         num_threads: Compute threads of each rank.
         arena_fd: Memory file of the host arena, which has a part for each rank.
         on_lost: Called once, from any thread, with what happened when a rank ends or hangs.
+        book: Takes what ranks say of themselves.
         log_level: As the engine's.
         log_format: As the engine's.
     """
@@ -54,6 +56,7 @@ class GroupPlan:
     num_threads: int
     arena_fd: int
     on_lost: Callable[[str], None]
+    book: RankBook
     log_level: str
     log_format: str
 
@@ -80,10 +83,11 @@ class RankedRunner:
             meeting = str(Path(folder) / MEETING_FILE)
             setups = [_setup(config, plan, rank, meeting) for rank in range(1, plan.degree)]
             self._processes = RankProcesses(
-                setups, arena_fd=plan.arena_fd, on_lost=plan.on_lost, on_load=self._load_answered
+                setups, plan.book, arena_fd=plan.arena_fd, on_lost=plan.on_lost, on_load=self._load_answered
             )
             try:
                 group = GlooGroup.meet(meeting, 0, plan.degree, timeout=COLLECTIVE_TIMEOUT)
+                plan.book.collective_s = lambda: group.collective_s
                 self._runner = TorchRunner(config, weights, group)
                 self._processes.wait_ready()
             except BaseException:

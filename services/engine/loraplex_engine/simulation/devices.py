@@ -7,6 +7,7 @@ from typing import Final
 
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE
 from loraplex_engine.simulation.calibration import Prior
+from loraplex_engine.simulation.collectives import RankLink
 from loraplex_engine.simulation.copies import PINNED_COPY, Link
 from loraplex_engine.simulation.shapes import ModelShape, ShapeError
 from loraplex_engine.simulation.step_cost import StepRates
@@ -22,6 +23,11 @@ _BYTES: Final = (
     "lora_row_byte_s",
 )
 _OPERATIONS: Final = ("flop_s", "pair_flop_s")
+
+NVLINK_4: Final = RankLink(bytes_per_s=450e9, latency_s=10e-6)
+NVLINK_3: Final = RankLink(bytes_per_s=300e9, latency_s=10e-6)
+PCIE_4: Final = RankLink(bytes_per_s=32e9, latency_s=20e-6)
+"""Rates of one direction by data sheets; latencies are assumed, that of a one-shot all-reduce through peer memory."""
 
 H100_PRIORS: Final = {
     "layer_s": Prior(45e-6, 1.0),
@@ -48,6 +54,7 @@ class Device:
     """One GPU.
 
     Attributes:
+        link: What connects several of them in one host.
         source: Where the rates come from.
         is_measured: False if they are scaled from another device's rates by data sheets.
     """
@@ -56,6 +63,7 @@ class Device:
     memory_bytes: int
     rates: StepRates
     copy: Link
+    link: RankLink
     source: str
     is_measured: bool
 
@@ -65,17 +73,25 @@ class Device:
         Raises:
             ShapeError: If the weights leave no room.
         """
-        weights = shape.weight_bytes + shape.head_weights * shape.item_bytes  # the embedding too
+        weights = rank_weight_bytes(shape)
         left = int((self.memory_bytes - weights) * GPU_POOL_SHARE)
         if left < 2 * shape.pool.page_bytes:
+            each = f" on each of {shape.tp_degree} ranks" if shape.tp_degree > 1 else ""
             raise ShapeError(
-                f"{shape.info.name} takes {weights / GIB:.1f} GiB of weights, a {self.name} has "
-                f"{self.memory_bytes / GIB:.0f} GiB; several GPUs per engine are not simulated"
+                f"{shape.info.name} takes {weights / GIB:.1f} GiB of weights{each}, a {self.name} has "
+                f"{self.memory_bytes / GIB:.0f} GiB: divide it over more GPUs with tensor_parallel (--tensor-parallel)"
             )
         return left
 
 
-def _scaled(name: str, memory_gib: float, *, bandwidth: float, operations: float, copy: float) -> Device:
+def rank_weight_bytes(shape: ModelShape) -> int:
+    """Return the bytes of weights that each rank holds: what a step reads, and the embedding."""
+    return shape.weight_bytes + shape.head_weights * shape.item_bytes
+
+
+def _scaled(
+    name: str, memory_gib: float, link: RankLink, *, bandwidth: float, operations: float, copy: float
+) -> Device:
     """Return a device whose rates are the H100's times the ratios of their data sheets."""
     factors = {field.name: 1.0 for field in fields(StepRates)}
     factors |= dict.fromkeys(_BYTES, 1 / bandwidth) | dict.fromkeys(_OPERATIONS, 1 / operations)
@@ -85,6 +101,7 @@ def _scaled(name: str, memory_gib: float, *, bandwidth: float, operations: float
         memory_bytes=int(memory_gib * GIB),
         rates=StepRates(**rates),
         copy=Link(bytes_per_s=PINNED_COPY.bytes_per_s * copy, latency_s=PINNED_COPY.latency_s),
+        link=link,
         source="scaled from the H100 by the ratios of the data sheets",
         is_measured=False,
     )
@@ -112,6 +129,7 @@ H100: Final = Device(
         lora_run_s=2e-07,
     ),
     copy=PINNED_COPY,
+    link=NVLINK_4,
     source=f"benchmarks/results: {', '.join(H100_RESULTS)}; Llama-2-7B on one H100 80GB HBM3",
     is_measured=True,
 )
@@ -119,9 +137,9 @@ DEVICES: Final = {
     device.name: device
     for device in (
         H100,
-        _scaled("h200", 140.0, bandwidth=4.8 / 3.35, operations=1.0, copy=1.0),
-        _scaled("a100", 79.1, bandwidth=2.039 / 3.35, operations=312 / 989, copy=0.45),
-        _scaled("l40s", 44.5, bandwidth=0.864 / 3.35, operations=362 / 989, copy=0.45),
-        _scaled("a10g", 22.0, bandwidth=0.6 / 3.35, operations=70 / 989, copy=0.45),
+        _scaled("h200", 140.0, NVLINK_4, bandwidth=4.8 / 3.35, operations=1.0, copy=1.0),
+        _scaled("a100", 79.1, NVLINK_3, bandwidth=2.039 / 3.35, operations=312 / 989, copy=0.45),
+        _scaled("l40s", 44.5, PCIE_4, bandwidth=0.864 / 3.35, operations=362 / 989, copy=0.45),
+        _scaled("a10g", 22.0, PCIE_4, bandwidth=0.6 / 3.35, operations=70 / 989, copy=0.45),
     )
 }

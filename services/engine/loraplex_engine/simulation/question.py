@@ -9,20 +9,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from loraplex_engine.limits import GPU_STEP, EngineLimits
+from loraplex_engine.limits import GPU_STEP
 from loraplex_engine.simulation.adapters import Adapters
-from loraplex_engine.simulation.devices import DEVICES, GIB, Device
+from loraplex_engine.simulation.copies import SHARED_MEMORY_STORE
+from loraplex_engine.simulation.devices import DEVICES, GIB, Device, rank_weight_bytes
 from loraplex_engine.simulation.fleet import Fleet, Routing
 from loraplex_engine.simulation.measured import TARGETS
 from loraplex_engine.simulation.outcomes import summarize
 from loraplex_engine.simulation.setup import SimulationSetup, gpu_limits
 from loraplex_engine.simulation.shapes import ModelShape, ShapeError, base_model, base_model_from_config
-from loraplex_engine.simulation.step_cost import StepCost
+from loraplex_engine.simulation.step_cost import DECODE_ROW, StepCost
 from loraplex_engine.simulation.trace import TraceArrays, TraceError, load_trace
 
 KV_CACHE_DTYPES: Final = {"auto": "", "fp8": "fp8"}
 """``--kv-cache-dtype``, and what `PoolGeometry` calls it."""
 MAX_ENGINES: Final = 1024
+MAX_RANKS: Final = 64
 
 
 class QuestionError(ValueError):
@@ -41,15 +43,16 @@ class Question:
         num_adapters: Adapters that the trace may name.
         ranks: Adapter i has rank ``ranks[i % len(ranks)]``.
         targets: ``qkvo`` or ``all``.
-        num_engines: Engines, one GPU each.
+        num_engines: Engines, of ``tensor_parallel`` GPUs each.
         routing: ``affinity`` or ``random``.
         slo_ttft_s: Objective for the first token.
         slo_tpot_s: Objective for the mean time of a request's other tokens; None for none.
         arena_bytes: Host memory for adapter images, per engine.
-        pool_bytes: Page pool per engine; None for what the engine takes by itself.
+        pool_bytes: Page pool per GPU; None for what the engine takes by itself.
         max_num_seqs: Most sequences of a step; ``max_num_batched_tokens`` most tokens.
         kv_cache_dtype: ``auto`` or ``fp8``, as the engine's flag.
         text_only: Whether a multimodal model's ``config`` means its text part.
+        tensor_parallel: GPUs of each engine.
     """
 
     model: str
@@ -69,6 +72,7 @@ class Question:
     max_num_batched_tokens: int = GPU_STEP[1]
     kv_cache_dtype: str = "auto"
     text_only: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.gpu not in DEVICES:
@@ -81,6 +85,8 @@ class Question:
             raise QuestionError(f"routing {self.routing!r} is not one of {', '.join(r.value for r in Routing)}")
         if not 1 <= self.num_engines <= MAX_ENGINES:
             raise QuestionError(f"num_engines {self.num_engines} is not in 1..{MAX_ENGINES}")
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            raise QuestionError(f"tensor_parallel {self.tensor_parallel} is not in 1..{MAX_RANKS}")
         if self.num_adapters < 0 or (self.num_adapters and not self.ranks) or any(rank < 1 for rank in self.ranks):
             raise QuestionError(f"{self.num_adapters} adapters of ranks {list(self.ranks)} cannot be served")
         if not self.slo_ttft_s > 0 or (self.slo_tpot_s is not None and not self.slo_tpot_s > 0):
@@ -118,6 +124,7 @@ def answer(question: Question) -> dict[str, Any]:
         if question.config
         else base_model(question.model),
         kv_dtype=KV_CACHE_DTYPES[question.kv_cache_dtype],
+        tp_degree=question.tensor_parallel,
     )
     adapters = Adapters(shape, question.num_adapters, question.ranks, TARGETS[question.targets])
     trace = load_trace(Path(question.trace))
@@ -139,8 +146,8 @@ def answer(question: Question) -> dict[str, Any]:
             }
             for engine in fleet.engines
         ],
-        "sizes": _sizes(setup.limits, adapters),
-        "device": {"name": device.name, "is_measured": device.is_measured, "source": device.source},
+        "sizes": _sizes(setup, adapters),
+        "device": _described(device, question.tensor_parallel),
         "took_s": time.perf_counter() - began_s,
     }
 
@@ -159,13 +166,32 @@ def _setup(
     for what, room in (("pool", limits.num_pages), ("arena", limits.num_arena_slots)):
         if largest > room:
             raise ShapeError(f"the largest adapter takes {largest} pages, the {what} has {room}")
-    return SimulationSetup(limits=limits, cost=StepCost(shape, device.rates), copy=device.copy)
+    store = replace(SHARED_MEMORY_STORE, bytes_per_s=SHARED_MEMORY_STORE.bytes_per_s / shape.tp_degree)
+    return SimulationSetup(
+        limits=limits, cost=StepCost(shape, device.rates, device.link), copy=device.copy, store=store
+    )  # each rank copies its own image beside the others; the store writes those of all, one after another
 
 
-def _sizes(limits: EngineLimits, adapters: Adapters) -> dict[str, float]:
-    """Return what fits where, for people."""
+def _described(device: Device, degree: int) -> dict[str, Any]:
+    """Return where the rates come from: collectives of several ranks are not measured on any device."""
+    link = device.link
+    source = "" if device.is_measured else device.source
+    if degree > 1:
+        text = f"collectives by {link.bytes_per_s / 1e9:.0f} GB/s of a data sheet and an assumed {link.latency_s * 1e6:.0f} us each"
+        source = f"{source}, {text}" if source else text
+    return {"name": device.name, "is_measured": not source, "source": source or device.source}
+
+
+def _sizes(setup: SimulationSetup, adapters: Adapters) -> dict[str, float]:
+    """Return what fits where on each GPU, for people, and the least that a decode step takes."""
+    limits, cost = setup.limits, setup.cost
     mean_pages = float(np.mean(adapters.num_pages)) if len(adapters) else 0.0
+    shape, row = cost.shape, DECODE_ROW
     return {
+        "weight_bytes": rank_weight_bytes(shape),
+        "adapter_bytes_mean": float(np.mean(adapters.weight_bytes)) if len(adapters) else 0.0,
+        "step_floor_s": cost.seconds(row),
+        "collective_s": cost.collective_s(row),
         "page_bytes": limits.page_bytes,
         "pool_pages": limits.num_pages,
         "pool_kv_tokens": limits.num_pages * limits.block_tokens,

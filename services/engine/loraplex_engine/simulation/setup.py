@@ -49,14 +49,14 @@ def gpu_limits(shape: ModelShape, *, pool_bytes: int, arena_bytes: int, max_mode
 
     Args:
         shape: The model, which says how large a page is.
-        pool_bytes: Device memory of the page pool; rounded down to whole pages.
-        arena_bytes: Host memory of the arena; rounded down to whole pages.
+        pool_bytes: Device memory of each rank's page pool; rounded down to whole pages.
+        arena_bytes: Host memory of the arena, of all ranks together; rounded down to whole pages.
         max_model_len: Longest sequence, in tokens.
     """
     return EngineLimits(
         pool=shape.pool,
         num_pages=pool_bytes // shape.pool.page_bytes,
-        num_arena_slots=arena_bytes // shape.pool.page_bytes,
+        num_arena_slots=arena_bytes // (shape.pool.page_bytes * shape.tp_degree),
         max_model_len=max_model_len,
         max_num_seqs=GPU_STEP[0],
         max_num_batched_tokens=GPU_STEP[1],

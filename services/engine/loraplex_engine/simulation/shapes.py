@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from loraplex_common.adapter_image import ITEM_BYTES, ImageError, layout, pair_sizes
+from loraplex_common.adapter_image import ITEM_BYTES, TILE_ALIGN, ImageError, layout, pair_sizes
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.config_values import BaseModelError
@@ -116,8 +117,8 @@ class AdapterSize:
     """The cost of one adapter.
 
     Attributes:
-        num_pages: Pages of its image.
-        weight_bytes: Bytes of A and B that a step with it reads.
+        num_pages: Pages of its image, on each rank.
+        weight_bytes: Bytes of A and B that a step with it reads, on each rank.
         traffic_bytes: Bytes of activations that its products read and write per token.
         num_ops: Fused projections of a layer that it adapts.
         num_projections: The same, each projection counted by itself.
@@ -133,24 +134,36 @@ class AdapterSize:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A base model as the device sees it.
+    """A base model as the device sees it; with several tensor-parallel ranks, as one of their devices does.
 
     Attributes:
         info: Its sizes.
         dtype: Type of weights and adapters: ``bfloat16`` or ``float32``; of keys and values, too, unless ``kv_dtype`` says so.
         num_block_tokens: Tokens of a KV page; None for the engine's own choice.
         kv_dtype: Type of keys and values, as `PoolGeometry` has it.
+        tp_degree: Tensor-parallel ranks.
+
+    Raises:
+        ShapeError: If so many ranks cannot divide the model.
     """
 
     info: BaseModelInfo
     dtype: str = "bfloat16"
     num_block_tokens: int | None = None
     kv_dtype: str = ""
+    tp_degree: int = 1
+
+    def __post_init__(self) -> None:
+        try:
+            self.info.geometry(dtype=self.dtype, page_bytes=TILE_ALIGN, tp_degree=self.tp_degree)
+        except ImageError as error:
+            raise ShapeError(f"{self.info.name} over {self.tp_degree} ranks: {error}") from error
 
     @cached_property
     def pool(self) -> PoolGeometry:
         """Geometry of the pool's pages."""
-        chosen = choose_pool_geometry(self.info, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        degree, kv_dtype = self.tp_degree, self.kv_dtype
+        chosen = choose_pool_geometry(self.info, dtype=self.dtype, tp_degree=degree, kv_dtype=kv_dtype)
         return chosen if self.num_block_tokens is None else replace(chosen, block_tokens=self.num_block_tokens)
 
     @cached_property
@@ -161,12 +174,17 @@ class ModelShape:
     @cached_property
     def layer_weights(self) -> int:
         """Weights of all layers: each token is multiplied with each of them once."""
-        return sum(each.in_features * each.out_features for layer in self.info.layers for each in layer)
+        return sum(math.prod(each.local_shape(self.tp_degree)) for layer in self.info.layers for each in layer)
+
+    @cached_property
+    def rank_vocabulary(self) -> int:
+        """Tokens of which one rank has rows of embedding and head: ranks differ by one, and the largest counts."""
+        return -(-self.info.vocab_size // self.tp_degree)
 
     @cached_property
     def head_weights(self) -> int:
         """Weights of the output head: each sampled row is multiplied with each of them once."""
-        return self.info.vocab_size * self.info.hidden_size
+        return self.rank_vocabulary * self.info.hidden_size
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -182,33 +200,35 @@ class ModelShape:
     def activation_bytes_per_token(self) -> int:
         """Bytes that the pointwise kernels between the products read and write per token."""
         info = self.info
-        query, key_value = info.num_heads * info.head_dim, info.num_kv_heads * info.head_dim
+        degree = self.tp_degree
+        query, key_value = info.num_heads // degree * info.head_dim, self.pool.num_kv_heads * info.head_dim
         norms = 2 * 4 * info.hidden_size  # residual in and out, x in and out, twice
         rope = 2 * (query + 2 * key_value)
-        silu = 3 * info.intermediate_size
+        silu = 3 * (info.intermediate_size // degree)
         return info.num_layers * (norms + rope + silu) * self.item_bytes
 
     @cached_property
     def attention_flops_per_pair(self) -> int:
         """Floating-point operations of one query with one key, over all layers and heads."""
-        return 4 * self.info.num_layers * self.info.num_heads * self.info.head_dim
+        return 4 * self.info.num_layers * (self.info.num_heads // self.tp_degree) * self.info.head_dim
 
     def adapter(self, rank: int, targets: tuple[str, ...] = ATTENTION_TARGETS) -> AdapterSize:
-        """Return the size of an adapter of one rank on ``targets`` of all layers.
+        """Return the size of an adapter of one LoRA rank on ``targets`` of all layers.
 
         Where the model has fused a target with others, the fused module is adapted, once.
 
         Raises:
             ShapeError: If the adapter cannot be laid out.
         """
-        geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
+        degree = self.tp_degree
+        geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes, tp_degree=degree)
         projections = self._targeted(targets)
         ranks = tuple((layer, each.name, rank) for layer in range(self.info.num_layers) for each in projections)
         try:
             num_pages = layout(geometry, pair_sizes(ranks)).num_pages
         except ImageError as error:
             raise ShapeError(f"an adapter of rank {rank}: {error}") from error
-        shapes = [projection.shape for projection in projections]
+        shapes = [projection.local_shape(degree) for projection in projections]
         widths = sum(inputs + outputs for inputs, outputs in shapes)
         traffic = sum(inputs + 2 * outputs for inputs, outputs in shapes)
         layers, item = self.info.num_layers, self.item_bytes

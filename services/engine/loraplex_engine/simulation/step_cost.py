@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from loraplex_engine.simulation.collectives import StepCollectives
 
 if TYPE_CHECKING:
+    from loraplex_engine.simulation.collectives import RankLink
     from loraplex_engine.simulation.shapes import ModelShape
 
 
@@ -64,6 +67,23 @@ class StepLoad:
         return bool(self.adapter_bytes or self.adapter_beside_bytes)
 
 
+DECODE_ROW: Final = StepLoad(
+    num_tokens=1,
+    num_sampled=1,
+    kv_tokens=1,
+    attention_pairs=0,
+    adapter_bytes=0,
+    adapter_beside_bytes=0,
+    lora_bytes=0,
+    lora_row_bytes=0,
+    lora_ops=0,
+    lora_prompt_ops=0,
+    lora_runs=0,
+    num_decode_rows=1,
+)
+"""The smallest step: one row, which draws its second token, without an adapter."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
     """Seconds per unit of each term.
@@ -106,11 +126,20 @@ class StepRates:
 
 
 class StepCost:
-    """Gives the seconds of steps of one model on one device."""
+    """Gives the seconds of steps of one model on one device, or on several alike that are its tensor-parallel ranks.
 
-    def __init__(self, shape: ModelShape, rates: StepRates) -> None:
+    Args:
+        shape: The model.
+        rates: Rates of each device.
+        link: What connects the devices; one needs none.
+    """
+
+    def __init__(self, shape: ModelShape, rates: StepRates, link: RankLink | None = None) -> None:
+        if link is None and shape.tp_degree > 1:
+            raise ValueError(f"{shape.tp_degree} ranks without a link between them")
         self.shape = shape
         self.rates = rates
+        self._collectives = None if link is None else StepCollectives(shape, link)
         self._weights_s = shape.weight_bytes * rates.weight_byte_s
         self._layers_s = shape.info.num_layers * rates.layer_s
         self._token_flops_s = 2 * shape.layer_weights * rates.flop_s
@@ -141,7 +170,12 @@ class StepCost:
             + load.num_tokens * self._token_s
             + load.num_sampled * self.rates.row_s
             + lora_s
+            + self.collective_s(load)
         )
+
+    def collective_s(self, load: StepLoad) -> float:
+        """Return the part of `seconds` in which ranks exchange what they have computed."""
+        return self._collectives.seconds(load.num_tokens, load.num_sampled) if self._collectives else 0.0
 
     def growth_s(self, load: StepLoad) -> float:
         """Return by how much each decode step takes longer than the one before it."""

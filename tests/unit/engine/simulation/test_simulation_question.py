@@ -78,6 +78,7 @@ def test_a_pace_nobody_can_keep_is_attained_by_nobody(trace_path: Path) -> None:
     ("changes", "named"),
     [
         ({"gpu": "abacus"}, "abacus"),
+        ({"tensor_parallel": 0}, "tensor_parallel 0 is not in 1..64"),
         ({"targets": "some"}, "some"),
         ({"routing": "lottery"}, "lottery"),
         ({"num_engines": 0}, "num_engines"),

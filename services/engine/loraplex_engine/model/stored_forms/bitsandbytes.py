@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from loraplex_common.base_model import BaseModelError
 
-from loraplex_engine.model.stored_forms.unpacker import Unpacker
+from loraplex_engine.model.stored_forms.unpacker import Unpacker, refuse_infinite
 
 if TYPE_CHECKING:
     from loraplex_common.stored_forms.quantisation import StoredForm
@@ -39,7 +39,7 @@ def four_bit(tensors: ModuleTensors, form: StoredForm) -> Unpacker:
     outputs, inputs = tensors.shape
     state = _State.read(tensors)
     stored = tensors.take(MARK, (math.ceil(outputs * inputs / 2), 1), (torch.uint8,))
-    table = tensors.take("weight.quant_map", (CODES,), (torch.float32,))[:].to(tensors.device)
+    table = _finite(tensors, "weight.quant_map", CODES)
     largest = _largest(tensors, state)
 
     def numbers(first: int, last: int) -> Tensor:
@@ -60,7 +60,7 @@ def int8(tensors: ModuleTensors, form: StoredForm) -> Unpacker:
         BaseModelError: If a tensor is missing or does not fit.
     """
     stored = tensors.take(MARK, tensors.shape, (torch.int8,))
-    largest = tensors.take("SCB", (tensors.shape[0],), (torch.float32,))[:].to(tensors.device)
+    largest = _finite(tensors, "SCB", tensors.shape[0])
     if tensors.has("weight_format"):
         layout = int(tensors.take("weight_format", (), (torch.uint8,))[...])
         if layout != ROW_MAJOR:
@@ -102,6 +102,8 @@ class _State:
         self.shape = [int(each) for each in values["shape"]]
         if self.block <= 0 or (self.nested_block is not None and self.nested_block <= 0):
             raise ValueError("a block without numbers")
+        if not math.isfinite(self.offset):
+            raise ValueError("nested_offset is no number")
 
     @classmethod
     def read(cls, tensors: ModuleTensors) -> _State:
@@ -115,23 +117,32 @@ class _State:
         name, stored = f"{tensors.name}.{suffix}", tensors.take(suffix, None, (torch.uint8,))
         try:
             state = cls(json.loads(bytes(stored[:].tolist())))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise BaseModelError(f"{name}: unreadable: {error!r}; fetch the weights again") from error
         if state.shape != [*tensors.shape]:
             raise BaseModelError(f"{name} has shape {state.shape}, config.json implies {[*tensors.shape]}")
         return state
 
 
+def _finite(tensors: ModuleTensors, suffix: str, num: int) -> Tensor:
+    """Return a table or scales, fp32 ``[num]``, on the device.
+
+    Raises:
+        BaseModelError: If it is missing or does not fit, or a value is NaN or infinite.
+    """
+    values: Tensor = tensors.take(suffix, (num,), (torch.float32,))[:]
+    refuse_infinite(f"{tensors.name}.{suffix}", values)
+    return values.to(tensors.device)
+
+
 def _largest(tensors: ModuleTensors, state: _State) -> Tensor:
     """Return the largest number of each block, fp32 ``[blocks]``: stored whole, or as codes of a second table."""
     num_blocks = math.ceil(math.prod(tensors.shape) / state.block)
     if state.nested_block is None:
-        whole: Tensor = tensors.take("weight.absmax", (num_blocks,), (torch.float32,))[:]
-        return whole.to(tensors.device)
+        return _finite(tensors, "weight.absmax", num_blocks)
     codes = tensors.take("weight.absmax", (num_blocks,), (torch.uint8,))[:].to(tensors.device)
-    table = tensors.take("weight.nested_quant_map", (NESTED_CODES,), (torch.float32,))[:].to(tensors.device)
-    num_nested = math.ceil(num_blocks / state.nested_block)
-    nested = tensors.take("weight.nested_absmax", (num_nested,), (torch.float32,))[:].to(tensors.device)
+    table = _finite(tensors, "weight.nested_quant_map", NESTED_CODES)
+    nested = _finite(tensors, "weight.nested_absmax", math.ceil(num_blocks / state.nested_block))
     of_block = torch.arange(num_blocks, device=tensors.device) // state.nested_block
     largest: Tensor = table[codes.int()] * nested[of_block] + state.offset
     return largest

@@ -85,7 +85,7 @@ def read_scales(tensors: ModuleTensors, form: StoredForm, grid: tuple[int, int])
     """Return the scales, one for each block in the order of the files, fp32, shaped like ``grid``; one may do for all.
 
     Raises:
-        BaseModelError: If they are missing or do not fit.
+        BaseModelError: If they are missing or do not fit, or one is NaN or infinite.
     """
     suffix = next((each for each in form.scales if tensors.has(each)), form.scales[0])
     stored = tensors.take(suffix, None, SCALE_DTYPES)
@@ -97,7 +97,18 @@ def read_scales(tensors: ModuleTensors, form: StoredForm, grid: tuple[int, int])
             f"{tensors.name}.{suffix} has shape {list(found.shape)}, quantization_config implies {list(grid)}; "
             "fetch config.json and the weights again"
         )
+    refuse_infinite(f"{tensors.name}.{suffix}", found)
     return found.to(device=tensors.device, dtype=torch.float32).reshape(-1).expand(math.prod(grid)).reshape(grid)
+
+
+def refuse_infinite(name: str, values: Tensor) -> None:
+    """Refuse scales that would make a whole block of a weight NaN or infinite, and so every answer.
+
+    Raises:
+        BaseModelError: If a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise BaseModelError(f"{name} holds NaN or infinity; fetch the weights again")
 
 
 def groups_of_inputs(tensors: ModuleTensors, form: StoredForm, suffix: str, num_groups: int) -> Tensor:

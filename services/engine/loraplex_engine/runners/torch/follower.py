@@ -20,6 +20,12 @@ class TorchFollower(TorchRunner):
     It needs the rows of a plan, their pages and their adapters. Rank 0 broadcasts the token ids.
     """
 
+    @property
+    def collective_s(self) -> float:
+        """Seconds that steps have spent in collectives."""
+        assert self._group is not None
+        return self._group.collective_s
+
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Compute a step; returns once rank 0 has its logits."""
