@@ -43,7 +43,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Serv
     key = tmp_path_factory.mktemp("metrics") / "key"
     key.write_text("k\n")
     flags = ("--model", str(base), "--enable-reflection", "--metrics-key-file", str(key), *SMALL)
-    process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", *flags)
+    process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", *flags, "--ui")
     yield process
     process.close()
 
@@ -170,6 +170,14 @@ def test_the_digits_that_status_prints_are_taken_by_every_command(
 def test_the_http_port_says_its_version(stack: ServeProcess) -> None:
     with urllib.request.urlopen(f"http://{stack.http}/version", timeout=10) as page:
         assert json.loads(page.read()) == {"version": importlib.metadata.version("loraplex")}
+
+
+def test_the_page_is_shown_and_told_of_the_engine(stack: ServeProcess) -> None:
+    with httpx.stream("GET", f"http://{stack.http}/ui/events", timeout=30) as response:
+        told = next(line for line in response.iter_lines() if '"snapshot":true' in line)
+
+    assert stack.engine in told
+    assert "<title>loraplex</title>" in httpx.get(f"http://{stack.http}/ui", timeout=10).text
 
 
 def test_the_store_can_be_killed_while_a_stream_runs(stack: ServeProcess, client: Client, adapter: Path) -> None:

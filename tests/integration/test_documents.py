@@ -44,6 +44,7 @@ ELSEWHERE = {
     "make serve": SERVE,
     "make test": CI,
     "loraplex serve --model DIR": SERVE,
+    "loraplex serve --demo --ui": SERVE,
     "docker compose up --build --wait": CONTAINERS,
     "docker compose --profile demo run --rm demo-adapters": CONTAINERS,
     "docker compose up --build --wait --scale engine=2": CONTAINERS,

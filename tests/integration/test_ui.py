@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 KEYS = "key-me me\nkey-ops ops admin\nkey-scraper prometheus metrics\nkey-gateway gateway-1 gateway\n"
 TIMEOUT_S = 30.0
+KV, ADAPTER = 1, 2
+"""As in engine.proto, PageOwner."""
 
 
 def as_(name: str) -> dict[str, str]:
@@ -129,19 +131,22 @@ async def test_the_fleet_is_told_whole_once_and_then_by_what_changes(
     with running_stack(tmp_path, *tiny_world, StackFlags(gateway=("--ui",))) as stack:
         import_all(stack)
         http = httpx.AsyncClient(base_url=f"http://{stack.gateway.addresses['http']}")
+        told: list[dict[str, Any]] = []
         async with http, following(http) as events, stack.client() as client:
-            stream = client.generate(prompt_token_ids=[5, 6, 7], adapter="tiny-a", max_new_tokens=200, ignore_eos=True)
+            stream = client.generate(prompt_token_ids=[5, 6, 7], adapter="tiny-a", max_new_tokens=480, ignore_eos=True)
             drained = asyncio.create_task(_drain(stream))
-            told = [data async for name, data in _until_request(events) if name == "engine"]
+            async for name, data in events:
+                told += [data] if name == "engine" else []
+                if {KV, ADAPTER} <= _owners(told):
+                    break
             await drained
-        (request,) = told[-1]["requests"]
-        digests = {digest: name for each in told for digest, name in each["names"].items()}
-        owners = {run[2] for each in told for run in _runs(each)}
 
+    digests = {digest: name for each in told for digest, name in each["names"].items()}
+    (request,) = {request["holder"]: request for each in told for request in each["requests"]}.values()
     assert [each.get("snapshot", False) for each in told] == [True] + [False] * (len(told) - 1)
     assert told[0]["info"]["model"]
     assert [digests[digest] for digest in request["adapters"]] == ["tiny-a"]
-    assert {1, 2} <= owners, "no page of KV, or none of an adapter, was told of"
+    assert request["holder"] in {run[3] for each in told for run in _runs(each) if run[2] == KV}
 
 
 async def test_imports_are_told_with_their_ends(valkey_url: str, tmp_path: Path) -> None:
@@ -159,12 +164,8 @@ async def test_imports_are_told_with_their_ends(valkey_url: str, tmp_path: Path)
     assert newest["created_at"] >= oldest["created_at"] > 1e9
 
 
-async def _until_request(events: AsyncGenerator[tuple[str, Any], None]) -> AsyncIterator[tuple[str, Any]]:
-    """Yield events up to the first that tells of a request."""
-    async for name, data in events:
-        yield name, data
-        if name == "engine" and data["requests"]:
-            return
+def _owners(told: list[dict[str, Any]]) -> set[int]:
+    return {run[2] for each in told for run in _runs(each)}
 
 
 def _runs(told: dict[str, Any]) -> list[list[int]]:
