@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from contextlib import suppress
+from typing import Any, Final
 
 import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_adapter_store import paging
 from loraplex_adapter_store.imports.long_running import PREFIX, LongRunning
 
+_FILTER: Final = re.compile(r'create_time *>= *"([0-9TZ:.+-]{20,40})"')
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -47,13 +51,33 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):  # type: ignor
     async def ListOperations(
         self, request: operations_pb2.ListOperationsRequest, context: Context
     ) -> operations_pb2.ListOperationsResponse:
-        """Page through operations."""
+        """Page through operations; with a filter, return the newest of those that began since its time."""
         if request.filter:
-            raise InvalidParameterError("filters are not served", field="filter")
+            newest = await self._operations.newest(
+                since=_since(request.filter), num_most=paging.page_size(request.page_size)
+            )
+            return operations_pb2.ListOperationsResponse(operations=newest)
         operations, following = await self._operations.page(
             page_size=paging.page_size(request.page_size), after=paging.decode(request.page_token)
         )
         return operations_pb2.ListOperationsResponse(operations=operations, next_page_token=paging.encode(following))
+
+
+def _since(text: str) -> float:
+    """Return the time that a filter names, in seconds since the epoch.
+
+    Raises:
+        InvalidParameterError: If it is another filter.
+    """
+    found = _FILTER.fullmatch(text)
+    if found is not None:
+        time = Timestamp()
+        with suppress(ValueError):
+            time.FromJsonString(found[1])
+            return time.ToNanoseconds() * 1e-9
+    raise InvalidParameterError(
+        f'{text[:80]!r} is no filter that is served: create_time >= "2026-01-31T12:00:00Z"', field="filter"
+    )
 
 
 def _operation_id(name: str) -> str:

@@ -115,6 +115,7 @@ def import_metadata(progress: Progress) -> adapter_store_pb2.ImportAdapterMetada
         stage=adapter_store_pb2.ImportAdapterMetadata.Stage.ValueType(progress.stage.value),
         bytes_done=progress.bytes_done,
         bytes_total=progress.bytes_total,
+        create_time=timestamp(progress.created_at),
     )
 
 

@@ -86,7 +86,8 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
         STORE + "AcknowledgeAliases": _WATCHERS,
         STORE + "AttachEngine": _ENGINE,
-        OPERATIONS + "ListOperations": _ADMIN,
+        # A gateway shows its administrators the imports under way.
+        OPERATIONS + "ListOperations": _WATCHERS,
         OPERATIONS + "GetOperation": _ADMIN,
         OPERATIONS + "DeleteOperation": _ADMIN,
         OPERATIONS + "CancelOperation": _ADMIN,

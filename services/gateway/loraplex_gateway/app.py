@@ -32,6 +32,7 @@ from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.context import HttpContext
 from loraplex_gateway.openai.model_list import ModelList
+from loraplex_gateway.openai.ui.events import FleetPage
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -294,5 +295,6 @@ class GatewayApp:
             is_ready=lambda: self.is_ready,
             num_requests=partial(load_of_all, self._setup, lambda: self.admission.num_requests),
             cors_origins=self.config.cors_allow_origin,
+            page=FleetPage.of(self.config, self.fleet, self._store, self.gateway_id),
         )
         return http_server(self.config, make_app(context), shares_port=self._setup is not None)

@@ -31,6 +31,7 @@ class GatewayConfig(ServiceSettings):
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
         cors_allow_origin: Web pages of these origins may read answers of the HTTP port; ``*`` means all.
+        ui: Whether the HTTP port has the page at /ui: page pools, requests, imports and a playground.
         workers: Processes that share the two ports for clients; limits and memory are each one's own.
         metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
@@ -80,6 +81,7 @@ class GatewayConfig(ServiceSettings):
     cors_allow_origin: tuple[str, ...] = setting(
         (), help="let web pages of this origin call the HTTP port, * for all (repeat for several)", metavar="ORIGIN"
     )
+    ui: bool = setting(False, help="show the page at /ui on the HTTP port; see docs/ui.md")
     workers: int = setting(1, help="processes that share the gRPC and the HTTP port; limits count for each")
     metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")

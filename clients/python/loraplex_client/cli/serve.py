@@ -49,6 +49,7 @@ def serve(
         bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
     ] = False,
     gateway_workers: Annotated[int, typer.Option(min=1, help="Processes of the gateway, on one pair of ports.")] = 1,
+    ui: Annotated[bool, typer.Option("--ui", help="Show the page at /ui: page pools, requests, a playground.")] = False,
     drain_grace_s: Annotated[float, typer.Option(help="How long running requests may go on after Ctrl-C.")] = 10.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -72,7 +73,7 @@ def serve(
         base_args=(*base.flags(), *(("--enable-reflection",) if enable_reflection else ())),
         engine_args=engine.flags(),
         engine_shares=shares,
-        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers)),
+        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers), *(("--ui",) if ui else ())),
         store_args=access.store_flags(),
     )
     asyncio.run(_serve(config, adapters, is_public=access.is_public))
@@ -167,6 +168,8 @@ def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> N
     print(f"  curl http://{stack.http}/v1/models")
     print(f"  curl http://{stack.metrics}/metrics   engine metrics: {' '.join(stack.engine_metrics)}")
     print(f"  loraplex status{target}")
+    if "--ui" in config.gateway_args:
+        print(f"  http://{stack.http}/ui shows pages, adapters and requests, and asks adapters side by side")
     print(f"  loraplex adapters list{store}")
     engines = f"engine{'s' if len(stack.engines) > 1 else ''}: {' '.join(stack.engines)}"
     print(

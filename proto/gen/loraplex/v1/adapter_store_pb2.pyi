@@ -1158,6 +1158,7 @@ class ImportAdapterMetadata(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     BYTES_DONE_FIELD_NUMBER: _builtins.int
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name being imported."""
     stage: Global___ImportAdapterMetadata.Stage.ValueType
@@ -1166,6 +1167,10 @@ class ImportAdapterMetadata(_message.Message):
     """Bytes that have arrived."""
     bytes_total: _builtins.int
     """Bytes expected; 0 while unknown."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the import was asked for; unset of an import that an earlier version of the store has begun."""
+
     def __init__(
         self,
         *,
@@ -1173,10 +1178,11 @@ class ImportAdapterMetadata(_message.Message):
         stage: Global___ImportAdapterMetadata.Stage.ValueType = ...,
         bytes_done: _builtins.int = ...,
         bytes_total: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "name", b"name", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "create_time", b"create_time", "name", b"name", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

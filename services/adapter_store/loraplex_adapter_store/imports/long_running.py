@@ -176,6 +176,15 @@ class LongRunning:
         operations = [operations_pb2.Operation.FromString(data) for data in found if data]
         return operations, page[page_size - 1] if len(page) > page_size else ""
 
+    async def newest(self, *, since: float, num_most: int) -> list[operations_pb2.Operation]:
+        """Return the operations that began since a time (seconds since the epoch), the newest first, and of these so many."""
+        with keys.translated():
+            ids = await self._client.zrange(
+                keys.OPERATIONS, "+inf", since, desc=True, byscore=True, offset=0, num=num_most
+            )
+            found = await self._client.mget([keys.operation(raw.decode()) for raw in ids]) if ids else []
+        return [operations_pb2.Operation.FromString(data) for data in found if data]
+
     async def close(self) -> None:
         """Cancel the operations that run."""
         self._is_closing = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -19,12 +20,17 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Progress:
-    """Progress of a running import; changed in place, with a call of `on_change` after each change."""
+    """Progress of a running import; changed in place, with a call of `on_change` after each change.
+
+    Attributes:
+        created_at: When it was asked for, in seconds since the epoch.
+    """
 
     name: str
     stage: Stage = Stage.PENDING
     bytes_done: int = 0
     bytes_total: int = 0
+    created_at: float = field(default_factory=time.time)
     on_change: Callable[[], None] = lambda: None
 
     def advance(self, stage: Stage, *, bytes_done: int | None = None, bytes_total: int | None = None) -> None:

@@ -25,6 +25,7 @@ from loraplex_gateway.openai.openapi import document
 from loraplex_gateway.openai.responses_api import routes as responses
 from loraplex_gateway.openai.routes import adapters, generation, models, service, text
 from loraplex_gateway.openai.tracing import TraceIds
+from loraplex_gateway.openai.ui import routes as ui
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -62,7 +63,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
 def make_app(context: HttpContext) -> ASGIApp:
     """Return the ASGI application."""
     app = Starlette(
-        routes=[endpoint.route(context) for endpoint in endpoints(context)],
+        routes=[endpoint.route(context) for endpoint in (*endpoints(context), *ui.endpoints(context))],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
     )
     traced = TraceIds(app)

@@ -13,6 +13,7 @@ from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.client_certificates import certificate_of
 from loraplex_gateway.openai.model_list import ModelList
+from loraplex_gateway.openai.ui.events import FleetPage
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.core import GatewayCore
 from loraplex_gateway.requests.listing import ModelListing
@@ -38,6 +39,7 @@ class HttpContext:
         is_local: Whether only this machine reaches the port.
         num_requests: Returns how many requests run or wait, on all workers.
         cors_origins: Origins of web pages that may read answers.
+        page: What the page at /ui shows; None where it is off.
     """
 
     core: GatewayCore
@@ -55,6 +57,7 @@ class HttpContext:
     is_ready: Callable[[], bool]
     num_requests: Callable[[], Awaitable[int]]
     cors_origins: tuple[str, ...] = ()
+    page: FleetPage | None = None
 
     def admit(self, request: Request, right: str) -> Admission:
         """Return the caller, by key or certificate as over gRPC, if it may make the call that a route stands for.

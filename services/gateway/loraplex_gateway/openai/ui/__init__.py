@@ -1,0 +1,1 @@
+"""The page at /ui: what it is made of, and the events that it shows."""

@@ -1,0 +1,38 @@
+// Colours of pages. Owners differ in hue (blue, orange, teal: told apart by all kinds of colour vision), holders in shade.
+import { ADAPTER, KV } from "./fleet.js";
+
+const SHADES = 6;
+const dark = matchMedia("(prefers-color-scheme: dark)");
+let style = getComputedStyle(document.documentElement);
+
+export function onThemeChange(redraw) {
+  dark.addEventListener("change", () => {
+    style = getComputedStyle(document.documentElement);
+    cache.clear();
+    redraw();
+  });
+}
+
+const cache = new Map();
+
+export function variable(name) {
+  if (!cache.has(name)) cache.set(name, style.getPropertyValue(name).trim());
+  return cache.get(name);
+}
+
+export function pageColor(owner, shade) {
+  if (owner === KV) return variable(`--kv-${shade % SHADES}`);
+  if (owner === ADAPTER) return variable(`--adapter-${shade % SHADES}`);
+  return variable(["--free", "", "", "--retiring", "--cached"][owner]);
+}
+
+// Sequences are numbered one by one, so that neighbours in time get different shades; an adapter keeps its shade on all engines.
+export function shadeOf(engine, owner, holder) {
+  if (owner === KV) return holder;
+  const adapter = engine.adapters.get(holder);
+  return adapter ? shadeOfDigest(adapter.digest) : 0;
+}
+
+export function shadeOfDigest(digest) {
+  return parseInt(digest.slice(0, 6), 16) || 0;
+}
