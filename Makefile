@@ -42,6 +42,7 @@ test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-docker-registry.sh
 	@tests/tools/ensure-json-schema-suite.sh
 	@PYTHON=$(BIN)/python tests/tools/ensure-proxies.sh
+	@tests/tools/ensure-chromium.sh
 	@$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu" -q -ra --ignore=tests/clients $(PYTEST_ARGS)
 
 # Client libraries pin what ours do not: they have an environment of their own, which the tests start them in.

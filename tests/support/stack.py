@@ -136,11 +136,11 @@ class Stack:
                 else:
                     return
 
-    def start_gateway(self, *, port: str = "0") -> ServiceProcess:
-        """Start one more gateway and wait until it is ready; the caller ends it."""
+    def start_gateway(self, *more: str, port: str = "0") -> ServiceProcess:
+        """Start one more gateway, with more flags, and wait until it is ready; the caller ends it."""
         ports = ("--port", port, "--http-port", "0", "--metrics-port", "0")
         flags = ("--store-target", self.store_target, "--redis-url", self.valkey.url)
-        gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway))
+        gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway, *more))
         return gateway.wait_ready()
 
     def _start_first_gateway(self) -> None:

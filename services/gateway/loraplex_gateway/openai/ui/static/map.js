@@ -2,7 +2,7 @@
 import { pageColor, shadeOf, variable } from "./colors.js";
 import { ADAPTER, KV, OWNERS } from "./fleet.js";
 
-const LARGEST = 22;
+const LARGEST = 26;
 const SMALLEST = 3;
 const NAMED_FROM = 13; // cells so high have the adapter's name in them
 
