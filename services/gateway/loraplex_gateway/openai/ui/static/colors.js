@@ -14,6 +14,7 @@ export function onThemeChange(redraw) {
 }
 
 const cache = new Map();
+const shades = new Map();
 
 export function variable(name) {
   if (!cache.has(name)) cache.set(name, style.getPropertyValue(name).trim());
@@ -33,6 +34,8 @@ export function shadeOf(engine, owner, holder) {
   return adapter ? shadeOfDigest(adapter.digest) : 0;
 }
 
+// In the order in which they are first seen: the first few differ, which a hash of the digest would not see to.
 export function shadeOfDigest(digest) {
-  return parseInt(digest.slice(0, 6), 16) || 0;
+  if (!shades.has(digest)) shades.set(digest, shades.size);
+  return shades.get(digest);
 }
