@@ -41,7 +41,7 @@ test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
 	@tests/tools/ensure-docker-registry.sh
 	@tests/tools/ensure-json-schema-suite.sh
-	@PYTHON=$(BIN)/python tests/tools/ensure-proxies.sh
+	@PYTHON=$(abspath $(BIN)/python) tests/tools/ensure-proxies.sh
 	@tests/tools/ensure-chromium.sh
 	@$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu" -q -ra --ignore=tests/clients $(PYTEST_ARGS)
 
