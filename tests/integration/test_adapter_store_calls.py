@@ -136,6 +136,26 @@ async def test_operations_are_listed_and_deleted(client: StoreClient, tmp_path: 
         await client.operations.GetOperation(operations_pb2.GetOperationRequest(name=listed[0].name))
 
 
+async def test_a_filter_by_time_lists_the_newest_operations_first(client: StoreClient, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        await client.import_dir(name, write_adapter(tmp_path / name, tiny_base_dir()))
+
+    async def listed(wanted: str, page_size: int = 0) -> list[pb.ImportAdapterMetadata]:
+        request = operations_pb2.ListOperationsRequest(filter=wanted, page_size=page_size)
+        operations = (await client.operations.ListOperations(request)).operations
+        found = [pb.ImportAdapterMetadata() for _ in operations]
+        assert all(each.metadata.Unpack(into) for each, into in zip(operations, found, strict=True))
+        return found
+
+    everything = await listed('create_time >= "2026-01-01T00:00:00Z"')
+    assert [each.name for each in everything] == ["c", "b", "a"]
+    assert [each.name for each in await listed('create_time >= "2026-01-01T00:00:00Z"', page_size=2)] == ["c", "b"]
+    assert await listed('create_time >= "2999-01-01T00:00:00Z"') == []
+    for other in ("done = false", 'create_time >= "yesterday at about noon"', 'create_time >= "2026-99-01T00:00:00Z"'):
+        with refused(InvalidParameterError, "no filter that is served"), translated():
+            await listed(other)
+
+
 async def test_watchers_of_two_replicas_see_every_change(client: StoreClient, redis_url: str) -> None:
     await client.upload_recipe("a")
     async with running_rig(store_config(redis_url)) as (_, other):

@@ -31,8 +31,8 @@ from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.fleet_page import FleetPage
 from loraplex_gateway.openai.model_list import ModelList
-from loraplex_gateway.openai.ui.events import FleetPage
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims

@@ -49,7 +49,6 @@ def serve(
         bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
     ] = False,
     gateway_workers: Annotated[int, typer.Option(min=1, help="Processes of the gateway, on one pair of ports.")] = 1,
-    ui: Annotated[bool, typer.Option("--ui", help="Show the page at /ui: page pools, requests, a playground.")] = False,
     drain_grace_s: Annotated[float, typer.Option(help="How long running requests may go on after Ctrl-C.")] = 10.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -72,7 +71,7 @@ def serve(
         base_args=(*base.flags(), *("--enable-reflection",) * enable_reflection),
         engine_args=engine.flags(),
         engine_shares=shares,
-        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers), *("--ui",) * ui),
+        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers)),
         store_args=access.store_flags(),
     )
     asyncio.run(_serve(config, adapters, is_public=access.is_public))

@@ -230,7 +230,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccessOptions:
-    """Which callers are let in, how far, and how they are sure of the gateway."""
+    """Which callers are let in, how far, how they are sure of the gateway, and whether it shows them a page."""
 
     api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None
     quotas_file: Annotated[Path | None, typer.Option(help="Limits of tenants, TOML; see docs/quotas.md.")] = None
@@ -244,6 +244,7 @@ class AccessOptions:
             metavar="FILE",
         ),
     ] = None
+    ui: Annotated[bool, typer.Option("--ui", help="Show the page at /ui: page pools, requests, a playground.")] = False
 
     @property
     def is_public(self) -> bool:
@@ -265,7 +266,7 @@ class AccessOptions:
     def gateway_flags(self) -> tuple[str, ...]:
         """Return the gateway's arguments."""
         given = {"--api-keys-file": self.api_keys_file, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
-        return (*flags(given), *self.store_flags())
+        return (*flags(given), *self.store_flags(), *(("--ui",) if self.ui else ()))
 
 
 def flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from loraplex_common.rights import require_right
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.client_certificates import certificate_of
+from loraplex_gateway.openai.fleet_page import FleetPage
 from loraplex_gateway.openai.model_list import ModelList
-from loraplex_gateway.openai.ui.events import FleetPage
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.core import GatewayCore
 from loraplex_gateway.requests.listing import ModelListing

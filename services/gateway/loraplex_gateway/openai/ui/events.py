@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from loraplex_common.peers import PeerChannel
 from loraplex_common.tasks import cancel_and_wait
 from loraplex_common.version import package_version
 
 from loraplex_gateway.fleet.as_json import as_json
-from loraplex_gateway.fleet.watch import FleetWatch
 from loraplex_gateway.openai.responses import SSE
 from loraplex_gateway.openai.ui.imports import ImportWatch
 from loraplex_gateway.requests.stall import StallGuard
@@ -23,34 +20,12 @@ if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
-    from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.fleet.watch import FleetReader
+    from loraplex_gateway.openai.fleet_page import FleetPage
 
 LOOK_S: Final = 1.0
 """Something is written at least so often, so that a page knows a lost gateway from a quiet one."""
 PING: Final = b": still here\n\n"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FleetPage:
-    """What the page is about.
-
-    Attributes:
-        fleet: Tells of the engines' page pools.
-        store: Tells of imports; None without an adapter store.
-        gateway_id: This process.
-    """
-
-    fleet: FleetWatch
-    store: PeerChannel | None
-    gateway_id: str
-
-    @classmethod
-    def of(
-        cls, config: GatewayConfig, fleet: FleetWatch, store: PeerChannel | None, gateway_id: str
-    ) -> FleetPage | None:
-        """Return what the configuration wants; None where the page is off."""
-        return cls(fleet=fleet, store=store, gateway_id=gateway_id) if config.ui else None
 
 
 class FleetEvents:

@@ -1,4 +1,4 @@
-"""The files of the page at /ui: read once, served without a key, since they show nothing; no path of a request is opened."""
+"""The files of the page at /ui: read once, served to every caller, since they show nothing; no path of a request is opened."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from loraplex_gateway.openai.context import HttpContext
-    from loraplex_gateway.openai.ui.events import FleetPage
+    from loraplex_gateway.openai.fleet_page import FleetPage
 
 
 def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
