@@ -41,8 +41,8 @@ test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
 	@tests/tools/ensure-docker-registry.sh
 	@tests/tools/ensure-json-schema-suite.sh
+	@PYTHON=$(abspath $(BIN)/python) tests/tools/ensure-proxies.sh
 	@tests/tools/ensure-chromium.sh
-	@PYTHON=$(BIN)/python tests/tools/ensure-proxies.sh
 	@$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu" -q -ra --ignore=tests/clients $(PYTEST_ARGS)
 
 # Client libraries pin what ours do not: they have an environment of their own, which the tests start them in.
@@ -140,13 +140,14 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
 
 .PHONY: campaign
-campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer; kills: REPLICA_ARGS="--seconds 60", STORE_KILL_ARGS="--kills 200"; a rolling upgrade: UPGRADE_ARGS="--streams 50"
+campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer; kills: REPLICA_ARGS="--seconds 60", STORE_KILL_ARGS="--kills 200", RANK_KILL_ARGS="--kills 50"; a rolling upgrade: UPGRADE_ARGS="--streams 50"
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
 	@$(BIN)/python -m support.push_campaign --results benchmarks/results $(PUSH_ARGS)
 	@$(BIN)/python -m support.replica_campaign --results benchmarks/results $(REPLICA_ARGS)
 	@$(BIN)/python -m support.store_kills --results benchmarks/results $(STORE_KILL_ARGS)
 	@$(BIN)/python -m support.upgrade_campaign --results benchmarks/results $(UPGRADE_ARGS)
+	@$(BIN)/python -m support.rank_kills --results benchmarks/results $(RANK_KILL_ARGS)
 
 .PHONY: structured-campaign
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"

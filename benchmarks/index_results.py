@@ -41,6 +41,7 @@ WHAT: Final = {
     "fuzz": "mutated files and streams at all that reads what strangers send, by target and outcome",
     "pushes": "a trainer's pushes under streams, every token compared with peft's of its revision",
     "quotas": "a gateway with limits on everything beside one without",
+    "rank-kills": "ranks of a tensor-parallel engine killed during decode, loads, start and idleness",
     "replicas": "two stores, one of which is killed every few seconds under streams",
     "request_campaign": "random requests against one engine",
     "sampling": "sampling on the device",

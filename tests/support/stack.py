@@ -84,15 +84,19 @@ class Stack:
             engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_first_gateway)
             engine.result()
             gateway.result()
-        self._wait_for_engine()
+        self.wait_for_engine()
 
     def start_engine(self, *flags: str) -> ServiceProcess:
         """Start one more engine and wait until it is ready."""
+        return self.spawn_engine(*flags).wait_ready()
+
+    def spawn_engine(self, *flags: str) -> ServiceProcess:
+        """Start one more engine, which is not ready yet."""
         common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url, *ENGINE_FLAGS)
         peers = ("--store-target", self.store_target, "--metrics-port", "0")
         engine = self._spawn("loraplex_engine", (*FREE_PORTS, *common, *peers, *self.flags.engine, *flags))
         self.engines.append(engine)
-        return engine.wait_ready()
+        return engine
 
     def restart_store(self) -> None:
         """Start the store again on its ports; the old process must have ended."""
@@ -123,7 +127,7 @@ class Stack:
         files = sorted(self.log_dir.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
-    def _wait_for_engine(self) -> None:
+    def wait_for_engine(self) -> None:
         """Return once the gateway has found an engine; it looks for new ones from time to time."""
         deadline = time.monotonic() + FOUND_TIMEOUT_S
         with Client(self.gateway.grpc, store_target=self.store.grpc) as client:

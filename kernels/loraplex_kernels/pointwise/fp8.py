@@ -19,7 +19,7 @@ GROUPS_MACRO: Final = "GROUPS"
 MANY_BLOCK: Final = 256
 """Threads of a gate's CTA where there are many rows."""
 MOST_REGISTER_BYTES: Final = 64
-"""Of a gate's row that a thread may hold: more spills."""
+"""A thread of a gate's CTA holds at most so much of the row: registers spill above."""
 
 
 class Fp8Rows(NamedTuple):

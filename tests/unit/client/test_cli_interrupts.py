@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_client.cli.interrupts import Display
 from loraplex_common.errors import RoleForbiddenError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 TIMEOUT_S = 30
+
+
+@pytest.fixture(autouse=True)
+def as_at_a_terminal() -> Iterator[None]:
+    """A job in the background of a shell ignores Ctrl-C, and so do the tests that it runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_a_display_whose_work_goes_on_and_nothing_is_drawn_afterwards() -> None:

@@ -54,9 +54,8 @@ def serve(
 ) -> None:
     """Run Valkey, adapter store, engines and gateway on this machine until Ctrl-C."""
     base.check()
-    ports = address.ports(engine.engines)
     check_directories(None if base.hub_name else base.model, import_root or [])
-    adapters = demo_adapters(base.demo_dir) if base.demo else {}
+    ports, adapters = address.ports(engine.engines), demo_adapters(base.demo_dir) if base.demo else {}
     shares, model = engine.shares(), fetched(base)
     check_base(model, log_level, text_only=base.text_only)
     config = ServeConfig(
@@ -69,7 +68,7 @@ def serve(
         drain_grace_s=drain_grace_s,
         log_level=log_level,
         **access.of_stack(),
-        base_args=(*base.flags(), *(("--enable-reflection",) if enable_reflection else ())),
+        base_args=(*base.flags(), *("--enable-reflection",) * enable_reflection),
         engine_args=engine.flags(),
         engine_shares=shares,
         gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers)),
