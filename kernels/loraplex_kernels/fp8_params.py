@@ -36,7 +36,7 @@ class RmsNormFp8Params(ctypes.Structure):
 
 
 class SiluMulFp8Params(ctypes.Structure):
-    """csrc/pointwise/silu_mul_fp8.cu."""
+    """csrc/pointwise/silu_mul_fp8.cu and csrc/pointwise/silu_mul_fp8_many.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("gate_up", c_void_p),

@@ -12,12 +12,13 @@ from loraplex_kernels import flora_params, fp8_params, params, row_params
 from loraplex_kernels.compiler import SOURCES, Build, CubinCache, sources
 
 MIRRORS = {
-    re.sub(r"^csrc/(.*)\.$", r"\1", inspect.getdoc(cls) or ""): cls
+    name: cls
     for module in (params, flora_params, fp8_params, row_params)
     for _, cls in inspect.getmembers(module, inspect.isclass)
     if issubclass(cls, ctypes.Structure) and cls.__module__ == module.__name__
+    for name in re.findall(r"csrc/([\w/]+\.cuh?)\b", inspect.getdoc(cls) or "")
 }
-"""File below `SOURCES` -> mirror of the struct that it defines."""
+"""File below `SOURCES` -> mirror of the struct that it defines, or that a header defines for it."""
 NAMES = {path.relative_to(SOURCES).as_posix(): name for name, path in sources().items()}
 KERNELS = sorted(NAMES)
 
