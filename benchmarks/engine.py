@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraplex_bench.end_to_end.cases import gpu_cases, setup_of, smoke_cases
+from loraplex_bench.end_to_end.cases import gpu_cases, setup_of
 from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.smoke_cases import smoke_cases
 from loraplex_bench.end_to_end.startup import first_token
 from loraplex_bench.results import head_commit
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, LLAMA3_8B_FP8, AdapterFamily, Shape

@@ -13,66 +13,19 @@ Error: every next-token log probability of a text, over FP8 keys and values and 
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from loraplex_bench.results import Results, Row, head_commit
-from loraplex_bench.steps.kernel_timer import copy_bytes_per_s, require_close, time_us
-from loraplex_kernels import reference
-from loraplex_kernels.attention.decode import AttentionDecode
-from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_bench.steps.attention_bench import HEAD_DIM, attention_us, layout_of
+from loraplex_bench.steps.kernel_timer import copy_bytes_per_s
 from loraplex_kernels.compiler import Build, compile_kernel
 from loraplex_kernels.module import KernelLibrary
 
-BATCH, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, BLOCK, LAYERS = 64, 2048, 32, 8, 128, 16, 4
-ROWS: Final = 2 * KV_HEADS * BLOCK
+BATCH, CONTEXT = 64, 2048
 CHUNK: Final = 256
-
-
-def layout_of(*, is_fp8: bool) -> KvLayout:
-    """Return pages of `LAYERS` layers."""
-    values = LAYERS * ROWS * HEAD_DIM * (1 if is_fp8 else 2)
-    return KvLayout(
-        page_bytes=values + (LAYERS * ROWS * 2 if is_fp8 else 0),
-        block_tokens=BLOCK,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        scales_offset=values if is_fp8 else None,
-    )
-
-
-def random_pages(layout: KvLayout, device: torch.device) -> torch.Tensor:
-    """Return pages of normal keys and values."""
-    pages = BATCH * CONTEXT // BLOCK
-    kv = torch.randn(pages, LAYERS, 2, KV_HEADS, BLOCK, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    if layout.scales_offset is None:
-        return kv.view(pages, -1).view(torch.uint8)
-    values, scales = reference.quantise_kv(kv)
-    pool = torch.empty(pages, layout.page_bytes, dtype=torch.uint8, device=device)
-    pool[:, : layout.scales_offset] = values.view(torch.uint8).view(pages, -1)
-    pool[:, layout.scales_offset :] = scales.permute(0, 1, 3, 4, 2).contiguous().view(torch.uint8).view(pages, -1)
-    return pool
-
-
-def attention_us(library: KernelLibrary, layout: KvLayout, flush: torch.Tensor) -> float:
-    """Return the time of one layer's attention."""
-    device, width = library.device, HEADS * HEAD_DIM
-    pool = random_pages(layout, device)
-    tables = torch.randperm(len(pool), device=device).int().view(BATCH, -1)
-    q = torch.randn(BATCH, layout.qkv_width, device=device, dtype=torch.bfloat16)
-    lens = torch.full((BATCH,), CONTEXT, dtype=torch.int32, device=device)
-    out = torch.full((BATCH, width), float("nan"), device=device, dtype=torch.bfloat16)
-    kernel = AttentionDecode(library, layout, max_rows=BATCH, max_context=CONTEXT)
-    kernel.launch(1, pool, q, tables, lens, out)
-    key, value = reference.read_kv(pool, layout, torch.bfloat16, 1, tables[3], CONTEXT)
-    expected = reference.attention(q[3:4, :width].view(1, HEADS, HEAD_DIM), key, value, CONTEXT - 1, layout)
-    require_close(out[3].view(1, HEADS, HEAD_DIM), expected, f"scales at {layout.scales_offset}")
-    calls = [functools.partial(kernel.launch, layer, pool, q, tables, lens, out) for layer in range(LAYERS)]
-    return time_us(calls, flush)
 
 
 def time_attention(results: Results) -> None:
@@ -83,9 +36,8 @@ def time_attention(results: Results) -> None:
     results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s")
     results.print_head()
     for name, is_fp8 in (("bf16", False), ("fp8", True)):
-        layout = layout_of(is_fp8=is_fp8)
-        floor = layout.page_bytes // LAYERS * (BATCH * CONTEXT // BLOCK) / rate * 1e6
-        case, value = f"{BATCH}x{CONTEXT}/{name}", attention_us(library, layout, flush)
+        value, read = attention_us(library, layout_of(is_fp8=is_fp8), flush, rows=BATCH, context=CONTEXT)
+        case, floor = f"{BATCH}x{CONTEXT}/{name}", read / rate * 1e6
         results.add(Row(suite="fp8_kv", case=case, metric="time", value=value, unit="us", floor=floor))
 
 

@@ -72,7 +72,8 @@ class RigSetup:
         """The setup in words."""
         limits = self.limits
         return (
-            f"{self.shape.name}{', FP8' if self.shape.is_fp8 else ''}, {self.family.name}: at most {limits.max_num_seqs} sequences, "
+            f"{self.shape.name}{', FP8' if self.shape.is_fp8 else ''}{', FP8 KV' if self.shape.kv_dtype else ''}, "
+            f"{self.family.name}: at most {limits.max_num_seqs} sequences, "
             f"{limits.max_num_batched_tokens} batched tokens, max_model_len {limits.max_model_len}, pool of "
             f"{limits.num_pages} pages ({self.pool_bytes / 2**30:.1f} GiB; {limits.block_tokens} tokens each), "
             f"{limits.max_resident_adapters} table entries, {self.num_adapters} adapters in the arena"

@@ -29,6 +29,7 @@ class Shape:
         model_dir: Files to read, for the torch backend; None makes random weights on the GPU for ours.
         is_fp8: Whether the decoder's linear layers are FP8, a scale for each output.
         has_fp8_blocks: Whether scales are those of blocks of 128 x 128 instead.
+        kv_dtype: ``fp8`` for keys and values in e4m3; empty for those of ``dtype``.
     """
 
     info: BaseModelInfo
@@ -37,6 +38,7 @@ class Shape:
     model_dir: Path | None = None
     is_fp8: bool = False
     has_fp8_blocks: bool = False
+    kv_dtype: str = ""
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Shape:
     @property
     def pool(self) -> PoolGeometry:
         """Shape of a page."""
-        return choose_pool_geometry(self.info, dtype=self.dtype)
+        return choose_pool_geometry(self.info, dtype=self.dtype, kv_dtype=self.kv_dtype)
 
     @property
     def geometry(self) -> Geometry:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_bench.base_shapes import BF16_SHAPES, FP8_SHAPES
-from loraplex_bench.end_to_end.cases import ALL_LINEAR, smoke_cases
+from loraplex_bench.end_to_end.cases import ALL_LINEAR
 from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.smoke_cases import smoke_cases
 from loraplex_bench.floors import dense_params, step_weight_bytes
 from loraplex_bench.fp8_checkpoint import write_fp8_checkpoint
 from loraplex_bench.random_weights import quantise_blocks

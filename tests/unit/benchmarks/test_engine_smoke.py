@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from loraplex_bench.end_to_end.cases import smoke_cases
 from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.smoke_cases import smoke_cases
 from support.base_models import TinyBase, write_base_model
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "engine.py"

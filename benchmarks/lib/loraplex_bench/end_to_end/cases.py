@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from loraplex_client.workload import SloraParams
@@ -22,10 +22,6 @@ from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
 from loraplex_bench.rig import COMPARABLE, RigSetup
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, LLAMA3_8B_FP8, AdapterFamily, Shape
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 GIB: Final = 2**30
 ENGINE_SCRIPT: Final = ROOT / "benchmarks" / "engine.py"
@@ -170,14 +166,24 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
 
 
 def fp8_cases() -> dict[str, Case]:
-    """Return the cases of linear layers in FP8."""
-    return {
-        "bursts-8b-fp8": Case(
-            about="Llama-3-8B, linear layers in FP8, all seven r16, bursts over 0/32/200 adapters",
+    """Return the cases of linear layers in FP8, of keys and values in FP8 too, and of both with twice as many sequences."""
+
+    def bursts(about: str, shape: Shape, label: str, max_num_seqs: int = GPU_STEP[0]) -> Case:
+        setup = setup_of(shape, ALL_LINEAR, max_num_seqs=max_num_seqs)
+        return Case(
+            about=f"Llama-3-8B, {about}, all seven r16, bursts over 0/32/200 adapters",
             seconds=45,
-            run=lambda bench: run_bursts(
-                bench, setup_of(LLAMA3_8B_FP8, ALL_LINEAR), (0, 32, 200), size=STANDARD, label="FP8"
-            ),
+            run=lambda bench: run_bursts(bench, setup, (0, 32, 200), size=STANDARD, label=label),
+        )
+
+    fp8_kv = replace(LLAMA3_8B_FP8, kv_dtype="fp8")
+    all_at_once = STANDARD.num_requests
+    return {
+        "bursts-8b-fp8": bursts("linear layers in FP8", LLAMA3_8B_FP8, "FP8"),
+        "bursts-8b-fp8-kv": bursts("linear layers, keys and values in FP8", fp8_kv, "FP8, FP8 KV"),
+        "bursts-8b-512": bursts("512 sequences at once", LLAMA3_8B, "512 sequences", all_at_once),
+        "bursts-8b-fp8-512": bursts(
+            "linear layers in FP8, 512 sequences at once", LLAMA3_8B_FP8, "FP8, 512 sequences", all_at_once
         ),
     }
 
@@ -253,42 +259,4 @@ def other_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
         "rates-8b-below": rates_case(eight, "below", (14.0, 20.0)),
         "rates-8b-beyond": rates_case(eight, "beyond", (48.0, 56.0)),
         "startup-7b": startup_case(seven),
-    }
-
-
-def smoke_cases(model_dir: Path) -> dict[str, Case]:
-    """Return every kind of case on a tiny model of files and the torch backend, for machines without a GPU."""
-    from loraplex_common.base_model import load_base_model
-
-    tiny = Shape(info=load_base_model(model_dir, name="tiny"), pool_gib=2**-9, dtype="float32", model_dir=model_dir)
-    few = AdapterFamily(ranks=(4,))
-    size = BurstSize(num_requests=12, prompt_tokens=8, output_tokens=3)
-    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
-    standard = setup_of(tiny, few, 6, **sizes)
-    trace = SloraParams(num_adapters=6, rate=20, duration_s=1, prompt_range=(2, 16), output_range=(2, 8))
-    pairs, two = replace(standard, num_adapters=3), (standard, standard.with_limits(max_num_seqs=4))
-    command = [sys.executable, str(ENGINE_SCRIPT), "--startup-child", "tiny", "--model-dir", str(model_dir)]
-    about = "tiny model, torch backend"
-    return {
-        "bursts": Case(about=about, seconds=1, run=lambda b: run_bursts(b, standard, (0, 1, 6), size=size)),
-        "registered": Case(about=about, seconds=1, run=lambda b: run_registered(b, standard, few=2, size=size)),
-        "slora": Case(about=about, seconds=2, run=lambda b: run_slora(b, standard, trace, warm=size, cutoff_s=30)),
-        "lora-off": Case(about=about, seconds=1, run=lambda b: run_pairs(b, pairs, size=size, num_pairs=2)),
-        "no-cliff": Case(
-            about=about,
-            seconds=3,
-            run=lambda b: run_no_cliff(b, standard, num_resident=2, size=size, duration_s=0.5),
-        ),
-        "rates": Case(
-            about=about,
-            seconds=3,
-            run=lambda b: run_rates(b, standard, (10.0,), duration_s=1, warm=size, lengths=(2, 8), cutoff_s=30),
-        ),
-        "shapes": Case(about=about, seconds=2, run=lambda b: run_shapes(b, two, (0, 6), size=size, decoding=size)),
-        "startup": Case(about=about, seconds=20, run=lambda b: run_startup(b, "tiny", command, peer_s=None)),
-        "startup-files": Case(
-            about=about,
-            seconds=20,
-            run=lambda b: run_startup_of_files(b, tiny.info, command[:-2], "--model-dir", device=torch.device("cpu")),
-        ),
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.runners.cuda.runner import CudaRunner
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.step import NO_ADAPTER, StepPlan
@@ -42,8 +43,10 @@ class StepBench:
             max_num_batched_tokens=tokens,
             max_resident_adapters=max(num_adapters, 1),
         )
-        config = RunnerConfig(info=shape.info, limits=limits, device=str(DEVICE))
-        self.runner = CudaRunner(config, RandomWeights(dtype=torch.bfloat16, device=DEVICE))
+        form = WeightForm.FP8 if shape.is_fp8 else WeightForm.WHOLE
+        config = RunnerConfig(info=shape.info, limits=limits, device=str(DEVICE), weight_form=form)
+        weights = RandomWeights(dtype=torch.bfloat16, device=DEVICE, has_blocks=shape.has_fp8_blocks)
+        self.runner = CudaRunner(config, weights)
         self._step_id = 0
         self._load(family, num_adapters)
 
