@@ -21,7 +21,9 @@ from loraplex_kernels.pointwise.fp8 import row_build
 from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 from loraplex_kernels.products.fp8_cut import choose_cuts
 
-ROWS: Final = (1, 8, 64, 128, 256, 1024, 8192)
+ROWS: Final = (1, 8, 64, 128, 256, 512, 1024, 8192)
+FAST_ROWS: Final = (256, 512, 8192)
+"""Rows of which torch's products are timed with sums in fp32, and with sums that stay in tensor cores."""
 NUM_SMS: Final = 132  # of an H100 or H200
 
 
@@ -54,7 +56,7 @@ def main() -> None:
         rate = copy_bytes_per_s()
         results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s")
 
-        def add(case: str, own: float, peer: float, floor: float | None = None) -> None:
+        def add(case: str, own: float, other: float, floor: float | None = None, peer: str = "bf16") -> None:
             results.add(
                 Row(
                     suite="fp8_products",
@@ -63,14 +65,17 @@ def main() -> None:
                     value=own,
                     unit="us",
                     floor=floor,
-                    peer="bf16",
-                    peer_value=peer,
+                    peer=peer,
+                    peer_value=other,
                 )
             )
 
         for rows in ROWS:
             for op, (inputs, outputs) in OPS.items():
                 add(f"{kind}/{op}/{rows}", *bench.product_us(op, rows), inputs * outputs / rate * 1e6)
+            for op in OPS if rows in FAST_ROWS else ():
+                exact, fast = (bench.torch_us(op, rows, is_fast=is_fast) for is_fast in (False, True))
+                add(f"{kind}/{op}/{rows}/sums in tensor cores", fast, exact, peer="sums in fp32")
             for name, times in bench.pointwise_us(rows).items():
                 add(f"{kind}/{name}/{rows}", *times)
     if args.out:

@@ -9,7 +9,7 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.fp8 import Fp8Weight, quantise
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs, QuantisingGate, QuantisingNorm, padded_rows
-from loraplex_engine.runners.cuda.fp8_linear import ScaledMmLinear
+from loraplex_engine.runners.cuda.fp8_linear import ScaledMmLinear, _multiply_blocks, _multiply_rows
 from loraplex_engine.runners.cuda.linears import CublasDense
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
@@ -62,6 +62,24 @@ class Fp8Bench:
         fp8 = time_us([functools.partial(each._product, codes, out, None) for each in linears], self.flush)
         dense = [functools.partial(CublasDense(weight).into, x, out) for weight in weights]
         return fp8, time_us(dense, self.flush)
+
+    def torch_us(self, op: str, rows: int, *, is_fast: bool) -> float:
+        """Return the time of torch's FP8 product, whose tensor cores keep the sums if it is fast."""
+        inputs, outputs = OPS[op]
+        x, out = self.randn(padded_rows(rows), inputs), self.randn(padded_rows(rows), outputs)
+        weights = [self._quantised(self.randn(outputs, inputs) / inputs**0.5) for _ in range(COPIES)]
+        linears = [ScaledMmLinear(self.inputs, weight) for weight in weights]
+        codes = self.inputs.of(x, has_groups=self.has_groups)
+        multiply = _multiply_blocks if self.has_groups else _multiply_rows
+        calls = [
+            functools.partial(multiply, codes, each._codes_t, each._scales_t, None, out, is_fast=is_fast)
+            for each in linears
+        ]
+        calls[0]()
+        require_close(
+            out, _plain(codes, len(out)) @ linears[0].rows(0, outputs).float().t(), f"{op}, {rows} rows, torch"
+        )
+        return time_us(calls, self.flush)
 
     def pointwise_us(self, rows: int) -> dict[str, tuple[float, float]]:
         """Return the times of kernels that quantise, and of those that do not; of the attention's output 0."""

@@ -107,7 +107,15 @@ def _padded_blocks(scales: Tensor) -> Tensor:
     return torch.nn.functional.pad(scales, (0, -scales.shape[1] % SCALE_STEP)).contiguous()
 
 
-def _multiply_rows(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _multiply_rows(
+    rows: Fp8Rows,
+    codes_t: Tensor,
+    scales_t: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    is_fast: bool = FAST_ACCUMULATION,
+) -> None:
     """Compute ``out`` with a scale for each token and each output.
 
     Args:
@@ -116,6 +124,7 @@ def _multiply_rows(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tenso
         scales_t: fp32 ``[1, outputs]``.
         bias: ``[outputs]`` or None.
         out: ``[rows, outputs]``, contiguous.
+        is_fast: Whether sums stay in tensor cores, see `FAST_ACCUMULATION`.
     """
     torch._scaled_mm(
         rows.codes,
@@ -124,12 +133,20 @@ def _multiply_rows(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tenso
         scale_b=scales_t,
         bias=bias,
         out_dtype=out.dtype,
-        use_fast_accum=FAST_ACCUMULATION,
+        use_fast_accum=is_fast,
         out=out,
     )
 
 
-def _multiply_blocks(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _multiply_blocks(
+    rows: Fp8Rows,
+    codes_t: Tensor,
+    scales_t: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    is_fast: bool = FAST_ACCUMULATION,
+) -> None:
     """Compute ``out`` with a scale for each 128 inputs of a token and for each block of 128 outputs and 128 inputs.
 
     Arguments as of `_multiply_rows`, but ``scales_t`` is ``[blocks of inputs, blocks of outputs]``.
@@ -147,7 +164,7 @@ def _multiply_blocks(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Ten
         bias,
         out.dtype,
         (),
-        FAST_ACCUMULATION,
+        is_fast,
         out=out,
     )
 
