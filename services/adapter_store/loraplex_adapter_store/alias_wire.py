@@ -20,15 +20,25 @@ MAX_WEIGHT: Final = 1_000_000
 
 def timestamp(seconds: float) -> Timestamp:
     """Convert Unix seconds."""
-    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+    message = Timestamp()
+    fill_time(message, seconds)
+    return message
 
 
-def aliases(record: AdapterRecord) -> list[adapter_pb2.Alias]:
-    """Convert a record's labels, sorted."""
-    return [
-        adapter_pb2.Alias(name=record.name, label=label, revision=digest, shares=_shares(record.splits.get(label, {})))
-        for label, digest in sorted(record.labels.items())
-    ]
+def fill_time(message: Timestamp, seconds: float) -> None:
+    """Write Unix seconds into an empty message."""
+    message.seconds, message.nanos = int(seconds), int(seconds % 1 * 1e9)
+
+
+def fill_aliases(
+    message: adapter_pb2.Adapter | adapter_store_pb2.WatchAliasesResponse.Entry, record: AdapterRecord
+) -> None:
+    """Write a record's labels, sorted, into a message that has none."""
+    for label, digest in sorted(record.labels.items()):
+        alias = message.aliases.add()
+        alias.name, alias.label, alias.revision = record.name, label, digest
+        if label in record.splits:
+            alias.shares.extend(_shares(record.splits[label]))
 
 
 def _shares(shares: Mapping[str, int]) -> list[adapter_pb2.AliasShare]:

@@ -23,6 +23,8 @@ MAX_REVISIONS: Final = 100
 
 NO_SPLITS: Final[dict[str, dict[str, int]]] = {}
 """One for all records without a split label, which are nearly all; never changed."""
+NO_COUNTERPARTS: Final[dict[str, dict[str, str]]] = {}
+"""The same for records without revisions on other base models."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -60,12 +62,20 @@ class Revision:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None) -> Revision:
-        """Decode what `to_json` wrote, and what is said of the text parts if there are any."""
+    def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None, *, digest: str = "") -> Revision:
+        """Decode what `to_json` wrote, and what is said of the text parts if there are any.
+
+        Args:
+            data: From `to_json`.
+            text_parts: From `TextPartsInfo.to_json`.
+            digest: The revision it is, if the caller has the text already: it is kept instead of an equal one.
+        """
         fields: dict[str, Any] = msgspec.json.decode(data)
         info = TextPartsInfo.from_json(text_parts) if text_parts else None
         # A hundred thousand revisions have a few base models and sets of modules: these are kept once.
         shared = {
+            "revision": digest or fields["revision"],
+            "name": sys.intern(fields["name"]),
             "base_fingerprint": sys.intern(fields["base_fingerprint"]),
             "target_modules": _kept_once(tuple(fields["target_modules"])),
         }
@@ -112,11 +122,12 @@ class AdapterRecord:
         # JSON has a text anew wherever it occurs; in memory labels refer to the texts of `revisions`.
         digests = {digest: digest for digest in fields["revisions"]}
         own = {
+            "name": sys.intern(fields["name"]),  # its revisions have it, too
             "allowed_tenants": tuple(sys.intern(tenant) for tenant in fields["allowed_tenants"]),
             "labels": {sys.intern(label): digests.get(at, at) for label, at in fields["labels"].items()},
             "revisions": tuple(digests),
         }
-        return cls(**{"splits": NO_SPLITS, **fields, **own})
+        return cls(**{"splits": NO_SPLITS, "counterparts": NO_COUNTERPARTS, **fields, **own})
 
     @property
     def etag(self) -> str:

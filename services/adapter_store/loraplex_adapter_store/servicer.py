@@ -99,10 +99,10 @@ class AdapterStoreServicer(ImportRpcs):
             caller=Caller(current_principal()),
         )
         latest = await self._lifecycle.latest_of(records)
-        return pb.AdapterStoreServiceListAdaptersResponse(
-            adapters=[wire.adapter(record, latest.get(wire.latest_of(record) or "")) for record in records],
-            next_page_token=paging.encode(following),
-        )
+        response = pb.AdapterStoreServiceListAdaptersResponse(next_page_token=paging.encode(following))
+        for record in records:
+            wire.fill_adapter(response.adapters.add(), record, latest.get(wire.latest_of(record) or ""))
+        return response
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
         """Change the fields named in the mask."""

@@ -14,7 +14,7 @@ from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterErr
 from loraplex_common.ids import DEFAULT_LABEL, is_digest
 
 from loraplex_adapter_store import alias_wire
-from loraplex_adapter_store.alias_wire import timestamp
+from loraplex_adapter_store.alias_wire import fill_time, timestamp
 from loraplex_adapter_store.attach.messages import (
     Ack,
     ArenaInfo,
@@ -36,7 +36,6 @@ from loraplex_adapter_store.attach.messages import (
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
-    from loraplex_common.text_parts import TextPartsInfo
 
     from loraplex_adapter_store.aliases import AliasUpdate
     from loraplex_adapter_store.imports.progress import Progress
@@ -44,68 +43,89 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
     from loraplex_adapter_store.visibility import Visibility
 
+# Looked up once: a message's own enums take a microsecond each.
+_DELETED, _READY, _EMPTY = (
+    adapter_pb2.Adapter.STATE_DELETED,
+    adapter_pb2.Adapter.STATE_READY,
+    adapter_pb2.Adapter.STATE_EMPTY,
+)
 _PLACES = {adapter_pb2.TIER_DEVICE: Place.DEVICE, adapter_pb2.TIER_ARENA: Place.ARENA}
 
 
 def revision(source: Revision) -> adapter_pb2.AdapterRevision:
     """Convert a revision."""
-    return adapter_pb2.AdapterRevision(
-        revision=source.revision,
-        name=source.name,
-        base_fingerprint=source.base_fingerprint,
-        max_rank=source.max_rank,
-        num_parameters=source.num_parameters,
-        canonical_bytes=source.canonical_bytes,
-        target_modules=source.target_modules,
-        num_layers=source.num_layers,
-        source=source.source,
-        create_time=timestamp(source.create_time),
-        text_parts=_text_parts(source.text_parts),
-    )
+    message = adapter_pb2.AdapterRevision()
+    fill_revision(message, source)
+    return message
 
 
-def _text_parts(info: TextPartsInfo | None) -> adapter_pb2.TextPartsInfo | None:
-    return None if info is None else adapter_pb2.TextPartsInfo(digest=info.digest, kinds=info.kinds)
+def fill_revision(message: adapter_pb2.AdapterRevision, source: Revision) -> None:
+    """Write a revision into an empty message: a message that is given to another one's constructor is copied."""
+    message.revision = source.revision
+    message.name = source.name
+    message.base_fingerprint = source.base_fingerprint
+    message.max_rank = source.max_rank
+    message.num_parameters = source.num_parameters
+    message.canonical_bytes = source.canonical_bytes
+    message.target_modules.extend(source.target_modules)
+    message.num_layers = source.num_layers
+    message.source = source.source
+    fill_time(message.create_time, source.create_time)
+    if source.text_parts is not None:
+        message.text_parts.digest = source.text_parts.digest
+        message.text_parts.kinds.extend(source.text_parts.kinds)
 
 
 def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapter:
     """Convert a record and the revision that ``latest`` points at."""
-    state = adapter_pb2.Adapter.STATE_READY if record.labels else adapter_pb2.Adapter.STATE_EMPTY
-    return adapter_pb2.Adapter(
-        name=record.name,
-        state=adapter_pb2.Adapter.STATE_DELETED if record.is_deleted else state,
-        description=record.description,
-        allowed_tenants=record.allowed_tenants,
-        aliases=alias_wire.aliases(record),
-        etag=record.etag,
-        create_time=timestamp(record.create_time),
-        update_time=timestamp(record.update_time),
-        latest=revision(latest) if latest is not None else None,
-        counterparts=alias_wire.counterparts(record),
-    )
+    message = adapter_pb2.Adapter()
+    fill_adapter(message, record, latest)
+    return message
 
 
-def entry(view: AdapterView, *, with_text_parts: bool = True) -> adapter_store_pb2.WatchAliasesResponse.Entry:
-    """Convert a view for the watchers; one that uses no text parts is not told of revisions that have some."""
-    return adapter_store_pb2.WatchAliasesResponse.Entry(
-        name=view.record.name,
-        aliases=alias_wire.aliases(view.record),
-        revisions=[revision(item) for item in view.revisions if with_text_parts or item.text_parts is None],
-        allowed_tenants=view.record.allowed_tenants,
-        deleted=view.record.is_deleted,
-        counterparts=alias_wire.counterparts(view.record),
-    )
+def fill_adapter(message: adapter_pb2.Adapter, record: AdapterRecord, latest: Revision | None) -> None:
+    """Write a record, and the revision that ``latest`` points at, into an empty message."""
+    message.name = record.name
+    message.state = _DELETED if record.is_deleted else _READY if record.labels else _EMPTY
+    message.description = record.description
+    message.etag = record.etag
+    message.allowed_tenants.extend(record.allowed_tenants)
+    fill_time(message.create_time, record.create_time)
+    fill_time(message.update_time, record.update_time)
+    if latest is not None:
+        fill_revision(message.latest, latest)
+    alias_wire.fill_aliases(message, record)
+    if record.counterparts:
+        message.counterparts.extend(alias_wire.counterparts(record))
+
+
+def fill_entry(
+    message: adapter_store_pb2.WatchAliasesResponse.Entry, view: AdapterView, *, with_text_parts: bool = True
+) -> None:
+    """Write a view for watchers into an empty message; those that use no text parts are not told of revisions that have some."""
+    record = view.record
+    message.name = record.name
+    message.deleted = record.is_deleted
+    message.allowed_tenants.extend(record.allowed_tenants)
+    alias_wire.fill_aliases(message, record)
+    if record.counterparts:
+        message.counterparts.extend(alias_wire.counterparts(record))
+    for source in view.revisions:
+        if with_text_parts or source.text_parts is None:
+            fill_revision(message.revisions.add(), source)
 
 
 def alias_update(update: AliasUpdate, *, with_text_parts: bool = True) -> adapter_store_pb2.WatchAliasesResponse:
     """Convert a change of the name table; see `entry`."""
-    return adapter_store_pb2.WatchAliasesResponse(
+    message = adapter_store_pb2.WatchAliasesResponse(
         sequence=update.position.sequence,
         history_id=update.position.history_id,
-        entries=[entry(view, with_text_parts=with_text_parts) for view in update.views],
         snapshot_start=update.is_snapshot_start,
         snapshot_end=update.is_snapshot_end,
     )
+    for view in update.views:
+        fill_entry(message.entries.add(), view, with_text_parts=with_text_parts)
+    return message
 
 
 def import_metadata(progress: Progress) -> adapter_store_pb2.ImportAdapterMetadata:

@@ -194,42 +194,45 @@ def in_slices(items: Iterable[Item]) -> Iterator[tuple[Item, ...]]:
         yield part
 
 
-def _splits(
-    entry: adapter_store_pb2.WatchAliasesResponse.Entry,
-) -> Mapping[str, tuple[tuple[str, int], ...]]:
-    found = {
-        alias.label: tuple(sorted((share.revision, share.weight) for share in alias.shares))
-        for alias in entry.aliases
-        if alias.shares
-    }
-    return found or NO_SPLITS
+def entry_of(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
+    """Return an entry of a message; each list of it is walked through once, as each step makes an object."""
+    # Each field of a message is a text anew. A table of a hundred thousand names keeps each text once.
+    digests: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
+    created: dict[str, int] = {}
+    num_bytes: dict[str, int] = {}
+    text_parts: dict[str, str] = {}
+    for revision in entry.revisions:
+        digest = revision.revision
+        digests[digest] = digest
+        fingerprints[digest] = sys.intern(revision.base_fingerprint)
+        created[digest] = revision.create_time.seconds
+        num_bytes[digest] = revision.canonical_bytes
+        if revision.HasField("text_parts"):
+            text_parts[digest] = revision.text_parts.digest
+    labels: dict[str, str] = {}
+    splits: dict[str, tuple[tuple[str, int], ...]] = {}
+    for alias in entry.aliases:
+        label, digest = sys.intern(alias.label), alias.revision
+        labels[label] = digests.get(digest, digest)
+        if shares := alias.shares:
+            splits[label] = tuple(sorted((share.revision, share.weight) for share in shares))
+    return AdapterEntry(
+        name=entry.name,
+        labels=labels,
+        splits=splits or NO_SPLITS,
+        base_fingerprints=fingerprints,
+        counterparts=_counterparts(entry) if entry.counterparts else NO_COUNTERPARTS,
+        text_parts=text_parts or NO_TEXT_PARTS,
+        created=created,
+        num_bytes=num_bytes,
+        allowed_tenants=frozenset(map(sys.intern, entry.allowed_tenants)),
+        is_deleted=entry.deleted,
+    )
 
 
 def _counterparts(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for each in entry.counterparts:
         found[each.revision] = (*found.get(each.revision, ()), each.counterpart)
-    return found or NO_COUNTERPARTS
-
-
-def entry_of(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
-    """Return an entry of a message."""
-    # Each field of a message is a text anew. A table of a hundred thousand names keeps each text once.
-    revisions = [(revision.revision, revision) for revision in entry.revisions]
-    digests = {digest: digest for digest, _ in revisions}
-    labels = ((sys.intern(alias.label), alias.revision) for alias in entry.aliases)
-    text_parts = {
-        digest: revision.text_parts.digest for digest, revision in revisions if revision.HasField("text_parts")
-    }
-    return AdapterEntry(
-        name=entry.name,
-        labels={label: digests.get(digest, digest) for label, digest in labels},
-        splits=_splits(entry),
-        base_fingerprints={digest: sys.intern(revision.base_fingerprint) for digest, revision in revisions},
-        counterparts=_counterparts(entry),
-        text_parts=text_parts or NO_TEXT_PARTS,
-        created={digest: revision.create_time.seconds for digest, revision in revisions},
-        num_bytes={digest: revision.canonical_bytes for digest, revision in revisions},
-        allowed_tenants=frozenset(sys.intern(tenant) for tenant in entry.allowed_tenants),
-        is_deleted=entry.deleted,
-    )
+    return found

@@ -101,8 +101,8 @@ class Catalog:
         names = [key(digest) for key in (keys.revision, keys.text_parts) for digest in digests]
         with keys.translated():
             found = await self._client.mget(names)
-        pairs = zip(found[: len(digests)], found[len(digests) :], strict=True)
-        return [Revision.from_json(data, text_parts) for data, text_parts in pairs if data]
+        each = zip(digests, found[: len(digests)], found[len(digests) :], strict=True)
+        return [Revision.from_json(data, text_parts, digest=digest) for digest, data, text_parts in each if data]
 
     async def view(self, record: AdapterRecord) -> AdapterView:
         """Return a record together with its revisions."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from sortedcontainers import SortedList
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
 # Names looked at in each order, on each side of where the name would be.
 NUM_NEIGHBOURS: Final = 12
@@ -28,10 +28,15 @@ class NameOrder:
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        known = set(names)
-        self._orders: tuple[SortedList[tuple[str, str]], ...] = tuple(
-            SortedList((key(name), name) for name in known) for key in _KEYS
-        )
+        self._orders: tuple[SortedList[tuple[str, str]], ...] = tuple(SortedList() for _ in _KEYS)
+        for _ in self.adding(set(names)):
+            pass
+
+    def adding(self, names: Collection[str]) -> Iterator[None]:
+        """Take names in that are new and differ, one order at each step: many at once are sorted, not put in one by one."""
+        for key, order in zip(_KEYS, self._orders, strict=True):
+            order.update((key(name), name) for name in names)
+            yield
 
     def __contains__(self, name: str) -> bool:
         """Whether the name is one of them."""

@@ -103,11 +103,22 @@ class NameTable:
         for names in in_slices(tuple(self._entries)):
             self._forget(name for name in names if name not in wanted)
             yield
-        for part in in_slices(wanted.values()):
-            self.update(entry for entry in part if self._entries.get(entry.name) != entry)
-            yield
+        if self._entries:
+            for part in in_slices(wanted.values()):
+                self.update(entry for entry in part if self._entries.get(entry.name) != entry)
+                yield
+        else:
+            yield from self._taking_first(wanted)
         self._is_synced = True
         self._changed.notify()
+
+    def _taking_first(self, wanted: dict[str, AdapterEntry]) -> Iterator[None]:
+        """Take a table where there was none: what keeps names in order is made of all of them, not name by name."""
+        order = NameOrder()
+        for _ in order.adding(wanted):
+            yield
+        self._entries, self._order, self._blocks = wanted, order, NameBlocks(wanted)
+        yield
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:
