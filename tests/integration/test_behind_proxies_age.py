@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
-AGE_S = 0.5
+AGE_S = 0.4
 PING_EVERY_MS = 50
 PING = b"\x00\x00\x08\x06\x00"  # length, type and flags of the frame; an answer has another flag
 NUM_PINGS = 5
@@ -77,7 +77,7 @@ async def test_a_proxys_connections_grow_old_and_a_replica_started_later_is_used
         held = await hold_one(first, channel)
         async with one_more_gateway(valkey_url, max_connection_age_s=AGE_S, **ports) as second:
             await ask_until_served_by(second, channel)
-            over_at = asyncio.get_running_loop().time() + 4 * AGE_S
+            over_at = asyncio.get_running_loop().time() + 3 * AGE_S
             while asyncio.get_running_loop().time() < over_at:
                 assert await ask_until_served_by(second, channel) == 0
                 stub = gateway_pb2_grpc.GatewayServiceStub(channel)

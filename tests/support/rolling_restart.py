@@ -37,10 +37,11 @@ SHORT: Final = 5
 LONG: Final = 400
 """Tokens of most streams, more than a gateway that ends waits for."""
 TIMEOUT_S: Final = 300.0
+BATCH: Final = ("--max-num-seqs", "256", "--max-num-batched-tokens", "512")  # all streams at once
 # The first is longer than the proxies' interval of checks.
 FLAGS: Final = StackFlags(
-    gateway=("--drain-settle-s", "1.5", "--drain-grace-s", "0.2"),
-    engine=("--pool-bytes", kibibytes(65536), "--arena-bytes", kibibytes(8192)),
+    gateway=("--drain-settle-s", "0.7", "--drain-grace-s", "0.1"),
+    engine=("--pool-bytes", kibibytes(65536), "--arena-bytes", kibibytes(8192), *BATCH),
 )
 SERVED: Final = "loraplex_gateway_requests_total"
 
@@ -106,11 +107,12 @@ class RollingRestart:
         rng = random.Random(self._tally.seed)
         kinds = [make_kind(rng, adapters) | self._length(number) for number in range(NUM_KINDS)]
         async with AsyncClient(self._target, store_target=self._stack.store.grpc) as client:
-            self._expected = [(kind, await self._answer(client, kind)) for kind in kinds]
+            answers = await asyncio.gather(*(self._answer(client, kind) for kind in kinds))
+            self._expected = list(zip(kinds, answers, strict=True))
         readers = [asyncio.create_task(self._read(number)) for number in range(self._tally.num_at_once)]
         started_at = time.monotonic()
         try:
-            await self._as_many_streams_end()
+            await self._some_streams_end()
             for index in range(len(self._gateways)):
                 await self._restart(index)
         finally:
@@ -130,15 +132,15 @@ class RollingRestart:
         self._gateways[index] = new
         self._tally.num_restarts += 1
         await eventually(lambda: self._has_served(new), timeout_s=TIMEOUT_S, what="the new gateway in service")
-        await self._as_many_streams_end()
+        await self._some_streams_end()
         self._tally.served.append(await self._has_served(new))
 
     async def _has_served(self, gateway: ServiceProcess) -> int:
         return round((await asyncio.to_thread(read_metrics, gateway)).get(SERVED, 0))
 
-    async def _as_many_streams_end(self) -> None:
-        """Return once as many streams have ended as run at once, so that the proxy has had each gateway's turn."""
-        goal = self._tally.num_streams + self._tally.num_at_once
+    async def _some_streams_end(self) -> None:
+        """Return once a quarter of the streams has ended and others have taken their place."""
+        goal = self._tally.num_streams + self._tally.num_at_once // 4
         await eventually(lambda: self._tally.num_streams >= goal, timeout_s=TIMEOUT_S, what="streams ended")
 
     async def _read(self, number: int) -> None:
