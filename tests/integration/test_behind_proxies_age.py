@@ -22,6 +22,7 @@ from support.proxied_gateways import (
     without_retries,
 )
 from support.proxies import KINDS, Backend, free_port, running_proxy
+from support.proxy_waits import PING
 from support.tcp_relay import TcpRelay
 from support.waiting import eventually
 
@@ -32,7 +33,6 @@ pytestmark = pytest.mark.integration
 
 AGE_S = 0.4
 PING_EVERY_MS = 50
-PING = b"\x00\x00\x08\x06\x00"  # length, type and flags of the frame; an answer has another flag
 NUM_PINGS = 5
 SHORT = gateway_pb2.StoppingParams(max_new_tokens=2)
 # These gateways do no TLS: a proxy that passes connections on cannot tell.
