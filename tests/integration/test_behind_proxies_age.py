@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx
 import pytest
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
+from loraplex_client import AsyncClient
 from loraplex_common.grpc_channel import CHANNEL_OPTIONS, open_channel
 from support.gateway_rig import Rig, running_gateway, text_request
 from support.proxied_gateways import (
@@ -19,6 +20,7 @@ from support.proxied_gateways import (
     num_served,
     one_more_gateway,
     read,
+    two_gateways,
     without_retries,
 )
 from support.proxies import KINDS, Backend, free_port, running_proxy
@@ -27,6 +29,7 @@ from support.tcp_relay import TcpRelay
 from support.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = pytest.mark.integration
@@ -37,6 +40,14 @@ NUM_PINGS = 5
 SHORT = gateway_pb2.StoppingParams(max_new_tokens=2)
 # These gateways do no TLS: a proxy that passes connections on cannot tell.
 PLAIN_CHECK = {" check-ssl verify required ca-file /etc/loraplex/tls/ca.crt crt /etc/loraplex/tls/check.pem": ""}
+
+
+@asynccontextmanager
+async def passing_on(directory: Path, targets: list[Backend]) -> AsyncIterator[str]:
+    """Run a proxy that passes connections on, and yield where it listens."""
+    file, changes = "haproxy-tls.cfg", PLAIN_CHECK
+    async with running_proxy("haproxy", directory, targets, file=file, changes=changes) as proxy:
+        yield proxy.grpc
 
 
 def reserve() -> tuple[Backend, dict[str, Any]]:
@@ -93,10 +104,8 @@ async def test_a_channel_through_a_proxy_of_connections_moves_to_a_replica_start
     later, ports = reserve()
     async with (
         running_gateway(valkey_url, max_connection_age_s=AGE_S) as first,
-        running_proxy(
-            "haproxy", tmp_path, [*backends([first]), later], file="haproxy-tls.cfg", changes=PLAIN_CHECK
-        ) as proxy,
-        open_channel(proxy.grpc) as channel,
+        passing_on(tmp_path, [*backends([first]), later]) as target,
+        open_channel(target) as channel,
     ):
         held = await hold_one(first, channel)
         async with one_more_gateway(valkey_url, max_connection_age_s=AGE_S, **ports) as second:
@@ -105,6 +114,36 @@ async def test_a_channel_through_a_proxy_of_connections_moves_to_a_replica_start
             assert first.app.admission.num_running == 1, "the stream is where it began"
             first.engine.release()
             assert len(await held) == NUM_TOKENS
+
+
+async def test_a_client_of_a_proxy_of_connections_leaves_a_gateway_that_drains_while_its_stream_ends_there(
+    valkey_url: str, tmp_path: Path
+) -> None:
+    """Its connection still leads to that gateway, which refuses requests until the stream is over."""
+    settings = {"drain_settle_s": 0.7, "drain_grace_s": 30.0}
+    async with (
+        two_gateways(valkey_url, **settings) as rigs,
+        passing_on(tmp_path, backends(rigs)) as target,
+        AsyncClient(target) as client,
+    ):
+        rigs[0].engine.hold_at = 2
+        held = client.generate(prompt_token_ids=[5], max_new_tokens=NUM_TOKENS, ignore_eos=True, timeout=60)
+        events = [await anext(held)]
+        busy = next(rig for rig in rigs if rig.app.admission.num_running)
+        draining = asyncio.create_task(busy.app.drain())
+        other = next(rig for rig in rigs if rig is not busy)
+
+        async with httpx.AsyncClient() as http, asyncio.timeout(20):
+            while not await num_served(http, other):
+                short = client.generate(prompt_token_ids=[5], max_new_tokens=2, ignore_eos=True, timeout=10)
+                assert len([token async for event in short for token in event.token_ids]) == 2
+            assert (await client.generate_once(prompt_token_ids=[5], max_new_tokens=2, ignore_eos=True)).token_ids
+
+        assert not draining.done()
+        rigs[0].engine.release()
+        events += [event async for event in held]
+        assert (sum(len(event.token_ids) for event in events), held.num_resumes) == (NUM_TOKENS, 0)
+        await draining
 
 
 async def is_calm_about_pings(rig: Rig, target: str, all_have_pinged: asyncio.Barrier) -> bool:

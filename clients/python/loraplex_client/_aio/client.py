@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack
 
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
-from loraplex_common.errors import LoraplexError
+from loraplex_common.errors import DrainingError, LoraplexError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._aio.adapters import AsyncAdapters
@@ -72,9 +72,11 @@ class AsyncClient:
             profile=profile,
         )
         self._metadata = servers.gateways[0].metadata
-        self._channels = [gateway.open_aio() for gateway in servers.gateways]
+        ways = servers.gateways if len(servers.gateways) > 1 else 2 * servers.gateways
+        self._channels = [gateway.open_aio() for gateway in ways]
         stubs: list[_Stub] = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in self._channels]
-        self._gateways = Gateways([gateway.target for gateway in servers.gateways], stubs)
+        targets = [gateway.target for gateway in servers.gateways]
+        self._gateways = Gateways(targets, stubs[: len(targets)], spare=stubs[1] if len(targets) == 1 else None)
         self.adapters = AsyncAdapters(servers.store)
         self.engines = AsyncEngines(servers.engine)
 
@@ -197,14 +199,16 @@ class AsyncClient:
             await channel.close()
 
     async def _call(self, call: Callable[[_Stub], Awaitable[T]]) -> T:
-        """Return what a gateway answers, the next one if the first cannot."""
+        """Return what a gateway answers, the next one if the first cannot, or another way to the only one if it goes."""
         gateway = self._gateways.pick()
-        for num_left in reversed(range(len(self._gateways))):
+        has_choice = len(self._gateways) > 1
+        for num_left in reversed(range(max(2, len(self._gateways)))):
             try:
                 with translated(gateway.target):
                     return await call(gateway.stub)
             except LoraplexError as error:
-                if not num_left or not can_help_elsewhere(error):
+                can_help = can_help_elsewhere(error) if has_choice else isinstance(error, DrainingError)
+                if not num_left or not can_help:
                     raise
                 gateway = self._gateways.after(gateway, error)
         raise AssertionError  # there is a gateway
