@@ -33,8 +33,9 @@ class Client:
     """Generates text through a gateway and manages adapters in a store; blocking, safe to share between threads.
 
     Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message), then by the
-    next gateway. A stream that has begun goes on through another connection or gateway when its own is lost. All failures
-    are `loraplex_common.errors.LoraplexError`.
+    next gateway. What a gateway ends because it goes away is asked for again, where there is one target over another
+    connection to it. A stream that has begun goes on through another connection or gateway when its own is lost. All
+    failures are `loraplex_common.errors.LoraplexError`.
 
     Args:
         target: The gateway, ``host:port``; or several, in a sequence or separated by commas: calls take turns. By default
