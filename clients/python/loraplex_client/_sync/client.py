@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack
 
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
-from loraplex_common.errors import DrainingError, LoraplexError
+from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._errors import translated
-from loraplex_client._gateways import Gateways, can_help_elsewhere
+from loraplex_client._gateways import Gateways, can_help_elsewhere, is_leaving
 from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
 from loraplex_client._sync.adapters import Adapters
@@ -209,8 +209,8 @@ class Client:
                 with translated(gateway.target):
                     return call(gateway.stub)
             except LoraplexError as error:
-                can_help = can_help_elsewhere(error) if has_choice else isinstance(error, DrainingError)
-                if not num_left or not can_help:
+                can_help = is_leaving(error) or (has_choice and can_help_elsewhere(error))
+                if not num_left or not can_help or self._gateways.is_closed:
                     raise
                 gateway = self._gateways.after(gateway, error)
         raise AssertionError  # there is a gateway
