@@ -61,13 +61,17 @@ class Proxied:
 @asynccontextmanager
 async def two_gateways(valkey_url: str, **overrides: Any) -> AsyncIterator[list[Rig]]:
     """Run two gateways; the first one's engine double is the engine of both."""
-    async with (
-        running_gateway(valkey_url, **overrides) as first,
-        running_gateway(valkey_url, num_engines=0, **overrides) as second,
-    ):
-        pool = second.app.pool
-        await eventually(lambda: any(link.is_candidate for link in pool.links), what="engine at both gateways")
+    async with running_gateway(valkey_url, **overrides) as first, one_more_gateway(valkey_url, **overrides) as second:
         yield [first, second]
+
+
+@asynccontextmanager
+async def one_more_gateway(valkey_url: str, **overrides: Any) -> AsyncIterator[Rig]:
+    """Run a gateway that finds the engine of others."""
+    async with running_gateway(valkey_url, num_engines=0, **overrides) as rig:
+        pool = rig.app.pool
+        await eventually(lambda: any(link.is_candidate for link in pool.links), what="the others' engine found")
+        yield rig
 
 
 def backends(rigs: list[Rig]) -> list[Backend]:
@@ -103,6 +107,11 @@ async def proxied(
 def long_text(**fields: Any) -> gateway_pb2.GenerateRequest:
     """Return a request for `NUM_TOKENS` tokens."""
     return text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=NUM_TOKENS), **fields)
+
+
+def without_retries(target: str) -> grpc.aio.Channel:
+    """Return a channel that sends nothing twice."""
+    return grpc.aio.insecure_channel(target, options=[("grpc.enable_retries", 0)])
 
 
 async def read(call: Any) -> list[int]:

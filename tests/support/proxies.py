@@ -161,7 +161,7 @@ async def running_proxy(
     """
     executable, known = program(kind), _KINDS[kind]
     name = file or known.file
-    ports = (_free_port(), _free_port())
+    ports = (free_port(), free_port())
     text = replace_all((CONFIGS / name).read_text(), known.addresses(*ports, backends) | dict(changes or {}))
     folder = directory / f"{kind}-{ports[0]}"
     folder.mkdir()
@@ -194,7 +194,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import socket
 import struct
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CHUNK_BYTES: Final = 65536
 # SO_LINGER with no time: closing sends RST instead of FIN.
@@ -18,13 +21,15 @@ class TcpRelay:
 
     Args:
         upstream: ``host:port`` of the server.
+        watch: Is told of all bytes, of both directions, as they come.
 
     Attributes:
         target: ``host:port`` to connect to, once it runs.
         num_connections: Connections so far.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, *, watch: Callable[[bytes], None] = lambda _data: None) -> None:
+        self._watch = watch
         self._host, _, port = upstream.rpartition(":")
         self._port = int(port)
         self._server: asyncio.Server | None = None
@@ -63,18 +68,18 @@ class TcpRelay:
             writers.add(up_writer)
             self._open |= writers
             async with asyncio.TaskGroup() as both:
-                both.create_task(_copy(reader, up_writer))
-                both.create_task(_copy(up_reader, writer))
+                both.create_task(self._copy(reader, up_writer))
+                both.create_task(self._copy(up_reader, writer))
         finally:
             self._open -= writers
             for each in writers:
                 each.close()
             self._tasks.discard(task)
 
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(CHUNK_BYTES):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(CHUNK_BYTES):
+                self._watch(data)
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import grpc
-from loraplex_common.errors import LoraplexError, NoEngineError, RemoteError
+from loraplex_common.errors import CancelledRequestError, DrainingError, LoraplexError, NoEngineError, RemoteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ class Gateways(Generic[Stub]):
     Args:
         targets: ``host:port`` of each.
         stubs: As many.
+        spare: For a single target, a further way to it, which is not connected until it is needed: behind a proxy or a
+            Kubernetes Service another gateway answers there.
         clock: Monotonic seconds.
 
     Attributes:
@@ -58,11 +61,18 @@ class Gateways(Generic[Stub]):
     """
 
     def __init__(
-        self, targets: Sequence[str], stubs: Sequence[Stub], *, clock: Callable[[], float] = time.monotonic
+        self,
+        targets: Sequence[str],
+        stubs: Sequence[Stub],
+        *,
+        spare: Stub | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.is_closed = False
         pairs = zip(targets, stubs, strict=True)
         self._gateways = [Gateway(index, target, stub) for index, (target, stub) in enumerate(pairs)]
+        self._spare = None if spare is None else Gateway(0, targets[0], spare)
+        self._lock = threading.Lock()
         self._down_until = [0.0] * len(self._gateways)
         self._turns = itertools.count()
         self._clock = clock
@@ -75,10 +85,20 @@ class Gateways(Generic[Stub]):
         return self._first_up(next(self._turns) % len(self._gateways))
 
     def after(self, gateway: Gateway[Stub], error: LoraplexError) -> Gateway[Stub]:
-        """Return the one to ask after a gateway has failed, itself if it is the only one."""
+        """Return the one to ask after a gateway has failed; if it is the only one, itself or the other way to it."""
+        if self._spare is not None:
+            if is_leaving(error):
+                self._swap(gateway)
+            return self._gateways[0]
         if error.code is grpc.StatusCode.UNAVAILABLE:
             self._down_until[gateway.index] = self._clock() + DOWN_S
         return self._first_up((gateway.index + 1) % len(self._gateways))
+
+    def _swap(self, leaving: Gateway[Stub]) -> None:
+        """Let later calls take the other way; what runs on this one may go on to its end."""
+        with self._lock:
+            if self._spare is not None and leaving is self._gateways[0]:  # the first of the calls that it ends
+                self._gateways[0], self._spare = self._spare, leaving
 
     def _first_up(self, start: int) -> Gateway[Stub]:
         now = self._clock()
@@ -91,6 +111,14 @@ def can_help_elsewhere(error: LoraplexError) -> bool:
     if error.code is not grpc.StatusCode.UNAVAILABLE:
         return False
     return error.reason in ("DRAINING", NoEngineError.reason) or is_bare(error)
+
+
+def is_leaving(error: LoraplexError) -> bool:
+    """Return whether a gateway ended a call because it goes away, or because it went before it could say so.
+
+    A single target may be a proxy or a Service, behind which there are others.
+    """
+    return isinstance(error, DrainingError | CancelledRequestError)
 
 
 def is_bare(error: LoraplexError) -> bool:

@@ -15,7 +15,7 @@ from loraplex_common.errors import (
 )
 
 from loraplex_client import _responses
-from loraplex_client._gateways import can_help_elsewhere, is_bare
+from loraplex_client._gateways import can_help_elsewhere, is_bare, is_leaving
 from loraplex_client.events import Chunk, Event, Started
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ class StreamProgress:
             if not self._request.response_options.HasField("prompt_logprobs"):
                 self._resume_token = error.metadata.get("resume_token", "")
             return True
-        # Cancelled, but not by us: a server that went away before it could say so.
-        return self._has_choice and (can_help_elsewhere(error) or isinstance(error, CancelledRequestError))
+        return is_leaving(error) or (self._has_choice and can_help_elsewhere(error))
 
 
 def is_interruption(error: LoraplexError) -> bool:

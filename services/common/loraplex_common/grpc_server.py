@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
@@ -166,7 +165,7 @@ class GrpcServer:
         )
         self.server = grpc.aio.server(interceptors=[self._calls], options=[*_OPTIONS, *config.options()])
         self.health = HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self.health.add_to(self.server)
 
     def add_service_name(self, full_name: str) -> None:
         """Announce a service such as ``loraplex.v1.EngineService`` to health and reflection."""

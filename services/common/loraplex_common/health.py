@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME
 
 from loraplex_common.errors import RemoteError
+from loraplex_common.health_list import HealthListRequest, HealthListResponse
 from loraplex_common.wake_up import WakeUp
 
 if TYPE_CHECKING:
@@ -28,6 +30,16 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
     def __init__(self) -> None:
         self._states: dict[str, bool] = {}
         self._changed = WakeUp()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve it; ``List`` by hand, as the library's function adds only the calls that it knows."""
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
+        method = grpc.unary_unary_rpc_method_handler(
+            self.List,
+            request_deserializer=HealthListRequest.FromString,
+            response_serializer=HealthListResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"List": method}),))
 
     def set(self, service: str, *, is_serving: bool) -> None:
         """Record a service's state and tell its watchers."""
@@ -52,6 +64,15 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
                 http_status=404,
             )
         return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802
+        self, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        """Return the state of every service."""
+        response = HealthListResponse()
+        for name in self._states:
+            response.statuses[name].status = self._status(name)
+        return response
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]

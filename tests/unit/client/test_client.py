@@ -10,7 +10,9 @@ from loraplex.v1 import adapter_pb2, gateway_pb2
 from loraplex_client import Accepted, AdapterLoading, Chunk, Client, Finished, FinishReason, Queued, Started, Tier
 from loraplex_common.errors import (
     AdapterNotFoundError,
+    CancelledRequestError,
     DeadlineError,
+    DrainingError,
     InvalidParameterError,
     LoraplexError,
     NoEngineError,
@@ -124,6 +126,17 @@ def test_unavailable_is_retried_before_the_first_message(client: Client, gateway
     assert client.generate_once(prompt="hi").text == "Hello world"
     assert len(gateway.requests) == 2
     assert gateway.requests[0].request_id == gateway.requests[1].request_id
+
+
+@pytest.mark.parametrize("failures", [[DrainingError("going")] * 3, [CancelledRequestError("gone")]])
+def test_a_lone_target_whose_gateway_goes_is_called_once_more_over_another_connection(
+    client: Client, gateway: GatewayDouble, failures: list[LoraplexError]
+) -> None:
+    """gRPC itself repeats UNAVAILABLE twice, and CANCELLED never."""
+    gateway.failures = [*failures]
+
+    assert client.generate_once(prompt="hi").text == "Hello world"
+    assert len(gateway.requests) == len(failures) + 1
 
 
 def test_overload_is_not_retried(client: Client, gateway: GatewayDouble) -> None:

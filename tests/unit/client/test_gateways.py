@@ -8,11 +8,13 @@ from loraplex_client._gateways import DOWN_S, Gateways, can_help_elsewhere, spli
 from loraplex_client._resume import is_interruption
 from loraplex_common.errors import (
     AdapterLoadingError,
+    CancelledRequestError,
     DrainingError,
     LoraplexError,
     NoEngineError,
     RemoteError,
     SaturatedError,
+    StreamInterruptedError,
 )
 
 
@@ -67,3 +69,16 @@ def test_gateways_take_turns_and_one_that_is_down_comes_last_for_a_while() -> No
     assert "b" not in [gateways.pick().target for _ in range(6)]
     now[0] += DOWN_S + 1
     assert "b" in [gateways.pick().target for _ in range(3)]
+
+
+def test_a_lone_target_that_says_it_goes_is_reached_another_way_by_later_calls() -> None:
+    gateways = Gateways(("proxy",), ("A",), spare="B")
+    first, another = gateways.pick(), gateways.pick()
+    assert (first.stub, another.stub) == ("A", "A")
+
+    assert gateways.after(first, DrainingError("going")).stub == "B"
+    assert gateways.after(another, CancelledRequestError("gone")).stub == "B", "its calls that end later change nothing"
+    second = gateways.pick()
+    assert (second.target, second.stub) == ("proxy", "B")
+    assert gateways.after(second, StreamInterruptedError("no engine")).stub == "B"
+    assert gateways.after(second, DrainingError("going")).stub == "A"

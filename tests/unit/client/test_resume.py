@@ -140,6 +140,17 @@ def test_a_full_gateway_is_asked_again_when_it_says() -> None:
         assert time.monotonic() - began >= 0.2
 
 
+@pytest.mark.parametrize("error", [DrainingError("going"), CancelledRequestError("gone")])
+def test_a_stream_that_has_not_begun_is_asked_for_again_where_its_lone_gateway_goes(error: LoraplexError) -> None:
+    """It may be a proxy, behind which there is another."""
+    gateway = Story((-1, error))
+    with serving(gateway) as target, Client(target) as client:
+        text, kinds, num_resumes = read(client)
+
+    assert text == "".join(WORDS)
+    assert (kinds.count(Started), num_resumes, len(gateway.requests)) == (1, 0, 2)
+
+
 def test_a_stream_is_given_up_at_its_deadline() -> None:
     gateway = Story(*((0, DrainingError("going")) for _ in range(1000)))
     with serving(gateway) as target, Client(target) as client:

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex_common import errors
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.health_list import HealthListRequest, HealthListResponse
 from support.echo_service import SERVICE, TIMEOUT_S, Context, Echo, EchoClient, failure, running
 
 if TYPE_CHECKING:
@@ -48,6 +49,36 @@ async def test_health_of_an_unknown_service_is_not_found(target: str) -> None:
 
     assert error.code is grpc.StatusCode.NOT_FOUND
     assert first.status == UNKNOWN
+
+
+async def test_a_list_has_the_state_of_every_name() -> None:
+    server = GrpcServer(ServerConfig())
+    server.add_service_name(SERVICE)
+    port = await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        listed = channel.unary_unary(
+            "/grpc.health.v1.Health/List",
+            request_serializer=HealthListRequest.SerializeToString,
+            response_deserializer=HealthListResponse.FromString,
+        )
+
+        async def states() -> dict[str, int]:
+            response = await listed(HealthListRequest())
+            return {name: each.status for name, each in response.statuses.items()}
+
+        assert await states() == {"": NOT_SERVING, "liveness": SERVING, "readiness": NOT_SERVING, SERVICE: NOT_SERVING}
+        server.set_ready(True)
+        assert await states() == dict.fromkeys(("", "liveness", "readiness", SERVICE), SERVING)
+    await server.drain(settle_s=0, grace_s=0)
+
+
+def test_a_list_is_on_the_wire_what_the_public_proto_says() -> None:
+    """Field 1 is a map: an entry has the name as field 1 and a HealthCheckResponse as field 2."""
+    response = HealthListResponse()
+    response.statuses["x"].status = SERVING
+
+    assert response.SerializeToString() == b"\x0a\x07" + b"\x0a\x01x" + b"\x12\x02\x08\x01"
+    assert HealthListRequest().SerializeToString() == b""
 
 
 async def test_one_watcher_leaving_does_not_silence_the_other(echo: Echo) -> None:

@@ -12,7 +12,7 @@ from loraplex_client._aio.adapters import AsyncAdapters
 from loraplex_client._aio.engines import AsyncEngines
 from loraplex_client._aio.stream import AsyncGenerateStream
 from loraplex_client._errors import translated
-from loraplex_client._gateways import Gateways, can_help_elsewhere
+from loraplex_client._gateways import Gateways, can_help_elsewhere, is_leaving
 from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
 
@@ -32,8 +32,9 @@ class AsyncClient:
     """Generates text through a gateway and manages adapters in a store; asyncio, on one event loop.
 
     Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message), then by the
-    next gateway. A stream that has begun goes on through another connection or gateway when its own is lost. All failures
-    are `loraplex_common.errors.LoraplexError`.
+    next gateway. What a gateway ends because it goes away is asked for again, where there is one target over another
+    connection to it. A stream that has begun goes on through another connection or gateway when its own is lost. All
+    failures are `loraplex_common.errors.LoraplexError`.
 
     Args:
         target: The gateway, ``host:port``; or several, in a sequence or separated by commas: calls take turns. By default
@@ -72,9 +73,11 @@ class AsyncClient:
             profile=profile,
         )
         self._metadata = servers.gateways[0].metadata
-        self._channels = [gateway.open_aio() for gateway in servers.gateways]
+        ways = servers.gateways if len(servers.gateways) > 1 else 2 * servers.gateways
+        self._channels = [gateway.open_aio() for gateway in ways]
         stubs: list[_Stub] = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in self._channels]
-        self._gateways = Gateways([gateway.target for gateway in servers.gateways], stubs)
+        targets = [gateway.target for gateway in servers.gateways]
+        self._gateways = Gateways(targets, stubs[: len(targets)], spare=stubs[1] if len(targets) == 1 else None)
         self.adapters = AsyncAdapters(servers.store)
         self.engines = AsyncEngines(servers.engine)
 
@@ -197,14 +200,16 @@ class AsyncClient:
             await channel.close()
 
     async def _call(self, call: Callable[[_Stub], Awaitable[T]]) -> T:
-        """Return what a gateway answers, the next one if the first cannot."""
+        """Return what a gateway answers, the next one if the first cannot, or another way to the only one if it goes."""
         gateway = self._gateways.pick()
-        for num_left in reversed(range(len(self._gateways))):
+        has_choice = len(self._gateways) > 1
+        for num_left in reversed(range(max(2, len(self._gateways)))):
             try:
                 with translated(gateway.target):
                     return await call(gateway.stub)
             except LoraplexError as error:
-                if not num_left or not can_help_elsewhere(error):
+                can_help = is_leaving(error) or (has_choice and can_help_elsewhere(error))
+                if not num_left or not can_help or self._gateways.is_closed:
                     raise
                 gateway = self._gateways.after(gateway, error)
         raise AssertionError  # there is a gateway
