@@ -118,18 +118,21 @@ dist: $(VENV)/.dev-installed ## Build wheel, source archive and bill of material
 lock: $(VENV)/.dev-installed ## Write the lock files that images are built from
 	@$(BIN)/python deploy/lock.py
 
-# Version and commit of the images are this checkout's. Compose passes them on as build arguments.
+# Version and commit of the images are this checkout's. Compose passes them on as build arguments; without them it would
+# build images that cannot say what they are.
 .PHONY: images
 images: $(VENV)/.dev-installed ## Build the images of compose.yaml, labelled with version and commit
-	@LORAPLEX_VERSION="$$($(BIN)/python -m hatchling version)" LORAPLEX_COMMIT="$$(git describe --always --dirty --abbrev=12 --exclude '*')" \
-		$(COMPOSE) build
+	@version=$$($(BIN)/python -m hatchling version) && test -n "$$version" || \
+		{ echo "The version is unknown: $(BIN)/python -m hatchling version gives none." >&2; exit 1; }; \
+	commit=$$(git describe --always --dirty --abbrev=12 --exclude '*') && test -n "$$commit" || \
+		{ echo "The commit is unknown: images are built from a git checkout." >&2; exit 1; }; \
+	LORAPLEX_VERSION="$$version" LORAPLEX_COMMIT="$$commit" $(COMPOSE) build
 
 # COMPOSE and DOCKER are the commands; the stack is left running. A machine without a GPU wants ENGINE_LOCK=engine-cpu.
 COMPOSE ?= docker compose
 DOCKER ?= docker
 .PHONY: test-compose
-test-compose: $(VENV)/.dev-installed ## Build and start compose.yaml with two engines, and kill each container under streams
-	@$(COMPOSE) build
+test-compose: images ## Build and start compose.yaml with two engines, and kill each container under streams
 	@$(COMPOSE) up --wait --scale engine=2
 	@$(COMPOSE) --profile demo run --rm demo-adapters
 	@LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 LORAPLEX_COMPOSE="$(COMPOSE)" LORAPLEX_DOCKER="$(DOCKER)" \

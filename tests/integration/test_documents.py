@@ -23,6 +23,7 @@ from support.documents import (
     Snippet,
     fences,
     lines_marked,
+    lines_of_tools,
     marked_blocks,
     problem_with,
     snippets,
@@ -67,6 +68,7 @@ ELSEWHERE = {
     "loraplex serve --model DIR --engines 8 --device cuda": "nothing: needs several GPUs",
     "pip install openai": CI,
     "make dist": "tests/packaging/test_wheel.py",
+    **{line: f"{NOTHING}needs {tool}" for line, tool in lines_of_tools(ROOT / "docs" / "benchmarking.md").items()},
     **dict.fromkeys(lines_marked(ROOT / "docs" / "operating.md", BACKUP), BACKUP),
 }
 """Command that is not run here -> the file that runs it, or what it does; its flags, files and targets are checked here."""

@@ -50,6 +50,37 @@ def test_a_machine_that_is_busy_to_the_full_has_time_to_say_that_it_is_well(path
     assert min(limits) >= 2 * TIMEOUT_S  # the probe's own deadline, and its start
 
 
+def make_images(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `make images` with a command in place of compose that says which version and commit it was given."""
+    compose = tmp_path / "compose"
+    compose.write_text('#!/bin/sh\necho "$1 $LORAPLEX_VERSION $LORAPLEX_COMMIT"\n')
+    compose.chmod(0o755)
+    command = ["make", "--silent", "-o", ".venv/.dev-installed", "images", f"COMPOSE={compose}"]
+    command.append(f"BIN={Path(sys.executable).parent}")
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_images_are_built_with_version_and_commit_of_the_checkout(tmp_path: Path) -> None:
+    hatchling = subprocess.run([sys.executable, "-m", "hatchling", "version"], cwd=ROOT, capture_output=True, text=True)
+
+    done = make_images(tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    verb, version, commit = done.stdout.split()
+    assert (verb, version) == ("build", hatchling.stdout.strip())
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", commit)
+
+
+def test_no_image_is_built_where_the_version_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to("/bin/true")
+
+    done = make_images(tmp_path, f"BIN={tmp_path}")
+
+    assert done.returncode != 0
+    assert "The version is unknown" in done.stderr
+    assert done.stdout == ""
+
+
 def test_locks_fit_the_project_and_the_constraints() -> None:
     done = subprocess.run(
         [sys.executable, "deploy/lock.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False

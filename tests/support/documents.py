@@ -27,6 +27,7 @@ DOCUMENTS = (
 EXAMPLES = tuple(sorted((ROOT / "examples").glob("*.py")))
 LANGUAGES = {"sh": "shell", "bash": "shell", "shell": "shell", "console": "shell", "python": "python", "py": "python"}
 NO_PROGRAMS = ("mermaid", "json", "yaml", "toml", "text", "jsonc", "diff", "promql", "proto")
+TOOLS = {"guidellm": "guidellm", "aiperf": "aiperf", "vllm": "vLLM"}
 _FENCE = re.compile(r"^ *```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _NOTE = re.compile(r"<!-- run by: (.+) -->")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -107,6 +108,12 @@ def lines_marked(path: Path, runner: str) -> list[str]:
     return [command for block in marked_blocks(path) if runner in block.runners for command in block.commands]
 
 
+def lines_of_tools(path: Path) -> dict[str, str]:
+    """Return a document's command of a load generator of others -> the tool that it needs, which the tests do not have."""
+    commands = (command for block in marked_blocks(path) for command in block.commands)
+    return {command: TOOLS[name] for command in commands if (name := command.split()[0]) in TOOLS}
+
+
 def shell_lines(text: str) -> list[str]:
     """Return a block's commands, continued lines joined, prompts and comments left out."""
     joined = text.replace("\\\n", " ")
@@ -139,6 +146,8 @@ def problem_with(command: str) -> str | None:
         return _grpcurl_problem(arguments)
     if program == "pip":
         return _requirement_problem(arguments[1])
+    if program in TOOLS:
+        return None if "http://127.0.0.1:8501" in command else f"{program} does not ask the HTTP port"
     return f"nobody knows how to check {program}"
 
 

@@ -111,6 +111,53 @@ def test_long_messages_and_many_violations_are_cut_to_fit_a_trailer() -> None:
     assert len(status.message.encode()) * 3 + status.ByteSize() < 8192
 
 
+WIDE = "\U0001f600"
+
+
+@pytest.mark.parametrize("letter", ["a", "%", "\u00e4", WIDE], ids=["plain", "percent", "two-bytes", "four-bytes"])
+@pytest.mark.parametrize("value_chars", [1, 100, 1000, 100_000])
+def test_a_status_has_at_most_4_kib_whatever_the_caller_sent(letter: str, value_chars: int) -> None:
+    limit = ExceededLimit(tenant=letter * 128, limit="l" * 64, value=2**60, description=letter * 1000)
+    error = errors.TenantQuotaError(
+        letter * 100_000,
+        exceeded=[limit] * 20,
+        retry_after_s=1e9,
+        metadata={f"key_{number}": letter * value_chars for number in range(1000)},
+        violations=[(letter * 1000, letter * 1000)] * 100,
+    )
+
+    status = to_status(error)
+    written = sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in status.message.encode())
+
+    assert status.ByteSize() <= 4096
+    assert written + 4 * -(-status.ByteSize() // 3) < 8192  # grpc-message and the details in base64
+    result = from_status(status)
+    assert isinstance(result, errors.TenantQuotaError)
+    assert result.retry_after_s is not None
+    assert result.message.startswith(letter * 100)
+    assert result.metadata["left_out"].startswith("key_")
+    assert {value for key, value in result.metadata.items() if key != "left_out"} <= {letter * value_chars}
+
+
+def test_a_fact_of_which_a_part_would_fit_is_left_out_and_named_while_short_ones_stay() -> None:
+    facts = {"adapter": "n" * 5000, "resume_token": "t" * 2500, "error_id": "e-1"}
+
+    result = from_status(to_status(errors.StreamInterruptedError("cut", metadata=facts)))
+
+    assert result.metadata == {"resume_token": "t" * 2500, "error_id": "e-1", "left_out": "adapter"}
+
+
+def test_violations_that_have_no_room_leave_it_to_the_first_ones() -> None:
+    violations = [(f"field_{number}", "x" * 128) for number in range(8)]
+    error = errors.InvalidParameterError("m" * 1024, metadata={"fact": "f" * 2000}, violations=violations)
+
+    result = from_status(to_status(error))
+
+    assert 0 < len(result.violations) < 8
+    assert result.violations == tuple(violations[: len(result.violations)])
+    assert result.metadata == error.metadata
+
+
 def test_lone_surrogates_in_a_message_do_not_break_the_answer() -> None:
     status = to_status(errors.InvalidParameterError("bad text \ud800", field="prompt", metadata={"name": "\ud800"}))
 

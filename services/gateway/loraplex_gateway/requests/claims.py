@@ -243,7 +243,10 @@ class RequestClaims:
                 answer = await command(self._valkey)
         except (LoraplexError, TimeoutError) as error:
             self._paused_until = loop.time() + PAUSE_S
-            self._trouble.warn("claims cannot be written; they hold on this gateway only", cause=str(error))
+            self._trouble.warn(
+                "claims cannot be written; they hold on this gateway only",
+                cause=str(error) or f"no answer within {timeout_s:g} s",
+            )
             return None
         self._trouble.over("claims are written again")
         return answer
