@@ -65,6 +65,8 @@ def test_a_section_that_is_null_is_refused_by_its_name(path: str) -> None:
         ({"tracing": {"endpoint": "http://otel:99999"}}, "beyond 65535"),
         ({"monitoring": {"interval": "often"}}, "monitoring/interval"),
         ({"extraEnv": ["TZ=UTC"]}, "extraEnv"),
+        ({"networkPolicies": {"egressPorts": []}}, "egressPorts"),
+        ({"networkPolicies": {"egressPorts": [0]}}, "egressPorts"),
     ],
 )
 def test_what_would_break_a_pod_later_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -87,6 +89,17 @@ def test_large_numbers_reach_services_as_whole_numbers() -> None:
     assert {"name": "LORAPLEX_ENGINE_POOL_BYTES", "value": "64424509440"} in engine["env"]
     (scaled,) = of_kind(resources, "ScaledObject").values()
     assert scaled["spec"]["triggers"][0]["metadata"]["queueTokens"] == "3000000"
+
+
+def test_a_store_reaches_object_storage_on_a_port_of_its_own_and_a_gateway_does_not() -> None:
+    bucket = [{"ipBlock": {"cidr": "10.0.0.9/32"}}]
+    changes = {"networkPolicies": {"egress": bucket, "egressPorts": [443, 9000]}}
+
+    policies = of_kind(render(merged(LEAST, changes)), "NetworkPolicy")
+
+    rule = {"ports": [{"port": 443}, {"port": 9000}], "to": bucket}
+    assert rule in policies["loraplex-store"]["spec"]["egress"]
+    assert rule not in policies["loraplex-gateway"]["spec"]["egress"]
 
 
 @pytest.mark.parametrize("release", ["loraplex", "my-loraplex", "1a", "a.b", "a" * 53])

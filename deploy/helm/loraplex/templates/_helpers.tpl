@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- range $path := list "image" "model" "model.hub" "credentials" "credentials.secrets" "credentials.certManager" "valkey" "valkey.external"
     "valkey.podDisruptionBudget" "gateway" "gateway.certificate" "gateway.service" "gateway.podDisruptionBudget" "gateway.pod" "store"
     "store.podDisruptionBudget" "store.pod" "engineDefaults" "engineDefaults.autoscaling" "engineDefaults.podDisruptionBudget"
-    "engineDefaults.pod" "keda" "networkPolicies" "networkPolicies.clients" "networkPolicies.admins" "networkPolicies.egress"
+    "engineDefaults.pod" "keda" "networkPolicies" "networkPolicies.clients" "networkPolicies.admins" "networkPolicies.egress" "networkPolicies.egressPorts"
     "networkPolicies.collectors" "monitoring" "monitoring.rules" "monitoring.dashboards" "monitoring.dashboards.labels" "tracing"
     "inferencePool" "inferencePool.endpointPicker" "serviceAccount" }}
 {{- $state := dict "at" $.Values }}
