@@ -56,6 +56,7 @@ WHAT: Final = {
     "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
     "tools": "random strict functions through adapters of every tool format, every call validated",
+    "upgrade": "a stack of an earlier commit, replaced part by part under streams",
 }
 """Start of a file's name -> what such files hold."""
 HEAD: Final = """# Results

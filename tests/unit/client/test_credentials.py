@@ -126,8 +126,9 @@ def test_a_missing_file_is_named_and_nothing_is_made_in_its_place(tmp_path: Path
     assert content(made.path) == before
 
 
-def test_a_host_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CredentialsError, match="'höst' is neither an IP address nor a DNS name"):
+@pytest.mark.parametrize("host", ["höst", "", "a,b", "llm.example:8500", "https://llm", "-a", "a..b"])
+def test_a_host_that_is_none_is_refused_by_name(host: str, tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match=f"'{host}' is neither an IP address nor a DNS name"):
         folder(tmp_path).make(Plan(hosts={"engine": ("höst",)}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from loraplex_client.credentials.errors import CredentialsError
 
+_LABEL: Final = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_DNS_NAME: Final = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
 CLOCK_SKEW: Final = datetime.timedelta(minutes=5)
 """How far the clock of a machine may be behind that of the one which issues."""
 CA_LIFETIME: Final = datetime.timedelta(days=3650)
@@ -140,10 +143,11 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise CredentialsError(f"{host!r} is neither an IP address nor a DNS name in ASCII") from error
+    if not _DNS_NAME.fullmatch(host):
+        raise CredentialsError(
+            f"{host!r} is neither an IP address nor a DNS name in ASCII: give one at a time, without scheme and port"
+        )
+    return x509.DNSName(host)
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:

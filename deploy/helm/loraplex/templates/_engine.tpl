@@ -6,6 +6,9 @@
 {{- $degree := int $e.tensorParallel -}}
 {{- if and (gt $degree 1) (eq $e.device "cuda") }}
 {{- fail (printf "engines.%s.tensorParallel is %d with device cuda: engines divide a model among CPUs only, set device: cpu or tensorParallel: 1" .group $degree) }}{{ end }}
+{{- include "loraplex.checkOwn" (dict "path" (printf "engines.%s" .group) "options" $e.options "pod" $e.pod) }}
+{{- if and $e.autoscaling.enabled (gt (int $e.autoscaling.minReplicas) (int $e.autoscaling.maxReplicas)) }}
+{{- fail (printf "engines.%s.autoscaling.minReplicas %d is more than maxReplicas %d" .group (int $e.autoscaling.minReplicas) (int $e.autoscaling.maxReplicas)) }}{{ end }}
 {{- toYaml $e }}
 {{- end }}
 
@@ -54,10 +57,10 @@ spec:
         - {name: LORAPLEX_ENGINE_DRAIN_SETTLE_S, value: {{ $e.drainSettleS | quote }}}
         - {name: LORAPLEX_ENGINE_DRAIN_GRACE_S, value: {{ $e.drainGraceS | quote }}}
         {{- with $e.poolBytes }}
-        - {name: LORAPLEX_ENGINE_POOL_BYTES, value: {{ . | quote }}}
+        - {name: LORAPLEX_ENGINE_POOL_BYTES, value: {{ include "loraplex.number" . | quote }}}
         {{- end }}
         {{- with $e.arenaBytes }}
-        - {name: LORAPLEX_ENGINE_ARENA_BYTES, value: {{ . | quote }}}
+        - {name: LORAPLEX_ENGINE_ARENA_BYTES, value: {{ include "loraplex.number" . | quote }}}
         {{- end }}
       ports:
         - {name: grpc, containerPort: 8520}

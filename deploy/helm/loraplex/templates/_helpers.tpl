@@ -1,8 +1,8 @@
 {{/* Names, labels and what several workloads share. */}}
 
 {{- define "loraplex.name" -}}
-{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | replace "." "-" | trunc 35 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" (.Release.Name | replace "." "-") .Chart.Name | trunc 35 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
 {{- define "loraplex.selector" -}}
@@ -28,8 +28,53 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- else }}{{ .Values.serviceAccount.name | default "default" }}{{ end }}
 {{- end }}
 
+{{/* A number as services read it: of 1000000 Helm makes 1e+06. */}}
+{{- define "loraplex.number" -}}
+{{- if and (kindIs "float64" .) (eq (float64 (int64 .)) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+
+{{/* Refuses a section that is null: Helm takes its defaults away, too. */}}
+{{- define "loraplex.checkNulls" -}}
+{{- range $path := list "image" "model" "model.hub" "credentials" "credentials.secrets" "credentials.certManager" "valkey" "valkey.external"
+    "valkey.podDisruptionBudget" "gateway" "gateway.certificate" "gateway.service" "gateway.podDisruptionBudget" "gateway.pod" "store"
+    "store.podDisruptionBudget" "store.pod" "engineDefaults" "engineDefaults.autoscaling" "engineDefaults.podDisruptionBudget"
+    "engineDefaults.pod" "keda" "networkPolicies" "networkPolicies.clients" "networkPolicies.admins" "networkPolicies.egress" "networkPolicies.egressPorts"
+    "networkPolicies.collectors" "monitoring" "monitoring.rules" "monitoring.dashboards" "monitoring.dashboards.labels" "tracing"
+    "inferencePool" "inferencePool.endpointPicker" "serviceAccount" }}
+{{- $state := dict "at" $.Values }}
+{{- range $word := splitList "." $path }}
+{{- if or (not (hasKey $state.at $word)) (kindIs "invalid" (index $state.at $word)) }}{{ fail (printf "%s is null: leave it out to keep its defaults" $path) }}{{ end }}
+{{- $_ := set $state "at" (index $state.at $word) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Refuses options that the rest of the chart relies on, and labels that select pods. Takes path, options and pod. */}}
+{{- define "loraplex.checkOwn" -}}
+{{- $path := .path }}
+{{- range list "host" "port" "http-port" "metrics-port" "advertise" "model" "redis-url" "redis-password" "store-target" "device" "tensor-parallel" }}
+{{- if hasKey (default dict $.options) . }}{{ fail (printf "%s.options.%s is the chart's own: services, probes and network policies rely on it" $path .) }}{{ end }}
+{{- end }}
+{{- range list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "loraplex/engines" }}
+{{- if hasKey (default dict $.pod.labels) . }}{{ fail (printf "%s.pod.labels has %s, by which the chart selects pods: choose another label" $path .) }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{/* Refuses values that contradict each other, with what to do. */}}
 {{- define "loraplex.check" -}}
+{{- include "loraplex.checkNulls" . }}
+{{- include "loraplex.checkOwn" (dict "path" "gateway" "options" .Values.gateway.options "pod" .Values.gateway.pod) }}
+{{- include "loraplex.checkOwn" (dict "path" "store" "options" .Values.store.options "pod" .Values.store.pod) }}
+{{- if eq (int .Values.gateway.service.grpcPort) (int .Values.gateway.service.httpPort) }}
+{{- fail "gateway.service.grpcPort and gateway.service.httpPort are equal: a service has each port once" }}{{ end }}
+{{- if eq .Values.credentials.mode "secrets" }}
+{{- range list "gateway" "engine" "store" }}
+{{- if not (index $.Values.credentials.secrets .) }}{{ fail (printf "credentials.secrets.%s is empty: name the secret of that part's credentials" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- with .Values.tracing.endpoint }}
+{{- if gt (int (regexFind "[0-9]+$" .)) 65535 }}{{ fail (printf "tracing.endpoint %s has a port beyond 65535" .) }}{{ end }}
+{{- end }}
 {{- if and .Values.model.volume .Values.model.hub.repo }}{{ fail "model.volume and model.hub.repo are both set: keep one" }}{{ end }}
 {{- if not (or .Values.model.volume .Values.model.hub.repo) }}{{ fail "no base model: set model.volume and model.path, or model.hub.repo" }}{{ end }}
 {{- if and .Values.model.volume (not .Values.model.path) }}{{ fail "model.path is empty: set it to the model's folder in model.volume" }}{{ end }}
@@ -257,10 +302,10 @@ timeoutSeconds: 3
 - --{{ ternary "" "no-" $value }}{{ $option }}
 {{- else if kindIs "slice" $value }}
 {{- range $value }}
-- {{ printf "--%s=%v" $option . | quote }}
+- {{ printf "--%s=%s" $option (include "loraplex.number" .) | quote }}
 {{- end }}
 {{- else }}
-- {{ printf "--%s=%s" $option (toString $value) | quote }}
+- {{ printf "--%s=%s" $option (include "loraplex.number" $value) | quote }}
 {{- end }}
 {{- end }}
 {{- end }}
