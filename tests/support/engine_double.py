@@ -91,6 +91,7 @@ class EngineDouble:
         self.num_sessions = 0
         self.extra_load = 0
         self.further_load = engine_pb2.LoadReport()
+        self.servicer = servicer_of(self)
         self._changed = WakeUp()
         self._released = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -98,7 +99,7 @@ class EngineDouble:
     async def start(self, port: int = 0) -> None:
         """Listen; on a free port unless one is given."""
         self._server = grpc.aio.server()
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(_EngineServicer(self), self._server)  # type: ignore[abstract]
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self.servicer, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
 
@@ -271,7 +272,9 @@ def _end(slot: int, reason: gateway_pb2.FinishReason.ValueType, stop_token_id: i
     return engine_pb2.Output(slot=slot, finish=finish, usage=usage)
 
 
-class _EngineServicer(engine_pb2_grpc.EngineServiceServicer):
+class SessionServicer(engine_pb2_grpc.EngineServiceServicer):
+    """Serves sessions of a double."""
+
     def __init__(self, engine: EngineDouble) -> None:
         self._engine = engine
 
@@ -284,7 +287,7 @@ class _EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
 def servicer_of(engine: EngineDouble) -> engine_pb2_grpc.EngineServiceServicer:
     """Return its servicer for a test's own server, for a double behind TLS and keys."""
-    return _EngineServicer(engine)  # type: ignore[abstract]  # it only serves sessions
+    return SessionServicer(engine)  # type: ignore[abstract]  # it only serves sessions
 
 
 class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):

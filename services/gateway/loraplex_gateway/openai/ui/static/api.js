@@ -11,16 +11,20 @@ export class ApiError extends Error {
   }
 }
 
+// Whether a header can have it; fetch throws for others, which would look like a lost gateway.
+export const isSendable = (value) => /^[\x21-\x7e]*$/.test(value);
+
 export const key = {
   get: () => sessionStorage.getItem(STORED) || "",
   set: (value) => (value ? sessionStorage.setItem(STORED, value) : sessionStorage.removeItem(STORED)),
 };
 
-export async function call(path, { body, signal } = {}) {
+// `silenceMs`: the gateway counts as lost if it has not begun to answer by then; 0 waits for ever.
+export async function call(path, { body, signal, silenceMs = 0 } = {}) {
   const headers = {};
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
   if (body !== undefined) headers["content-type"] = "application/json";
-  const response = await fetch(new URL(path, ROOT), {
+  const answer = fetch(new URL(path, ROOT), {
     method: body === undefined ? "GET" : "POST",
     headers,
     body: body === undefined ? undefined : JSON.stringify(body),
@@ -28,6 +32,7 @@ export async function call(path, { body, signal } = {}) {
     credentials: "omit",
     cache: "no-store",
   });
+  const response = await within(answer, silenceMs);
   if (!response.ok) throw new ApiError(response.status, await reason(response));
   return response;
 }
@@ -44,13 +49,21 @@ async function reason(response) {
 // Yields {event, data} of a stream; ends with it, and throws if nothing, not even a comment, has come for a while.
 export async function* events(response, silenceMs = SILENCE_MS) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let pieces = []; // of an event that has not ended; joined once, since the first one of an engine is large
+  let last = "";
   try {
     while (true) {
       const { value, done } = await within(reader.read(), silenceMs);
       if (done) return;
-      const parts = (rest + value).split("\n\n");
-      rest = parts.pop();
+      pieces.push(value);
+      // A piece may end between the two line breaks, hence the last character of the one before.
+      if (!(last + value).includes("\n\n")) {
+        last = value.slice(-1) || last;
+        continue;
+      }
+      const parts = pieces.join("").split("\n\n");
+      pieces = [parts.pop()];
+      last = pieces[0].slice(-1);
       for (const part of parts) {
         const found = parsed(part);
         if (found) yield found;

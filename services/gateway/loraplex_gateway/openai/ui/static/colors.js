@@ -2,6 +2,7 @@
 import { ADAPTER, KV } from "./fleet.js";
 
 const SHADES = 6;
+const MOST_SHADES = 50000;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let style = getComputedStyle(document.documentElement);
 
@@ -15,6 +16,7 @@ export function onThemeChange(redraw) {
 
 const cache = new Map();
 const shades = new Map();
+let nextShade = 0;
 
 export function variable(name) {
   if (!cache.has(name)) cache.set(name, style.getPropertyValue(name).trim());
@@ -36,6 +38,10 @@ export function shadeOf(engine, owner, holder) {
 
 // In the order in which they are first seen: the first few differ, which a hash of the digest would not see to.
 export function shadeOfDigest(digest) {
-  if (!shades.has(digest)) shades.set(digest, shades.size);
+  const known = shades.get(digest);
+  if (known !== undefined) return known;
+  if (shades.size >= MOST_SHADES) shades.delete(shades.keys().next().value); // the first seen
+  shades.set(digest, nextShade % SHADES);
+  nextShade += 1;
   return shades.get(digest);
 }

@@ -37,6 +37,10 @@ export class EngineCards {
     for (const card of this.cards.values()) card.map.draw();
   }
 
+  retell() {
+    for (const card of this.cards.values()) card.map.retell();
+  }
+
   // Shows the first page of a holder on its engine's map.
   show(engine, owner, holder) {
     return this.cards.get(engine.id)?.map.show(owner, holder) || false;

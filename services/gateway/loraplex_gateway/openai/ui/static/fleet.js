@@ -3,6 +3,7 @@
 export const OWNERS = ["free", "kv", "adapter", "retiring", "cached"];
 export const KV = 1;
 export const ADAPTER = 2;
+const FEWEST_NAMES = 4000;
 
 export class Engine {
   constructor(id, target) {
@@ -37,6 +38,7 @@ export class Engine {
   apply(news, now) {
     if (news.error) {
       this.error = news.error.message;
+      this.leftOut = [0, 0];
       this.clear(0);
       this.load = { running: 0, waiting: 0, queued_tokens: 0, tokens_per_s: 0, draining: false };
       return;
@@ -74,6 +76,7 @@ export class Fleet {
     this.engines = new Map();
     this.names = new Map();
     this.heard = new Map();
+    this.namesKept = FEWEST_NAMES;
   }
 
   // Returns whether there is an engine more.
@@ -81,6 +84,7 @@ export class Fleet {
     const now = performance.now() / 1000;
     if (news.gone) {
       this.engines.delete(news.engine);
+      this.heard.delete(news.engine);
       return false;
     }
     const isNew = !this.engines.has(news.engine);
@@ -88,17 +92,34 @@ export class Fleet {
     for (const [digest, name] of Object.entries(news.names || {})) this.names.set(digest, name);
     this.heard.set(news.engine, now);
     this.engines.get(news.engine).apply(news, now);
+    if (this.names.size > this.namesKept) this.#forgetNames();
     return isNew;
   }
 
   clear() {
     this.engines.clear();
     this.names.clear();
+    this.heard.clear();
+  }
+
+  // Where adapters are pushed all day, each revision has a name: those that no engine holds or runs are dropped now and then.
+  #forgetNames() {
+    const used = new Set();
+    for (const engine of this.engines.values()) {
+      for (const held of engine.adapters.values()) used.add(held.digest);
+      for (const request of engine.requests.values()) for (const digest of request.adapters) used.add(digest);
+    }
+    for (const digest of this.names.keys()) if (!used.has(digest)) this.names.delete(digest);
+    this.namesKept = Math.max(FEWEST_NAMES, 2 * this.names.size);
   }
 
   // Drops engines that a gateway, asked anew, has not told of since `since` (seconds).
   forgetUnheard(since) {
-    for (const id of this.engines.keys()) if ((this.heard.get(id) || 0) < since) this.engines.delete(id);
+    for (const id of this.engines.keys()) {
+      if ((this.heard.get(id) || 0) >= since) continue;
+      this.engines.delete(id);
+      this.heard.delete(id);
+    }
   }
 
   name(digest) {
@@ -130,14 +151,28 @@ export class Fleet {
     return [...found.values()].sort((one, other) => other.rate - one.rate || (one.name < other.name ? -1 : 1));
   }
 
-  // Open requests, the oldest of each engine first.
-  requests() {
+  // Open requests, the oldest of each engine first; at most so many.
+  requests(most) {
     const now = performance.now() / 1000;
-    return this.sorted().flatMap((engine) =>
-      [...engine.requests.values()]
-        .sort((one, other) => one.holder - other.holder)
-        .map((request) => ({ ...request, engine, age: request.age_s + now - request.toldAt })),
-    );
+    const found = [];
+    for (const engine of this.sorted()) {
+      if (found.length >= most) break;
+      const holders = [...engine.requests.keys()].sort((one, other) => one - other).slice(0, most - found.length);
+      for (const holder of holders) {
+        const request = engine.requests.get(holder);
+        found.push({ ...request, engine, age: request.age_s + now - request.toldAt });
+      }
+    }
+    return found;
+  }
+
+  numRequests() {
+    return [...this.engines.values()].reduce((total, engine) => total + engine.requests.size, 0);
+  }
+
+  // Requests (0) or adapters (1) that engines count but do not tell of, since there are too many.
+  leftOut(which) {
+    return [...this.engines.values()].reduce((total, engine) => total + engine.leftOut[which], 0);
   }
 }
 

@@ -41,6 +41,12 @@ export class Imports {
     setText(this.empty, error ? `The adapter store does not tell: ${error}` : "None.");
   }
 
+  // Forgets what was shown to another key.
+  clear() {
+    this.update({ imports: [], error: "" });
+    setText(this.result, "");
+  }
+
   async #start() {
     this.button.disabled = true;
     this.result.dataset.state = "";

@@ -1,5 +1,5 @@
 // Asks for a key, which stays in this tab's sessionStorage: in no cookie, in no address.
-import { key } from "./api.js";
+import { isSendable, key } from "./api.js";
 import { setText } from "./format.js";
 
 export class KeyDialog {
@@ -10,7 +10,12 @@ export class KeyDialog {
     this.usual = this.reason.textContent;
     this.waiting = [];
     this.listeners = [];
-    document.getElementById("key-form").addEventListener("submit", () => this.#use(this.input.value.trim()));
+    document.getElementById("key-form").addEventListener("submit", (event) => {
+      const value = this.input.value.trim();
+      if (isSendable(value)) return this.#use(value);
+      event.preventDefault();
+      this.#say("A key has letters, digits and signs of ASCII, and no space.", true);
+    });
     document.getElementById("key-forget").addEventListener("click", () => {
       this.dialog.close();
       this.#use("");
@@ -19,11 +24,15 @@ export class KeyDialog {
 
   // Opens the dialog; `refusal` is what the gateway said of the key before, if anything.
   ask(refusal) {
-    setText(this.reason, refusal ? `The gateway refused this key: ${refusal}` : this.usual);
-    this.reason.dataset.refused = refusal ? "yes" : "";
+    this.#say(refusal ? `The gateway refused this key: ${refusal}` : this.usual, Boolean(refusal));
     this.input.value = "";
     if (!this.dialog.open) this.dialog.showModal();
     this.input.focus();
+  }
+
+  #say(text, isRefusal) {
+    setText(this.reason, text);
+    this.reason.dataset.refused = isRefusal ? "yes" : "";
   }
 
   onChange(listener) {

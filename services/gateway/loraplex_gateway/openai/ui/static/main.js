@@ -13,6 +13,8 @@ import { AdapterTable, RequestTable } from "./tables.js";
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 5000;
 const FRAME_MS = 250;
+const SHARE = 9; // what it takes to show a reading is a tenth of the time at most
+const SILENCE_MS = 10000;
 const LINE_POINTS = 60;
 const UNHEARD_S = 5;
 const HINT = "Point at a page, or reach a map by Tab and move with the arrow keys.";
@@ -20,7 +22,7 @@ const HINT = "Point at a page, or reach a map by Tab and move with the arrow key
 const node = (id) => document.getElementById(id);
 const fleet = new Fleet();
 const lines = { rate: [], used: [] };
-const spotlight = new Spotlight(() => cards.draw());
+const spotlight = new Spotlight(redraw);
 const cards = new EngineCards(node("engines"), fleet, spotlight, (text) => setText(node("detail"), text || HINT));
 const playground = new Playground();
 const adapters = new AdapterTable(fleet, spotlight, (name) => playground.choose(name));
@@ -55,9 +57,10 @@ let asking = new AbortController();
 async function follow() {
   let wait = FIRST_PAUSE_MS;
   while (true) {
+    if (document.hidden) await shown();
     try {
       asking = new AbortController();
-      const response = await call("ui/events", { signal: asking.signal });
+      const response = await call("ui/events", { signal: asking.signal, silenceMs: SILENCE_MS });
       wait = FIRST_PAUSE_MS;
       notice("");
       state("live", "Live");
@@ -71,6 +74,7 @@ async function follow() {
       await refusedOrLost(error);
     }
     await Promise.race([pause(wait), keys.changed()]);
+    asking.abort(); // whatever is left of the last one
     wait = Math.min(wait * 2, LONGEST_PAUSE_MS);
   }
 }
@@ -83,9 +87,24 @@ async function refusedOrLost(error) {
     return;
   }
   state("refused", status === 401 ? "Key needed" : "Not shown to this key");
+  forget();
+  if (status === 401) playground.forget();
   if (status === 401) keys.ask(key.get() ? error.message : "");
   else notice(`${error.message}. The playground works with a key that may generate.`);
   await keys.changed();
+}
+
+// Shows nothing any more of what was shown to a key that is changed or taken away.
+function forget() {
+  fleet.clear();
+  imports.clear();
+  setText(node("about"), "");
+  node("imports-panel").hidden = true;
+  schedule();
+}
+
+function shown() {
+  return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 }
 
 function take({ event, data }) {
@@ -105,11 +124,29 @@ let isScheduled = false;
 function schedule() {
   if (isScheduled) return;
   isScheduled = true;
-  setTimeout(() => requestAnimationFrame(show), FRAME_MS);
+  setTimeout(() => requestAnimationFrame(show), Math.max(FRAME_MS, SHARE * lastTook));
 }
 
+let lastTook = 0;
 function show() {
+  const began = performance.now();
   isScheduled = false;
+  write();
+  lastTook = performance.now() - began;
+}
+
+let isRedrawing = false;
+function redraw() {
+  if (isRedrawing) return;
+  isRedrawing = true;
+  requestAnimationFrame(() => {
+    isRedrawing = false;
+    cards.draw();
+  });
+}
+
+function write() {
+  const onDevices = fleet.adapters();
   const engines = [...fleet.engines.values()];
   const sum = (value) => engines.reduce((total, engine) => total + value(engine), 0);
   const counts = [0, 0, 0, 0, 0];
@@ -121,12 +158,13 @@ function show() {
   setText(node("figure-engines"), count(engines.length));
   setText(node("figure-running"), count(sum((engine) => engine.load.running)));
   setText(node("figure-waiting"), count(sum((engine) => engine.load.waiting)));
-  setText(node("figure-adapters"), count(fleet.adapters().length));
+  setText(node("figure-adapters"), `${count(onDevices.length)}${fleet.leftOut(1) ? "+" : ""}`);
   setText(node("figure-rate"), rate(tokens));
   setText(node("figure-used"), `${used.toFixed(used < 10 ? 1 : 0)} %`);
   cards.update();
   cards.draw();
-  adapters.update();
+  cards.retell();
+  adapters.update(onDevices);
   requests.update();
   lines.now = { rate: tokens, used };
 }
@@ -143,13 +181,18 @@ function sample() {
   }
 }
 
+// A tab that is not seen asks for nothing: each stream takes one of a browser's six connections to an HTTP/1.1 server.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) asking.abort();
+});
 onThemeChange(() => cards.draw());
 setInterval(sample, 1000);
 node("key-button").addEventListener("click", () => keys.ask(""));
 keys.onChange(() => {
   asking.abort(); // what another key may see is asked for anew
-  fleet.clear();
-  schedule();
+  notice("");
+  forget();
+  playground.forget();
   playground.loadModels();
 });
 playground.loadModels();

@@ -6,6 +6,8 @@ const LARGEST = 26;
 const SMALLEST = 3;
 const NAMED_FROM = 13; // cells so high have the adapter's name in them
 
+let pointed = null; // the map under pointer or cursor, the last one of both
+
 export class PoolMap {
   constructor(engine, { fleet, spotlight, tell }) {
     this.engine = engine;
@@ -26,6 +28,7 @@ export class PoolMap {
 
   close() {
     this.observer.disconnect();
+    if (pointed === this) this.#leave();
   }
 
   // Chooses the largest cells with which all pages fit, so that the map's height depends on pages and width alone.
@@ -48,7 +51,11 @@ export class PoolMap {
 
   draw() {
     const { columns, cell } = this.size;
-    if (!this.engine.numPages) return;
+    if (!this.engine.numPages) {
+      this.cursor = -1;
+      return;
+    }
+    this.cursor = Math.min(this.cursor, this.engine.numPages - 1);
     const context = this.canvas.getContext("2d");
     const ratio = devicePixelRatio || 1;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -127,7 +134,14 @@ export class PoolMap {
     return true;
   }
 
+  // Says anew what the page under pointer or cursor is: it may be another's meanwhile.
+  retell() {
+    if (pointed === this && this.cursor >= 0) this.#moveTo(this.cursor);
+  }
+
   #moveTo(page) {
+    if (!this.engine.numPages) return;
+    pointed = this;
     this.cursor = Math.max(0, Math.min(this.engine.numPages - 1, page));
     this.spotlight.on(this.engine, this.engine.owners[this.cursor], this.engine.holders[this.cursor]);
     this.tell(this.describe(this.cursor));
@@ -148,13 +162,17 @@ export class PoolMap {
       const { columns } = this.size;
       const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
       if (event.key in steps) this.#moveTo(this.cursor + steps[event.key]);
-      else if (event.key === "Escape") this.spotlight.off();
+      else if (event.key === "Escape") {
+        pointed = null;
+        this.spotlight.off();
+      }
       else return;
       event.preventDefault();
     });
   }
 
   #leave() {
+    if (pointed === this) pointed = null;
     this.spotlight.off();
     this.tell("");
   }

@@ -1,5 +1,5 @@
 // One prompt through several adapters side by side: a streamed request of the OpenAI API for each.
-import { ApiError, call, events } from "./api.js";
+import { ApiError, call, events, key } from "./api.js";
 import { count, element, rate, seconds, setText } from "./format.js";
 
 const MOST_COLUMNS = 8;
@@ -10,14 +10,16 @@ const OLD_MS = 10000;
 
 export class Playground {
   constructor() {
-    for (const id of ["prompt", "adapter", "models", "chosen", "mode", "temperature", "max-tokens", "stop", "run", "answers"]) {
+    for (const id of ["prompt", "adapter", "models", "chosen", "mode", "temperature", "max-tokens", "stop", "run", "answers", "note"]) {
       this[id] = document.getElementById(id);
     }
     this.names = [];
     this.picked = [];
     this.running = null;
     this.hasChosen = false;
-    document.getElementById("playground").addEventListener("submit", (event) => {
+    this.loading = null;
+    this.form = document.getElementById("playground");
+    this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#runAll();
     });
@@ -33,26 +35,47 @@ export class Playground {
       this.#addTyped();
     });
     this.prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.#runAll();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit(); // with the fields' checks
     });
   }
 
-  // Reads all names, page by page: a gateway may know ten thousand.
+  // Reads all names. However often that is asked for meanwhile (each engine that comes does), it is done once more at most.
   async loadModels() {
+    this.isStale = true;
+    while (this.isStale && !this.loading) {
+      this.isStale = false;
+      this.loading = this.#load();
+      await this.loading;
+      this.loading = null;
+    }
+  }
+
+  // Forgets what was shown to another key.
+  forget() {
+    this.names = [];
+    this.#suggest();
+    if (!this.hasChosen) this.picked = [];
+    this.#showChosen();
+  }
+
+  // Page by page: a gateway may know ten thousand.
+  async #load() {
     const names = [];
+    const asKey = key.get();
     this.loadedAt = performance.now();
     try {
       for (let after = ""; ; ) {
         const query = `v1/models?limit=${PAGE}${after && `&after=${encodeURIComponent(after)}`}`;
-        const page = await (await call(query)).json();
+        const page = await (await call(query, { silenceMs: OLD_MS })).json();
         names.push(...page.data);
-        if (!page.has_more) break;
+        if (!page.has_more || asKey !== key.get()) break;
         after = page.last_id;
       }
     } catch (error) {
       this.adapter.placeholder = error instanceof ApiError ? error.message : "The gateway cannot be reached";
       return;
     }
+    if (asKey !== key.get()) return; // another key's names are asked for next
     this.adapter.placeholder = `One of ${count(names.length)} names`;
     this.names = names.map((model) => model.id);
     this.#suggest();
@@ -63,7 +86,11 @@ export class Playground {
   }
 
   choose(name) {
-    if (!name || this.picked.includes(name) || this.picked.length >= MOST_COLUMNS) return;
+    if (!name) return;
+    const isFull = this.picked.length >= MOST_COLUMNS;
+    const isKnown = this.picked.includes(name);
+    setText(this.note, isKnown ? `${name} answers already.` : isFull ? `${name} is left out: at most ${MOST_COLUMNS} answer.` : "");
+    if (isKnown || isFull) return;
     this.hasChosen = true;
     this.picked.push(name);
     this.#showChosen();
@@ -88,6 +115,7 @@ export class Playground {
         const remove = element("button", { type: "button", className: "remove", "aria-label": `Remove ${name}` }, "\u00d7");
         remove.addEventListener("click", () => {
           this.hasChosen = true;
+          setText(this.note, "");
           this.picked = this.picked.filter((other) => other !== name);
           this.#showChosen();
           this.adapter.focus();
@@ -99,7 +127,9 @@ export class Playground {
   }
 
   async #runAll() {
-    if (this.running || !this.picked.length || !this.prompt.value.trim()) return;
+    if (this.running) return;
+    setText(this.note, this.picked.length ? "" : "Choose an adapter first.");
+    if (!this.picked.length) return;
     this.running = new AbortController();
     this.run.disabled = true;
     this.stop.disabled = false;

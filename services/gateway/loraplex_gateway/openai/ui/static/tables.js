@@ -14,7 +14,7 @@ class Rows {
   }
 
   // Rows are used again in place, so that focus and hover stay where they are.
-  fill(entries, write, what) {
+  fill(entries, write, what, { total = entries.length, leftOut = 0 } = {}) {
     const shown = entries.slice(0, MOST_ROWS);
     while (this.rows.length < shown.length) {
       const row = this.make();
@@ -26,8 +26,9 @@ class Rows {
       row.entry = shown[index];
       if (row.entry) write(row, row.entry);
     });
-    const left = entries.length - shown.length;
-    setText(this.more, left > 0 ? `and ${count(left)} more ${what}` : entries.length ? "" : `No ${what}.`);
+    const left = total - shown.length;
+    const told = left > 0 ? `and ${count(left)} more ${what}` : entries.length ? "" : `No ${what}.`;
+    setText(this.more, [told, leftOut ? `and ${count(leftOut)} that engines only count` : ""].filter(Boolean).join(" "));
   }
 }
 
@@ -39,7 +40,7 @@ export class AdapterTable {
   constructor(fleet, spotlight, choose) {
     this.fleet = fleet;
     this.filter = document.getElementById("adapter-filter");
-    this.filter.addEventListener("input", () => this.update());
+    this.filter.addEventListener("input", () => this.update(this.fleet.adapters()));
     this.rows = new Rows(document.getElementById("adapters"), document.getElementById("adapters-more"), () => {
       const parts = cells("", "wide", "number", "number", "number", "number");
       const swatch = element("i", { className: "swatch" });
@@ -57,9 +58,8 @@ export class AdapterTable {
     });
   }
 
-  update() {
+  update(all) {
     const wanted = this.filter.value.trim().toLowerCase();
-    const all = this.fleet.adapters();
     const hottest = Math.max(1e-9, all[0]?.rate || 0);
     this.rows.fill(
       wanted ? all.filter((adapter) => adapter.name.toLowerCase().includes(wanted)) : all,
@@ -72,6 +72,7 @@ export class AdapterTable {
         [adapter.rank, adapter.pages, adapter.leases, adapter.engines].forEach((number, index) => setText(row.parts[index + 2], count(number)));
       },
       "adapters on devices",
+      { leftOut: this.fleet.leftOut(1) },
     );
   }
 }
@@ -92,10 +93,8 @@ export class RequestTable {
   }
 
   update() {
-    const requests = this.fleet.requests();
-    const leftOut = [...this.fleet.engines.values()].reduce((sum, engine) => sum + engine.leftOut[0], 0);
     this.rows.fill(
-      requests,
+      this.fleet.requests(MOST_ROWS),
       (row, request) => {
         setText(row.id, short(request.id, 10));
         row.id.title = `Show the pages of ${request.id} (${request.whose || "no tenant"})`;
@@ -109,7 +108,7 @@ export class RequestTable {
         setText(row.parts[6], seconds(request.age));
       },
       "requests under way",
+      { total: this.fleet.numRequests(), leftOut: this.fleet.leftOut(0) },
     );
-    if (leftOut) setText(this.rows.more, `${this.rows.more.textContent} and ${count(leftOut)} that engines only count`);
   }
 }
