@@ -129,7 +129,7 @@ def test_a_missing_file_is_named_and_nothing_is_made_in_its_place(tmp_path: Path
 @pytest.mark.parametrize("host", ["höst", "", "a,b", "llm.example:8500", "https://llm", "-a", "a..b"])
 def test_a_host_that_is_none_is_refused_by_name(host: str, tmp_path: Path) -> None:
     with pytest.raises(CredentialsError, match=f"'{host}' is neither an IP address nor a DNS name"):
-        folder(tmp_path).make(Plan(hosts={"engine": ("höst",)}))
+        folder(tmp_path).make(Plan(hosts={"engine": (host,)}))
 
 
 def test_the_command_makes_shows_and_refuses(loraplex: Runner, tmp_path: Path) -> None:
