@@ -96,7 +96,7 @@ async def test_an_errors_details_arrive_whole(behind: Proxied) -> None:
     assert isinstance(error, InvalidParameterError)
     assert (error.message, error.violations) == (direct.message, direct.violations)
     assert len(error.violations) == 8
-    assert len(error.message.encode()) > 900
+    assert len(error.message.encode()) > 600  # what is left of a status that is bounded as a whole
 
 
 async def test_a_request_that_waits_long_is_not_cut(behind: Proxied) -> None:
