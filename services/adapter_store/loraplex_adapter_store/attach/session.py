@@ -276,9 +276,11 @@ class EngineSession:
             self._metrics.churn.labels("push").inc()
 
     async def _offer(self, transfer: Transfer) -> None:
-        for offer in transfer.current_offers():
-            if transfer.state is TransferState.OFFERED:
-                await self._outbox.put(offer)
+        """Send the offers of all ranks, next to each other: an engine takes another one of a rank for the first of new ones."""
+        async with transfer.offering:
+            for offer in transfer.current_offers():
+                if transfer.state is TransferState.OFFERED:
+                    await self._outbox.put(offer)
 
     async def _let_wants_pass(self, transfer: Transfer) -> None:
         """Hold an unsolicited transfer back while wanted transfers have work to do."""

@@ -44,6 +44,7 @@ class Transfer:
     Attributes:
         is_wanted: Whether a request waits for the image; may become true during the transfer.
         offers: One per rank, once the image is known; the pages themselves are not held while the engine decides.
+        offering: Held while the offers of all ranks are sent.
         is_expected: Whether a label is about to move to the image.
         span: Traces the transfer for the first request of a trace that waits for the image; None without one.
         is_wanted_again: Whether a want came after everything had been sent.
@@ -61,6 +62,7 @@ class Transfer:
         self.span: Span | None = None
         self.is_expected = False
         self.offers: list[Offer] = []
+        self.offering = asyncio.Lock()
         self.failure: str | None = None
         self.needed_by_s = math.inf
         self.foreseen_s = math.inf
