@@ -92,6 +92,7 @@ async def test_a_gateway_that_is_lost_is_made_up_for_once_by_the_client(
 
         behind.cut()
 
+        await eventually(lambda: engine.aborted_ids)  # else the engine might end it before it hears of the cut
         engine.is_silent = False
         engine.release()
         events += [await reading, *[event async for event in stream]]

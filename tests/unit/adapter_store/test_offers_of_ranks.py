@@ -62,7 +62,7 @@ async def test_a_want_that_comes_between_the_offers_of_two_ranks_is_offered_behi
     for _ in range(LENGTH - 2):
         await session._outbox.put(Drop("cd" * 32))
     first = asyncio.create_task(session._offer(transfer))
-    while not session._outbox._room.locked():  # noqa: ASYNC110 -- a semaphore tells nobody that it is full
+    while not session._outbox._room.locked():  # noqa: ASYNC110 -- nothing tells that a semaphore is full
         await asyncio.sleep(0)
 
     session.want(DIGEST)
