@@ -1,9 +1,22 @@
 // products/tma.cuh and products/fp8_wgmma.cuh on a CPU: boxes of matrices, mbarriers of any phase, and products of e4m3. A map
 // is an address, rows, columns and a box's rows (host_kernels.py makes it); an mbarrier's 64 bits are those of Phase.
 #pragma once
+#include <functional>
+#include <random>
+
 #include "host_shim.h"
 
 namespace shim {
+// Copies are under way until a thread that awaits one finds them landed, in any order: hardware promises none.
+inline std::vector<std::function<void()>> under_way;
+inline std::minstd_rand landing_order;
+inline void land_one() {
+    if (under_way.empty()) return;
+    std::swap(under_way[landing_order() % under_way.size()], under_way.back());
+    const std::function<void()> landing = std::move(under_way.back());
+    under_way.pop_back();
+    landing();
+}
 struct Phase {
     int missing_bytes;
     unsigned short missing_arrivals;
@@ -45,7 +58,7 @@ inline void arrive_expecting(SharedAddress barrier, unsigned bytes) {
     arrive(barrier);
 }
 inline void await(SharedAddress barrier, unsigned parity) {
-    while (static_cast<volatile shim::Phase&>(shim::phase_of(barrier)).parity == parity) shim::yield();
+    while (static_cast<volatile shim::Phase&>(shim::phase_of(barrier)).parity == parity) shim::land_one(), shim::yield();
     ++shim::progress;
 }
 inline unsigned long long read_once() { return 0; }
@@ -54,17 +67,21 @@ template <class Map>
 void copy_box(SharedAddress to, const Map& map, unsigned column, unsigned row, SharedAddress landed, unsigned long long) {
     const auto* matrix = reinterpret_cast<const unsigned char*>(map.words[0]);
     const size_t rows = map.words[1], columns = map.words[2], box_rows = map.words[3];
-    for (size_t r = 0; r < box_rows; ++r)
-        for (size_t c = 0; c < 128; ++c) {
-            const bool inside = row + r < rows && column + c < columns;
-            to[shim::swizzled(r, c)] = inside ? matrix[(row + r) * columns + column + c] : 0;
-        }
-    shim::land(landed, static_cast<unsigned>(box_rows) * 128);
+    shim::under_way.push_back([=] {
+        for (size_t r = 0; r < box_rows; ++r)
+            for (size_t c = 0; c < 128; ++c) {
+                const bool inside = row + r < rows && column + c < columns;
+                to[shim::swizzled(r, c)] = inside ? matrix[(row + r) * columns + column + c] : 0;
+            }
+        shim::land(landed, static_cast<unsigned>(box_rows) * 128);
+    });
 }
 inline void copy_bytes(SharedAddress to, const void* from, unsigned bytes, SharedAddress landed) {
     if (bytes % 16 || reinterpret_cast<size_t>(from) % 16 || reinterpret_cast<size_t>(to) % 16) std::exit(7);
-    std::memcpy(to, from, bytes);
-    shim::land(landed, bytes);
+    shim::under_way.push_back([=] {
+        std::memcpy(to, from, bytes);
+        shim::land(landed, bytes);
+    });
 }
 template <unsigned kCluster>
 void cluster_release() {

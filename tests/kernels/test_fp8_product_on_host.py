@@ -1,4 +1,7 @@
-"""Products of few rows with FP8 weights, on the CPU: boxes, ring, clusters and the order of sums, with tensor cores emulated."""
+"""Products of few rows with FP8 weights, on the CPU: boxes, ring, clusters and the order of sums, with tensor cores emulated.
+
+Copies land in a random order.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +36,20 @@ def launched(library: HostLibrary, numbers: ProductNumbers, cut: Cut) -> torch.T
     return numbers.launched(library, cut)
 
 
-def cut_of(rows: int, *, warpgroups: int = 1, parts: int = 1, cluster: int = 1, stages: int = 3) -> Cut:
+def cut_of(rows: int, *, warpgroups: int = 1, parts: int = 1, cluster: int = 1, stages: int = 6) -> Cut:
     return Cut(rows=rows, warpgroups=warpgroups, parts=parts, cluster=cluster, stages=stages, ctas=1)
 
 
 @pytest.mark.parametrize(
     ("case", "cut"),
     [
-        (ProductCase(rows=1, inputs=1280, outputs=64), cut_of(8)),
-        (ProductCase(rows=5, inputs=1296, outputs=72, has_bias=True), cut_of(8, parts=2)),
+        (ProductCase(rows=1, inputs=1280, outputs=64), cut_of(8, stages=3)),
+        (ProductCase(rows=5, inputs=1296, outputs=72, has_bias=True), cut_of(8, parts=2, stages=4)),
         (ProductCase(rows=8, inputs=640, outputs=136, accumulates=True), cut_of(8, parts=2, cluster=2, stages=2)),
         (ProductCase(rows=13, inputs=512, outputs=128), cut_of(16, warpgroups=2, cluster=2)),
         (ProductCase(rows=8, inputs=128, outputs=64), cut_of(8, parts=2, cluster=2)),
         (ProductCase(rows=3, inputs=1296, outputs=200, has_groups=True), cut_of(8, warpgroups=2, parts=2)),
-        (ProductCase(rows=2, inputs=5120, outputs=64, has_groups=True, accumulates=True), cut_of(8, parts=3)),
+        (ProductCase(rows=2, inputs=5120, outputs=64, has_groups=True, accumulates=True), cut_of(8, parts=3, stages=3)),
     ],
     ids=lambda value: None if isinstance(value, ProductCase) else "",
 )
@@ -77,6 +80,11 @@ def test_a_rows_result_depends_neither_on_other_rows_nor_on_the_kernels_rows(lib
 
     assert torch.equal(again[0], many[0])
     assert torch.equal(few, again[:8])
+
+
+def test_a_part_whose_slots_were_another_parts_before_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 stages are not a multiple of 2 parts"):
+        cut_of(8, parts=2, stages=3)
 
 
 def test_more_rows_than_the_kernels_are_refused(library: HostLibrary) -> None:

@@ -27,8 +27,12 @@ class Cut:
         warpgroups: 64 outputs of a cluster each.
         parts: Warpgroups that take turns at the same outputs, a step of 128 inputs each.
         cluster: CTAs that share the inputs.
-        stages: Steps that are on their way at once.
+        stages: Steps that are on their way at once: a multiple of ``parts``, so that a part finds its steps in slots of its
+            own. Copies land in any order, and whoever awaits a slot must have seen its turn before, or takes that for its own.
         ctas: CTAs that share a multiprocessor.
+
+    Raises:
+        ValueError: ``stages`` are not a multiple of ``parts``.
     """
 
     rows: int
@@ -38,13 +42,17 @@ class Cut:
     stages: int
     ctas: int
 
+    def __post_init__(self) -> None:
+        if self.stages % self.parts:
+            raise ValueError(f"{self.stages} stages are not a multiple of {self.parts} parts")
+
     @classmethod
     def filling(cls, *, rows: int, warpgroups: int, parts: int, cluster: int, ctas: int) -> Cut:
         """Return the cut with as many stages as the shared memory holds."""
-        cut = cls(rows=rows, warpgroups=warpgroups, parts=parts, cluster=cluster, stages=1, ctas=ctas)
+        cut = cls(rows=rows, warpgroups=warpgroups, parts=parts, cluster=cluster, stages=parts, ctas=ctas)
         each = (cut.outputs + rows) * STEP + 4 * rows + 16
         rest = 4 * (rows + 2 * cut.outputs) + 1024  # the last kilobyte is rounded up
-        stages = min(MAX_STAGES, (SHARED_BYTES[ctas] - rest) // each)
+        stages = min(MAX_STAGES, (SHARED_BYTES[ctas] - rest) // each) // parts * parts
         return cls(rows=rows, warpgroups=warpgroups, parts=parts, cluster=cluster, stages=stages, ctas=ctas)
 
     @property

@@ -33,7 +33,8 @@ constexpr bool kBlocks = true;
 constexpr bool kBlocks = false;
 #endif
 static_assert(kCluster >= 1 && kCluster <= 8, "larger clusters need an attribute");
-static_assert(kParts >= 1 && kParts <= 4 && kParts <= kStages, "a warpgroup's next step is one turn of the ring ahead at most");
+// Copies land in any order, and a parity tells a slot's turn only from the next: who awaits a turn must have seen the one before.
+static_assert(kParts >= 1 && kParts <= 4 && kStages % kParts == 0, "a slot is always the same part's");
 
 struct Params {
     TensorMap weight;            // e4m3 [outputs, inputs] in boxes of kOutputs x 128

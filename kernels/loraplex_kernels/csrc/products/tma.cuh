@@ -60,7 +60,9 @@ __device__ __forceinline__ void copy_bytes(SharedAddress to, const void* from, u
 // cluster_acquire; what they read of it was read. A cluster of one CTA needs none of the cluster's instructions.
 template <u32 kCluster>
 __device__ __forceinline__ void cluster_release() {
-    if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if constexpr (kCluster == 1) return;
+    __syncwarp();  // `aligned` is of whole warps, and lanes may come from different branches
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 template <u32 kCluster>
 __device__ __forceinline__ void cluster_acquire() {
