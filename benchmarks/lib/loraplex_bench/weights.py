@@ -23,6 +23,7 @@ class SharedWeights:
         self._source = source
         self._kept: dict[object, Tensor] = {}
         self._linears: dict[object, Linear] = {}
+        self._forms: LinearForms | None = None
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a weight."""
@@ -32,8 +33,14 @@ class SharedWeights:
         return self._kept[key]
 
     def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
-        """Return linear layers stacked along their outputs."""
-        key = (tuple(parts), forms)
+        """Return linear layers stacked along their outputs.
+
+        Layers in FP8 are in forms of their engine: those of the engine before are let go, or each would keep its own.
+        """
+        if forms != self._forms:
+            self._linears.clear()
+            self._forms = forms
+        key = tuple(parts)
         if key not in self._linears:
             self._linears[key] = self._source.linear(parts, forms)
         return self._linears[key]

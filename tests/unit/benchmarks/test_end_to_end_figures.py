@@ -115,7 +115,7 @@ def test_two_engines_fit_beside_one_copy_of_the_weights() -> None:
 def test_default_limits_are_the_engines() -> None:
     limits = default_limits(LLAMA2_7B, QKVO).limits
 
-    assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) == (256, 8192, 4096)
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) == (512, 8192, 4096)
     assert limits.max_resident_adapters == 4096
 
 

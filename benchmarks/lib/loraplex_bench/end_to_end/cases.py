@@ -31,6 +31,8 @@ ALL_LINEAR: Final = AdapterFamily(targets="all")
 STANDARD: Final = BurstSize()
 HALF: Final = BurstSize(num_requests=256)
 SPARE_SEQS: Final = 4
+BASELINE_STEP: Final = (256, 8192)
+"""Sequences and tokens of one step, as the peers that rows stand beside were run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **siz
         pool=shape.pool,
         num_pages=int(shape.pool_gib * GIB) // shape.pool.page_bytes,
         max_model_len=1280,
-        max_num_seqs=GPU_STEP[0],
-        max_num_batched_tokens=GPU_STEP[1],
+        max_num_seqs=BASELINE_STEP[0],
+        max_num_batched_tokens=BASELINE_STEP[1],
         max_resident_adapters=256,
         policy=COMPARABLE,
     )
@@ -168,7 +170,7 @@ def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
 def fp8_cases() -> dict[str, Case]:
     """Return the cases of linear layers in FP8, of keys and values in FP8 too, and of both with twice as many sequences."""
 
-    def bursts(about: str, shape: Shape, label: str, max_num_seqs: int = GPU_STEP[0]) -> Case:
+    def bursts(about: str, shape: Shape, label: str, max_num_seqs: int = BASELINE_STEP[0]) -> Case:
         setup = setup_of(shape, ALL_LINEAR, max_num_seqs=max_num_seqs)
         return Case(
             about=f"Llama-3-8B, {about}, all seven r16, bursts over 0/32/200 adapters",

@@ -9,7 +9,7 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.fp8 import Fp8Weight, quantise
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs, QuantisingGate, QuantisingNorm, padded_rows
-from loraplex_engine.runners.cuda.fp8_linear import ScaledMmLinear, _multiply_blocks, _multiply_rows
+from loraplex_engine.runners.cuda.fp8_linear import ScaledMmLinear, _multiply_rows
 from loraplex_engine.runners.cuda.linears import CublasDense
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
@@ -64,15 +64,14 @@ class Fp8Bench:
         return fp8, time_us(dense, self.flush)
 
     def torch_us(self, op: str, rows: int, *, is_fast: bool) -> float:
-        """Return the time of torch's FP8 product, whose tensor cores keep the sums if it is fast."""
+        """Return the time of torch's FP8 product of scales of outputs, whose tensor cores keep the sums if it is fast."""
         inputs, outputs = OPS[op]
         x, out = self.randn(padded_rows(rows), inputs), self.randn(padded_rows(rows), outputs)
         weights = [self._quantised(self.randn(outputs, inputs) / inputs**0.5) for _ in range(COPIES)]
         linears = [ScaledMmLinear(self.inputs, weight) for weight in weights]
         codes = self.inputs.of(x, has_groups=self.has_groups)
-        multiply = _multiply_blocks if self.has_groups else _multiply_rows
         calls = [
-            functools.partial(multiply, codes, each._codes_t, each._scales_t, None, out, is_fast=is_fast)
+            functools.partial(_multiply_rows, codes, each._codes_t, each._scales_t, None, out, is_fast=is_fast)
             for each in linears
         ]
         calls[0]()
