@@ -17,7 +17,7 @@ from loraplex_bench.results import Results, Row, head_commit
 from loraplex_bench.steps.fp8_bench import OPS, Fp8Bench
 from loraplex_bench.steps.kernel_timer import copy_bytes_per_s
 from loraplex_kernels.compiler import Build, compile_kernel
-from loraplex_kernels.pointwise.fp8 import row_build
+from loraplex_kernels.pointwise.fp8 import GateCut, row_build
 from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 from loraplex_kernels.products.fp8_cut import choose_cuts
 
@@ -30,11 +30,11 @@ NUM_SMS: Final = 132  # of an H100 or H200
 def smoke() -> None:
     """Compile the kernels for sm_90a."""
     norm, _ = rms_norm_build(4096, torch.bfloat16)
-    gate, _ = row_build(14336, torch.bfloat16, has_groups=False)
+    gate = GateCut(shares=2, block=448, vectors=2)
     attended, _ = row_build(4096, torch.bfloat16, has_groups=False)
     cuts = [cut for outputs in {each for _, each in OPS.values()} for cut in choose_cuts(outputs, NUM_SMS)]
     products = [("fp8_product", cut.defines(has_groups=has_groups)) for cut in cuts for has_groups in (False, True)]
-    gates = ("silu_mul_fp8", gate), ("silu_mul_fp8_many", gate[:1])
+    gates = ("silu_mul_fp8", ("WIDTH=14336", *gate.defines(has_groups=False))), ("silu_mul_fp8_many", ("WIDTH=14336",))
     for name, defines in (("rms_norm_fp8", norm), *gates, ("quantise_fp8", attended), *products):
         program = compile_kernel(Build(name=name, defines=defines), "sm_90a")
         print(f"{name}: {program.registers} registers, {program.spill_bytes} B spilled")

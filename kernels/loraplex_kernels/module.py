@@ -43,6 +43,11 @@ def has_dependent_launch(arch: str) -> bool:
     return int("".join(filter(str.isdigit, arch))) >= 90
 
 
+def has_clusters(arch: str) -> bool:
+    """Tell whether a target runs clusters of CTAs: ``sm_90`` and up, and the CPU that stands for one in tests."""
+    return not arch.startswith(("sm_8", "compute_8"))
+
+
 class Kernel(Generic[P]):
     """A kernel on the current device, with its parameter struct.
 

@@ -89,3 +89,16 @@ class FinishNormParams(ctypes.Structure):
         ("eps", c_float),
         ("reserved", c_int),
     ]
+
+
+class GreedyParams(ctypes.Structure):
+    """csrc/sampling/greedy.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("slots", c_void_p),
+        ("drawn", c_void_p),
+        ("last_sampled", c_void_p),
+        ("vocab", c_int),
+        ("stride", c_int),
+    ]

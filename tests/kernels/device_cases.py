@@ -30,6 +30,7 @@ from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.pointwise.embedding import Embedding
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
+from loraplex_kernels.sampling.greedy import Greedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,14 +111,14 @@ class Cases:
     def fp8(self) -> None:
         """Activations in e4m3: as they are, of a norm, of SiLU times up; with one scale for a row, and with several."""
         library, device, width = self._library, self._device, 208
-        many = library.num_multiprocessors + 1
+        many = 2 * library.num_multiprocessors  # another kernel's, with one scale
         x, weight, gate_up = (self.randn(*s).to(device) for s in ((3, width), (width,), (many, 2 * width)))
         for has_groups in (False, True):
             rows = quantised(library, x, has_groups=has_groups)
             self.check("quantise_fp8", wide(rows, 3), expected(x, has_groups=has_groups))
             rows, out = normed(library, x, weight, self.randn(3, width).to(device), has_groups=has_groups)
             self.check("rms_norm_fp8", wide(rows, 3), expected(out, has_groups=has_groups))
-            for count in (3, library.num_multiprocessors + 1):
+            for count in (3, many):
                 rows, out = activated(library, gate_up[:count], None, has_groups=has_groups)
                 self.check(f"silu_mul_fp8 of {count}", wide(rows, count), expected(out, has_groups=has_groups))
 
@@ -295,6 +296,19 @@ class Cases:
         if different > 1:
             self.failures.append(f"{self._dtype} sampling: {different} of {NUM_SLOTS} tokens differ")
 
+    def greedy(self) -> None:
+        """The likeliest tokens, and where they go."""
+        logits = make_logits("tied", 5, 5003, self._dtype, seed=4)
+        slots = torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32)
+        drawn, last = (torch.full(shape, -1, dtype=torch.int32).to(self._device) for shape in ((2, 5), (5,)))
+        Greedy(self._library, 5003).launch(logits.to(self._device), slots.to(self._device), drawn, last)
+        expected = logits.float().argmax(1)
+        if not (
+            torch.equal(drawn.cpu(), torch.stack((expected, torch.ones(5))).int())
+            and last[slots.long()].equal(drawn[0])
+        ):
+            self.failures.append(f"{self._dtype} greedy: {drawn.tolist()} for {expected.tolist()}")
+
     def lora_parts(self) -> None:
         """Factors on inputs and outputs, biases, sparse deltas."""
         rig = PartRig(self._library)
@@ -320,6 +334,7 @@ class Cases:
             self.lora_chains,
             self.attention,
             self.sampling,
+            self.greedy,
             self.lora_parts,
             self.token_rows,
         ]

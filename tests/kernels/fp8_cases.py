@@ -67,7 +67,7 @@ def activated(
 ) -> tuple[Fp8Rows, Tensor]:
     """Compute SiLU times up by the kernel; return it in e4m3 and in the element type."""
     width = gate_up.shape[1] // 2
-    rows = new_rows(width, gate_up.device, has_groups=has_groups)
+    rows = new_rows(width, gate_up.device, has_groups=has_groups, room=max(ROOM, len(gate_up) + 1))
     out = torch.full((len(gate_up), width), float("nan"), dtype=gate_up.dtype).to(gate_up.device)
     SiluMulFp8(library, width, has_groups=has_groups).launch(gate_up, out, rows, delta=delta)
     return rows, out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from loraplex_kernels.fp8_params import Quantised, QuantiseFp8Params, RmsNormFp8Params, SiluMulFp8Params
+from loraplex_kernels.module import has_clusters
 from loraplex_kernels.pointwise.rms_norm import UNIT_OFFSET, rms_norm_build
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
@@ -18,8 +20,14 @@ GROUP: Final = 128
 GROUPS_MACRO: Final = "GROUPS"
 MANY_BLOCK: Final = 256
 """Threads of a gate's CTA where there are many rows."""
-MOST_REGISTER_BYTES: Final = 64
-"""A thread of a gate's CTA holds at most so much of the row: registers spill above."""
+MOST_VECTORS: Final = 4
+"""A thread of a gate's CTA holds at most so many vectors of 16 bytes of the row: registers spill above."""
+SHARES: Final = 2
+"""CTAs of a gate's row with one scale, where there are clusters, and their threads at most."""
+SHARE_THREADS: Final = 512
+GROUP_THREADS: Final = 256
+"""Threads of a gate's CTA where rows have several scales, and vectors of each at most."""
+GROUP_VECTORS: Final = 2
 
 
 class Fp8Rows(NamedTuple):
@@ -110,6 +118,43 @@ class RmsNormFp8(_Quantising):
         self._kernel.launch(out.shape[0])
 
 
+class GateCut(NamedTuple):
+    """How CTAs share a row of a gate (csrc/pointwise/silu_mul_fp8.cu).
+
+    Attributes:
+        shares: CTAs of a row.
+        block: Threads of a CTA.
+        vectors: Vectors of 16 bytes of a thread.
+    """
+
+    shares: int
+    block: int
+    vectors: int
+
+    @classmethod
+    def of(cls, library: KernelLibrary, width: int, *, has_groups: bool) -> GateCut:
+        """Return the cut of rows of so many columns: each CTA has whole groups of columns."""
+        group = GROUP * library.dtype.itemsize // 16
+        groups = -(-width * library.dtype.itemsize // (16 * group))
+        if has_groups:
+            shares, most = -(-groups * group // (GROUP_THREADS * GROUP_VECTORS)), GROUP_THREADS
+        else:
+            shares, most = SHARES if has_clusters(library.arch) else 1, SHARE_THREADS
+        own = -(-groups // shares) * group
+        vectors = -(-own // most)
+        return cls(shares, -(-own // (32 * vectors)) * 32, vectors)
+
+    def defines(self, *, has_groups: bool) -> tuple[str, ...]:
+        """Return the kernel's macros."""
+        cluster = (f"CLUSTER={self.shares}",) * (self.shares > 1 and not has_groups)
+        return (f"THREADS={self.block}", f"SHARES={self.shares}", *cluster, *group_macros(has_groups=has_groups))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return 8 + 8 * self.shares + self.block // 32 * 4
+
+
 class SiluMulFp8(_Quantising):
     """`SiluMul`, and its result in e4m3; with another gate's macros that gate's."""
 
@@ -117,19 +162,25 @@ class SiluMulFp8(_Quantising):
         self, library: KernelLibrary, width: int, *, has_groups: bool, macros: tuple[str, ...] = SiluMul.macros
     ) -> None:
         super().__init__(library, width, has_groups=has_groups)
-        defines, block = row_build(width, library.dtype, has_groups=has_groups)
-        fits = width * library.dtype.itemsize <= block * MOST_REGISTER_BYTES
-        self._few_rows = library.num_multiprocessors
-        self._few = (
-            library.load("silu_mul_fp8", SiluMulFp8Params(), block, defines=(*defines, *macros)) if fits else None
-        )
-        self._many = library.load(
-            "silu_mul_fp8_many",
-            SiluMulFp8Params(),
-            MANY_BLOCK,
-            defines=(f"WIDTH={width}", *group_macros(has_groups=has_groups), *macros),
-            shared_bytes=0 if has_groups else width * library.dtype.itemsize + MANY_BLOCK // 32 * 4,
-        )
+        cut = GateCut.of(library, width, has_groups=has_groups)
+        self._shares, self._few_rows, self._few = cut.shares, 0, None
+        if cut.vectors <= MOST_VECTORS:
+            self._few_rows = sys.maxsize if has_groups else library.num_multiprocessors * 3 // 2
+            self._few = library.load(
+                "silu_mul_fp8",
+                SiluMulFp8Params(),
+                cut.block,
+                defines=(f"WIDTH={width}", *cut.defines(has_groups=has_groups), *macros),
+                shared_bytes=cut.shared_bytes,
+            )
+        if not has_groups:
+            self._many = library.load(
+                "silu_mul_fp8_many",
+                SiluMulFp8Params(),
+                MANY_BLOCK,
+                defines=(f"WIDTH={width}", *macros),
+                shared_bytes=width * library.dtype.itemsize + MANY_BLOCK // 32 * 4,
+            )
 
     def launch(
         self, gate_up: torch.Tensor, out: torch.Tensor, quantised: Fp8Rows, *, delta: torch.Tensor | None = None
@@ -146,13 +197,14 @@ class SiluMulFp8(_Quantising):
             ValueError: If a shape, dtype or device differs.
         """
         check, dtype, width, rows = self._library.check, self._library.dtype, self._width, out.shape[0]
-        kernel = self._few if self._few and rows <= self._few_rows else self._many
+        few = self._few if rows <= self._few_rows else None
+        kernel = few or self._many
         params = kernel.params
         params.gate_up = check("gate_up", gate_up, dtype, -1, 2 * width)
         params.out = check("out", out, dtype, -1, width)
         params.delta = None if delta is None else check("delta", delta, torch.float32, rows, 2 * width)
         self._set(params.quantised, quantised, rows)
-        kernel.launch(rows)
+        kernel.launch(rows * self._shares if few else rows)
 
 
 class QuantiseFp8(_Quantising):

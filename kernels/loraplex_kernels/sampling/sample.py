@@ -128,7 +128,7 @@ class Sample:
                 report.
         """
         check, params, count, vocab = self._library.check, self._kernel.params, drawn.shape[1], self._vocab
-        params.logits = check("logits", self._whole_rows(logits), self._library.dtype, count, vocab)
+        params.logits = check("logits", whole_rows(logits, vocab), self._library.dtype, count, vocab)
         params.vocab = tokens = logits.shape[1]
         params.rows = check("rows", rows, torch.int32, count, ROW_INTS)
         params.drawn = check("drawn", drawn, torch.int32, 2, count)
@@ -150,9 +150,10 @@ class Sample:
                 raise ValueError(f"{params.report_top} likeliest tokens exceed the list of {self._capacity}")
         self._kernel.launch(count)
 
-    def _whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return rows with all their columns, those that are not drawn included."""
-        rows, tokens = logits.shape
-        if tokens >= self._vocab or (rows > 1 and logits.stride(0) != self._vocab):
-            return logits  # as it has to be, or refused
-        return logits.as_strided((rows, self._vocab), (self._vocab, 1))
+
+def whole_rows(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return rows that lie ``vocab_size`` apart with all their columns, those that are not drawn included."""
+    rows, tokens = logits.shape
+    if tokens >= vocab_size or (rows > 1 and logits.stride(0) != vocab_size):
+        return logits  # as it has to be, or refused
+    return logits.as_strided((rows, vocab_size), (vocab_size, 1))

@@ -10,6 +10,7 @@
 // Loops over the row that have several callers are not inlined: their data is in shared memory.
 // Source: Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 17 (2012), for the bisection.
 #pragma once
+#include "sampling/order.cuh"
 #include "sampling/row.cuh"
 
 constexpr int kThreads = THREADS;
@@ -30,14 +31,7 @@ __device__ __forceinline__ u64 key_of(u32 order, int id) { return static_cast<u6
 __device__ __forceinline__ int id_of(u64 key) { return static_cast<int>(key & kIdMask); }
 __device__ __forceinline__ u32 order_of(u64 key) { return static_cast<u32>(key >> kIdBits); }
 
-// Orders as unsigned integers: of any float, rising; of a draw's value (0 at most), likelier first.
-__device__ __forceinline__ u32 rising(float x) {
-    const u32 bits = __float_as_uint(x == 0.f ? 0.f : x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float from_rising(u32 order) {
-    return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
-}
+// Orders as unsigned integers: of any float, rising (order.cuh); of a draw's value (0 at most), likelier first.
 __device__ __forceinline__ u32 order_of_value(float v) { return __float_as_uint(v) & 0x7fffffffu; }
 __device__ __forceinline__ float value_of(u64 key) { return -__uint_as_float(order_of(key)); }
 __device__ __forceinline__ u64 weight_of(u64 key) { return static_cast<u64>(expf(value_of(key)) * kWeightOne); }

@@ -9,7 +9,6 @@ from loraplex_kernels.sampling.sample import WORD
 
 from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.runners.sampled import Masks
-from loraplex_engine.runners.top_tokens import likeliest_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,11 +89,7 @@ class Drawing:
 
     def draw_greedily(self, logits: Tensor, slots: Tensor) -> None:
         """Put the likeliest tokens where the next step and the host find them; capturable in a graph."""
-        best, token_ids = likeliest_tokens(logits)
-        drawn = self._drawn_of(token_ids.shape[0])
-        drawn[0].copy_(token_ids)
-        drawn[1].copy_(torch.isfinite(best))
-        self._last_sampled.index_copy_(0, slots.long(), drawn[0])
+        self._sampler.greedy.launch(logits, slots, self._drawn_of(len(logits)), self._last_sampled)
 
     def send_greedy(
         self, plan: StepPlan, columns: int, faults: SlotFaults, prompt_logprobs: PromptLogprobs | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
+from loraplex_kernels.sampling.greedy import Greedy
 from loraplex_kernels.sampling.sample import (
     EDIT_DTYPE,
     EDIT_INTS,
@@ -128,6 +129,7 @@ class DeviceSampler:
 
     Attributes:
         kernel: The sampling kernel.
+        greedy: That of rows that are all greedy and ask nothing else.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class DeviceSampler:
     ) -> None:
         self._vocab_size, self._max_rows, self._device = vocab_size, max_rows, library.device
         self.kernel = kernel or Sample(library, vocab_size)
+        self.greedy = Greedy(library, vocab_size)
         self._setups: dict[int, SlotSetup] = {}
         bitmap = (self.kernel.bitmap_bytes, torch.uint8)
         self._edits = SlotRows(
