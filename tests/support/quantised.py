@@ -11,7 +11,6 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
@@ -147,6 +146,8 @@ def bnb_4bit(kind: str, *, is_nested: bool, block: int = 64) -> Pack:
     """Return what packs as bitsandbytes' ``Params4bit`` does."""
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # a machine with a GPU may lack it
+
         codes, state = quantize_4bit(weight, blocksize=block, compress_statistics=is_nested, quant_type=kind)
         parts = {f"weight.{suffix}": part for suffix, part in state.as_dict(packed=True).items()}
         # Blocks run over the flattened weight; the library's CPU kernel, unlike its others, begins one with each row.
@@ -158,6 +159,8 @@ def bnb_4bit(kind: str, *, is_nested: bool, block: int = 64) -> Pack:
 
 def bnb_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Pack as bitsandbytes' ``Int8Params`` does."""
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
     codes, largest, _ = int8_vectorwise_quant(weight.half())
     packed = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return packed, int8_vectorwise_dequant(codes, largest)
