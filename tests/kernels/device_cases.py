@@ -314,6 +314,7 @@ class Cases:
         rig = PartRig(self._library)
         for op in OPS:
             self.check(f"lora_parts {op}", *rig.run(op, self._generator))
+        self.check("lora_finish_norm", *rig.finish_and_norm(self._generator))
 
     def token_rows(self) -> None:
         """Embeddings and logits of adapters."""

@@ -11,11 +11,14 @@ from kernels.part_cases import PartPool
 from loraplex_common.flora import FLORA
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
+from loraplex_kernels import reference
+from loraplex_kernels.lora.finish_norm import FinishNorm
 from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+from loraplex_kernels.pointwise.rms_norm import rms_norm_build
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
@@ -64,7 +67,7 @@ class PartRig:
         for index, adapter in enumerate(self.resident.adapters):
             self.tables.bind(index, adapter.spec, adapter.pages)
         pool, shapes = torch.from_numpy(self.resident.pages).to(library.device), op_shapes(self.geometry)
-        self.shapes, count = shapes, len(adapters)
+        self.pool, self.shapes, count = pool, shapes, len(adapters)
         self.vectors = LoraVectors(library, self.tables, pool, shapes)
         self.sparse = LoraSparse(library, self.tables, pool, shapes, max_rows=count, num_sms=num_sms)
         self.flora = LoraFlora(library, self.tables, pool, shapes, max_rows=count, max_passes=16)
@@ -93,3 +96,21 @@ class PartRig:
         self.vectors.finish(0, op, y, self.rows, scales, bias.to(device))
         self.sparse.add(0, op, x.to(device), y, scales)
         return y, expected
+
+    def finish_and_norm(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return what one kernel makes of o's product and the norm behind it, and what two make of it."""
+        hidden, device, dtype = (
+            self.shapes[self.tables.op_index(0, "o")].slice_begin[-1],
+            self.library.device,
+            self.library.dtype,
+        )
+        numbers = [torch.randn(*shape, generator=generator).to(dtype) for shape in ((len(self.adapters), hidden),) * 2]
+        weight, bias = (torch.randn(hidden, generator=generator).to(dtype).to(device) for _ in range(2))
+        y, residual = (each.to(device) for each in numbers)
+        finished, total, scales = y.clone(), residual.clone(), self.scales.to(device)
+        self.vectors.finish(0, "o", finished, self.rows, scales, bias)
+        expected = reference.rms_norm(finished.cpu(), weight.cpu(), 1e-5, residual.cpu())
+        build, out = rms_norm_build(hidden, dtype), torch.full_like(y, float("nan"))
+        kernel = FinishNorm(self.library, self.tables, self.pool, hidden_size=hidden, build=build, eps=1e-5)
+        kernel.launch(0, "o", y, self.rows, scales, bias, residual=total, weight=weight, out=out)
+        return out, expected

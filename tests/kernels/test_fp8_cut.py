@@ -20,7 +20,7 @@ def test_cuts_fit_a_multiprocessor_and_keep_the_order_of_sums(outputs: int, num_
         assert cut.threads * cut.ctas <= 1024
 
 
-@pytest.mark.parametrize(("outputs", "most", "ctas"), [(4096, 128, 128), (6144, 128, 96), (28672, WIDE_MAX_ROWS, 112)])
+@pytest.mark.parametrize(("outputs", "most", "ctas"), [(4096, 128, 128), (6144, 128, 96), (28672, WIDE_MAX_ROWS, 224)])
 def test_llama_3_8bs_products_fill_an_h200(outputs: int, most: int, ctas: int) -> None:
     cuts = choose_cuts(outputs, 132)
 

@@ -11,6 +11,7 @@ import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import make_geometry, relative_error
 from kernels.part_cases import PartPool, random_csr
+from kernels.part_device_cases import PartRig
 from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
@@ -96,6 +97,17 @@ def test_finish_without_a_base_bias_and_with_a_slice_that_has_no_vector(
     assert relative_error(y[:, 128:192], before[:, 128:192].float() * c) < TOLERANCE[dtype]
     assert torch.equal(y[:, :128], before[:, :128])
     assert torch.equal(y[:, 192:], before[:, 192:])
+
+
+@DTYPES
+def test_finish_and_the_norm_behind_it_are_one_kernel(host_library: MakeHostLibrary, dtype: torch.dtype) -> None:
+    library = host_library(dtype)
+    rig = PartRig(library, inter=264)
+    library.track(rig.pool, rig.tables.tiles, *rig.tables.tensors)
+
+    found, expected = rig.finish_and_norm(torch.Generator().manual_seed(3))
+
+    assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
 @DTYPES
