@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
@@ -18,6 +18,7 @@ from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 from loraplex_common.wake_up import WakeUp
 
+from loraplex_adapter_store.alias_update import AliasUpdate, in_parts, whole_table
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.visibility import Visibility
@@ -31,24 +32,12 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.watchers import Watchers
 
 _log = get_logger()
-SNAPSHOT_CHUNK: Final = 50
-"""Names per message of a snapshot: 50 names of 100 revisions of about 400 bytes stay well below 4 MiB."""
 QUEUE_LENGTH: Final = 256
 HISTORY: Final = 4096
 BLOCK_MS: Final = 1000
 MAX_PAUSE_S: Final = 2.0
 FIRST_LOAD_S: Final = 5.0
 FOLLOW_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class AliasUpdate:
-    """A part of the table, or a change to it."""
-
-    position: Position
-    views: tuple[AdapterView, ...]
-    is_snapshot_start: bool = False
-    is_snapshot_end: bool = False
 
 
 class AliasTable:
@@ -96,6 +85,11 @@ class AliasTable:
         records = (view.record for view in self._views.values())
         visible = (record for record in records if record.is_visible_to(tenant.name, is_admin=tenant.is_admin))
         return [digest for record in visible for digest in record.revisions]
+
+    def revisions_of(self, record: AdapterRecord) -> tuple[Revision, ...] | None:
+        """Return a record's revisions if the table has the name in the same version; None means that they must be read."""
+        view = self._views.get(record.name)
+        return view.revisions if view is not None and view.record.version == record.version else None
 
     def end_watches(self) -> None:
         """End all watches; the watchers connect to another replica."""
@@ -159,10 +153,7 @@ class AliasTable:
             self._watchers.discard(queue)
 
     def _snapshot(self) -> list[AliasUpdate]:
-        views = [self._views[name] for name in sorted(self._views)]
-        parts = [views[start : start + SNAPSHOT_CHUNK] for start in range(0, len(views), SNAPSHOT_CHUNK)] or [[]]
-        last = len(parts) - 1
-        return [AliasUpdate(self._position, tuple(part), i == 0, i == last) for i, part in enumerate(parts)]
+        return whole_table(self._position, [self._views[name] for name in sorted(self._views)])
 
     def _since(self, start_sequence: int, start_history_id: str) -> list[AliasUpdate]:
         newest = self._position.sequence
@@ -177,7 +168,7 @@ class AliasTable:
             )
         changed = dict.fromkeys(name for sequence, name in self._history if sequence > start_sequence)
         before = replace(self._position, sequence=start_sequence)
-        return _in_parts(before, self._position, [self._views[name] for name in changed])
+        return in_parts(before, self._position, [self._views[name] for name in changed])
 
     def _knows(self, record: AdapterRecord, history_id: str) -> bool:
         view = self._views.get(record.name)
@@ -216,7 +207,7 @@ class AliasTable:
         else:
             self._history.extend((position.sequence, view.record.name) for view in changed)
             # Even if nothing is new: changes wait until the position is acknowledged.
-            updates = _in_parts(old, position, changed) or [AliasUpdate(position, ())]
+            updates = in_parts(old, position, changed) or [AliasUpdate(position, ())]
         self._loaded.set()
         self._publish(updates)
 
@@ -265,7 +256,7 @@ class AliasTable:
                 self._names.update(dict.fromkeys(view.record.revisions, view.record.name))
             self._history.extend(changes)
             before, self._position = self._position, replace(self._position, sequence=changes[-1][0])
-            self._publish(_in_parts(before, self._position, views))
+            self._publish(in_parts(before, self._position, views))
 
     async def _with_revisions(self, records: list[AdapterRecord]) -> list[AdapterView]:
         digests = list(dict.fromkeys(digest for record in records for digest in record.revisions))
@@ -291,9 +282,3 @@ class AliasTable:
 def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
     """Return whether a record that watchers were sent is not a predecessor of the present one."""
     return now is None or now.version < told.version or (now.version == told.version and now != told)
-
-
-def _in_parts(before: Position, after: Position, views: list[AdapterView]) -> list[AliasUpdate]:
-    """Return the messages of a change; with the last one alone the watcher is where the change leads."""
-    parts = [tuple(views[start : start + SNAPSHOT_CHUNK]) for start in range(0, len(views), SNAPSHOT_CHUNK)]
-    return [AliasUpdate(after if part is parts[-1] else before, part) for part in parts]
