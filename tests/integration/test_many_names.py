@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import tracemalloc
 from collections import Counter
@@ -107,6 +108,24 @@ async def test_the_garbage_collector_looks_at_none_of_the_table(client: keys.Cli
 
     assert len(table._views) == NUM
     assert tracked() - before < NUM / 10
+
+
+async def test_a_table_that_is_read_again_keeps_what_is_as_it_was_and_tells_the_rest(client: keys.Client) -> None:
+    catalog = catalog_of(client)
+    table = AliasTable(client, catalog, (), Watchers(client))
+    await table._reload()
+    before = dict(table._views)
+    lifecycle = Lifecycle(catalog, AliasMoves(client), _no_leases, _told, table.revisions_of)
+    await lifecycle.set_alias(name_of(7), "prod", {digest_of(7, 0): 1}, None, ADMIN)
+    watch = table.watch(table._position.sequence)
+    told = asyncio.create_task(anext(watch))
+    await asyncio.sleep(0)
+
+    await table._reload()
+
+    assert [view.record.name for view in (await told).views] == [name_of(7)]
+    assert [name for name, view in table._views.items() if view is not before[name]] == [name_of(7)]
+    await watch.aclose()
 
 
 def tracked() -> int:

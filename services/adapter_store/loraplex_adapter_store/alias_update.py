@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_adapter_store.records import AdapterView, Position
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SNAPSHOT_CHUNK: Final = 50
 """Names per message of a snapshot: 50 names of 100 revisions of about 400 bytes stay well below 4 MiB."""
@@ -24,18 +24,14 @@ class AliasUpdate:
     is_snapshot_end: bool = False
 
 
-def whole_table(position: Position, views: Sequence[AdapterView]) -> list[AliasUpdate]:
-    """Return the messages of the whole table, at least one."""
-    parts = _chunks(views) or [()]
-    last = len(parts) - 1
-    return [AliasUpdate(position, part, i == 0, i == last) for i, part in enumerate(parts)]
+def in_chunks(position: Position, views: Sequence[AdapterView]) -> Iterator[AliasUpdate]:
+    """Yield the messages of the whole table, at least one; each is made when it is asked for."""
+    for start in range(0, len(views) or 1, SNAPSHOT_CHUNK):
+        stop = start + SNAPSHOT_CHUNK
+        yield AliasUpdate(position, tuple(views[start:stop]), start == 0, stop >= len(views))
 
 
 def in_parts(before: Position, after: Position, views: Sequence[AdapterView]) -> list[AliasUpdate]:
     """Return the messages of a change; with the last one alone the watcher is where the change leads."""
-    parts = _chunks(views)
+    parts = [tuple(views[start : start + SNAPSHOT_CHUNK]) for start in range(0, len(views), SNAPSHOT_CHUNK)]
     return [AliasUpdate(after if part is parts[-1] else before, part) for part in parts]
-
-
-def _chunks(views: Sequence[AdapterView]) -> list[tuple[AdapterView, ...]]:
-    return [tuple(views[start : start + SNAPSHOT_CHUNK]) for start in range(0, len(views), SNAPSHOT_CHUNK)]

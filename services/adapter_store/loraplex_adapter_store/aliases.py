@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
 from loraplex_common.exposition import private
 from loraplex_common.housekeeping import keep_doing
-from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 from loraplex_common.wake_up import WakeUp
 
-from loraplex_adapter_store.alias_update import AliasUpdate, in_parts, whole_table
+from loraplex_adapter_store.alias_update import AliasUpdate, in_chunks, in_parts
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.visibility import Visibility
+from loraplex_adapter_store.whole_table import WholeTable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Iterable
+    from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 
     from loraplex_common.auth import Principal
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.watchers import Watchers
 
 _log = get_logger()
+NAMES_AT_ONCE: Final = 250
+"""Names that are read at once: decoding them, or their revisions, takes two milliseconds, in which no call is answered."""
 QUEUE_LENGTH: Final = 256
 HISTORY: Final = 4096
 BLOCK_MS: Final = 1000
@@ -152,8 +154,8 @@ class AliasTable:
         finally:
             self._watchers.discard(queue)
 
-    def _snapshot(self) -> list[AliasUpdate]:
-        return whole_table(self._position, [self._views[name] for name in sorted(self._views)])
+    def _snapshot(self) -> Iterator[AliasUpdate]:
+        return in_chunks(self._position, [self._views[name] for name in sorted(self._views)])
 
     def _since(self, start_sequence: int, start_history_id: str) -> list[AliasUpdate]:
         newest = self._position.sequence
@@ -188,33 +190,27 @@ class AliasTable:
     async def _reload(self) -> None:
         """Read everything; send watchers the differences, or the whole table if it may be an earlier state."""
         position = await self._catalog.position()
-        records: list[AdapterRecord] = []
-        after = ""
-        while names := await self._catalog.list_names(after=after, prefix="", count=500):
-            records += await self._catalog.get_many(names)
+        found, after = WholeTable(self._views, self._base_fingerprints), ""
+        while names := await self._catalog.list_names(after=after, prefix="", count=NAMES_AT_ONCE):
+            found.add(await self._with_revisions(await self._catalog.get_many(names)))
             after = names[-1]
-        views = await self._with_revisions(records)
         if not self.is_loaded:
-            self._report_strangers(views)
-        old, went_back = self._position, self._went_back(position, views)
-        changed = [view for view in views if self._views.get(view.record.name) != view]
-        self._views = {view.record.name: view for view in views}
-        self._names = {digest: view.record.name for view in views for digest in view.record.revisions}
-        self._position = position
+            found.report_strangers()
+        old, went_back = self._position, self._went_back(position, found.lost())
+        self._views, self._names, self._position = found.views, found.names, position
+        updates: Iterable[AliasUpdate]
         if went_back or position.history_id != old.history_id or not self.is_loaded:
             self._history.clear()
-            updates = self._snapshot()
+            updates = self._snapshot() if self._watchers else ()
         else:
-            self._history.extend((position.sequence, view.record.name) for view in changed)
+            self._history.extend((position.sequence, view.record.name) for view in found.changed)
             # Even if nothing is new: changes wait until the position is acknowledged.
-            updates = in_parts(old, position, changed) or [AliasUpdate(position, ())]
+            updates = in_parts(old, position, found.changed) or [AliasUpdate(position, ())]
         self._loaded.set()
         self._publish(updates)
 
-    def _went_back(self, position: Position, views: list[AdapterView]) -> bool:
+    def _went_back(self, position: Position, lost: list[str]) -> bool:
         """Return whether the stored state is earlier than the one sent to watchers, and log what is lost."""
-        now = {view.record.name: view.record for view in views}
-        lost = [name for name, view in self._views.items() if _is_lost(view.record, now.get(name))]
         went_back = bool(lost) or position.sequence < self._position.sequence
         if went_back:
             _log.error(
@@ -225,21 +221,6 @@ class AliasTable:
                 names=sorted(lost)[:10],
             )
         return went_back
-
-    def _report_strangers(self, views: list[AdapterView]) -> None:
-        """Log the adapters that no engine of these base models will take, before requests are refused for it."""
-        latest = {view.record.name: view.revision(view.record.labels.get(DEFAULT_LABEL)) for view in views}
-        strangers = [
-            name
-            for name, revision in latest.items()
-            if revision is not None and revision.base_fingerprint not in self._base_fingerprints
-        ]
-        if strangers:
-            _log.warning(
-                "adapters of base models unknown here; if one is an earlier state of a base model, import them again",
-                num_adapters=len(strangers),
-                names=strangers[:10],
-            )
 
     async def _follow(self) -> None:
         with keys.translated():
@@ -277,8 +258,3 @@ class AliasTable:
                     )
                     self._watchers.discard(queue)
         self._changed.notify()
-
-
-def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
-    """Return whether a record that watchers were sent is not a predecessor of the present one."""
-    return now is None or now.version < told.version or (now.version == told.version and now != told)
