@@ -345,7 +345,7 @@ async def test_a_value_that_is_no_number_is_refused_by_its_tensor(adapters: Asyn
     name = next(iter(values))
     values[name][0, 0] = np.nan
 
-    with pytest.raises(AdapterCorruptUploadError, match=f"{name} holds NaN"):
+    with pytest.raises(AdapterCorruptUploadError, match=f"{name} holds 1 NaN of its {values[name].size} values"):
         await adapters.push("a", values, config)
 
 

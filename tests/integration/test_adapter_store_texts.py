@@ -11,7 +11,7 @@ import redis
 from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store import wire
-from loraplex_adapter_store.aliases import AliasUpdate
+from loraplex_adapter_store.alias_update import AliasUpdate
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
 from loraplex_common import text_parts_wire

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import tracemalloc
 from collections import Counter
@@ -18,6 +19,7 @@ from loraplex_adapter_store.watchers import Watchers
 from loraplex_common.alias_feed import AdapterEntry, entry_of
 from loraplex_common.auth import Principal, Role
 from loraplex_common.base_model import load_base_model
+from loraplex_common.ids import AdapterRef
 from loraplex_common.valkey import connect
 from loraplex_gateway.adapters.names import NameTable
 from support.many_names import digest_of, name_of, write_names
@@ -52,7 +54,7 @@ async def commands(client: keys.Client) -> Counter[str]:
 
 
 async def test_a_page_reads_one_record_more_than_it_shows_in_one_command(client: keys.Client) -> None:
-    lifecycle = Lifecycle(catalog_of(client), AliasMoves(client), _no_leases, _told)
+    lifecycle = Lifecycle(catalog_of(client), AliasMoves(client), _no_leases, _told, lambda _: None)
 
     for page_size in (100, 1000):
         before = await commands(client)
@@ -64,6 +66,72 @@ async def test_a_page_reads_one_record_more_than_it_shows_in_one_command(client:
         after = await commands(client)
         assert after["hget"] - before["hget"] == page_size + 1
         assert after["eval"] - before["eval"] == 1
+
+
+async def test_a_revision_that_the_table_has_is_not_read_again(client: keys.Client) -> None:
+    catalog = catalog_of(client)
+    table = AliasTable(client, catalog, (), Watchers(client))
+    lifecycle = Lifecycle(catalog, AliasMoves(client), _no_leases, _told, table.revisions_of)
+    await table._reload()
+    records, _ = await lifecycle.page(page_size=100, after="", prefix="", show_deleted=False, caller=ADMIN)
+    before = await commands(client)
+
+    _, wanted, latest = await lifecycle.get(AdapterRef.parse(name_of(7)), ADMIN)
+    revisions, _ = await lifecycle.revisions(name_of(7), page_size=10, offset=0, caller=ADMIN)
+    page = await lifecycle.latest_of(records)
+
+    assert latest == wanted == revisions[0]
+    assert [revision.revision for revision in revisions] == [digest_of(7, 1), digest_of(7, 0)]
+    assert page.keys() == {record.labels["latest"] for record in records}
+    assert (await commands(client))["mget"] == before["mget"]
+
+
+async def test_a_revision_that_the_table_does_not_have_yet_is_read(client: keys.Client) -> None:
+    catalog = catalog_of(client)
+    table = AliasTable(client, catalog, (), Watchers(client))
+    lifecycle = Lifecycle(catalog, AliasMoves(client), _no_leases, _told, table.revisions_of)
+    await table._reload()
+    await lifecycle.set_alias(name_of(7), "prod", {digest_of(8, 0): 1}, None, ADMIN)
+
+    _, wanted, latest = await lifecycle.get(AdapterRef.parse(f"{name_of(7)}:prod"), ADMIN)
+
+    assert wanted is not None
+    assert latest is not None
+    assert (wanted.revision, latest.revision) == (digest_of(8, 0), digest_of(7, 1))
+
+
+async def test_the_garbage_collector_looks_at_none_of_the_table(client: keys.Client) -> None:
+    table = AliasTable(client, catalog_of(client), (), Watchers(client))
+    before = tracked()
+
+    await table._reload()
+
+    assert len(table._views) == NUM
+    assert tracked() - before < NUM / 10
+
+
+async def test_a_table_that_is_read_again_keeps_what_is_as_it_was_and_tells_the_rest(client: keys.Client) -> None:
+    catalog = catalog_of(client)
+    table = AliasTable(client, catalog, (), Watchers(client))
+    await table._reload()
+    before = dict(table._views)
+    lifecycle = Lifecycle(catalog, AliasMoves(client), _no_leases, _told, table.revisions_of)
+    await lifecycle.set_alias(name_of(7), "prod", {digest_of(7, 0): 1}, None, ADMIN)
+    watch = table.watch(table._position.sequence)
+    told = asyncio.create_task(anext(watch))
+    await asyncio.sleep(0)
+
+    await table._reload()
+
+    assert [view.record.name for view in (await told).views] == [name_of(7)]
+    assert [name for name, view in table._views.items() if view is not before[name]] == [name_of(7)]
+    await watch.aclose()
+
+
+def tracked() -> int:
+    """Return how many objects a full collection looks at."""
+    gc.collect()
+    return len(gc.get_objects())
 
 
 async def test_a_name_with_two_revisions_takes_under_two_kilobytes_of_a_store_and_of_a_gateway(

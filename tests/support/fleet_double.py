@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class FleetDouble(fleet_pb2_grpc.FleetServiceServicer):
-    """Lists `engines`, tells `news`, or fails with `failure`."""
+    """Lists `engines`, tells `news`, or fails with `failure`; what is `leaving` is listed the first time alone."""
 
     def __init__(self) -> None:
         self.engines: list[fleet_pb2.EngineState] = []
+        self.leaving: list[fleet_pb2.EngineState] = []
         self.news: list[fleet_pb2.WatchFleetResponse] = []
         self.failure: LoraplexError | None = None
 
@@ -29,7 +30,8 @@ class FleetDouble(fleet_pb2_grpc.FleetServiceServicer):
     ) -> fleet_pb2.ListEnginesResponse:
         if self.failure is not None:
             fail(context, self.failure)
-        return fleet_pb2.ListEnginesResponse(engines=self.engines)
+        leaving, self.leaving = self.leaving, []
+        return fleet_pb2.ListEnginesResponse(engines=[*self.engines, *leaving])
 
     def WatchFleet(
         self, request: fleet_pb2.WatchFleetRequest, context: grpc.ServicerContext

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,13 +11,16 @@ from loraplex_common.error_status import from_status
 from loraplex_common.pool_view import PoolView
 
 from loraplex_client._errors import translated
+from loraplex_client._stream_thread import news_or_silence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from loraplex_client._connection import Connection
 
 FIRST_NEWS_S: Final = 5.0
+SILENCE_S: Final = 1.0
+"""A second without news is when engines that have told nothing are looked for again."""
 SHOWN_DIGEST: Final = 12
 PHASES: Final = {
     number: name.removeprefix("PHASE_").lower() for name, number in engine_pb2.PoolRequest.Phase.items() if number
@@ -139,18 +143,40 @@ def watch_fleet(connection: Connection) -> Iterator[FleetView]:
     view = FleetView()
     with connection.open() as channel, translated(connection.target):
         stub = fleet_pb2_grpc.FleetServiceStub(channel)
-        listed = stub.ListEngines(
-            fleet_pb2.ListEnginesRequest(), timeout=4 * FIRST_NEWS_S, metadata=connection.metadata
-        )
-        awaited = {engine.engine_id for engine in listed.engines if not engine.HasField("error")}
-        if not listed.engines:
-            yield view
+
+        def listed() -> list[fleet_pb2.EngineState]:
+            request = fleet_pb2.ListEnginesRequest()
+            return list(stub.ListEngines(request, timeout=4 * FIRST_NEWS_S, metadata=connection.metadata).engines)
+
         call = stub.WatchFleet(fleet_pb2.WatchFleetRequest(), metadata=connection.metadata)
         try:
-            for news in call:
-                view.apply(news)
-                awaited.discard(news.engine_id)
-                if not awaited:
-                    yield view
+            yield from _followed(view, news_or_silence(call, SILENCE_S), listed)
         finally:
             call.cancel()
+
+
+def _followed(
+    view: FleetView,
+    messages: Iterator[fleet_pb2.WatchFleetResponse | None],
+    listed: Callable[[], list[fleet_pb2.EngineState]],
+) -> Iterator[FleetView]:
+    """Yield the view after each message, once the engines that answer have told of themselves."""
+    engines, told, listed_at = listed(), set[str](), time.monotonic()
+    awaited = _answering(engines)
+    if not engines:
+        yield view
+    for news in messages:
+        if news is not None:
+            view.apply(news)
+            told.add(news.engine_id)
+        was_waiting = bool(awaited)
+        if awaited and time.monotonic() - listed_at >= SILENCE_S:
+            # The gateway says nothing of an engine that left before it was watched.
+            awaited, listed_at = awaited & _answering(listed()), time.monotonic()
+        awaited -= told
+        if not awaited and (news is not None or was_waiting):
+            yield view
+
+
+def _answering(engines: list[fleet_pb2.EngineState]) -> set[str]:
+    return {engine.engine_id for engine in engines if not engine.HasField("error")}

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
 from loraplex_common.exposition import private
 from loraplex_common.housekeeping import keep_doing
-from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 from loraplex_common.wake_up import WakeUp
 
+from loraplex_adapter_store.alias_update import AliasUpdate, in_chunks, in_parts
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Position, Revision
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.visibility import Visibility
+from loraplex_adapter_store.whole_table import WholeTable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Iterable
+    from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 
     from loraplex_common.auth import Principal
 
@@ -31,24 +32,14 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.watchers import Watchers
 
 _log = get_logger()
-SNAPSHOT_CHUNK: Final = 50
-"""Names per message of a snapshot: 50 names of 100 revisions of about 400 bytes stay well below 4 MiB."""
+NAMES_AT_ONCE: Final = 250
+"""Names that are read at once: decoding them, or their revisions, takes two milliseconds, in which no call is answered."""
 QUEUE_LENGTH: Final = 256
 HISTORY: Final = 4096
 BLOCK_MS: Final = 1000
 MAX_PAUSE_S: Final = 2.0
 FIRST_LOAD_S: Final = 5.0
 FOLLOW_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class AliasUpdate:
-    """A part of the table, or a change to it."""
-
-    position: Position
-    views: tuple[AdapterView, ...]
-    is_snapshot_start: bool = False
-    is_snapshot_end: bool = False
 
 
 class AliasTable:
@@ -96,6 +87,11 @@ class AliasTable:
         records = (view.record for view in self._views.values())
         visible = (record for record in records if record.is_visible_to(tenant.name, is_admin=tenant.is_admin))
         return [digest for record in visible for digest in record.revisions]
+
+    def revisions_of(self, record: AdapterRecord) -> tuple[Revision, ...] | None:
+        """Return a record's revisions if the table has the name in the same version; None means that they must be read."""
+        view = self._views.get(record.name)
+        return view.revisions if view is not None and view.record.version == record.version else None
 
     def end_watches(self) -> None:
         """End all watches; the watchers connect to another replica."""
@@ -158,11 +154,8 @@ class AliasTable:
         finally:
             self._watchers.discard(queue)
 
-    def _snapshot(self) -> list[AliasUpdate]:
-        views = [self._views[name] for name in sorted(self._views)]
-        parts = [views[start : start + SNAPSHOT_CHUNK] for start in range(0, len(views), SNAPSHOT_CHUNK)] or [[]]
-        last = len(parts) - 1
-        return [AliasUpdate(self._position, tuple(part), i == 0, i == last) for i, part in enumerate(parts)]
+    def _snapshot(self) -> Iterator[AliasUpdate]:
+        return in_chunks(self._position, [self._views[name] for name in sorted(self._views)])
 
     def _since(self, start_sequence: int, start_history_id: str) -> list[AliasUpdate]:
         newest = self._position.sequence
@@ -177,7 +170,7 @@ class AliasTable:
             )
         changed = dict.fromkeys(name for sequence, name in self._history if sequence > start_sequence)
         before = replace(self._position, sequence=start_sequence)
-        return _in_parts(before, self._position, [self._views[name] for name in changed])
+        return in_parts(before, self._position, [self._views[name] for name in changed])
 
     def _knows(self, record: AdapterRecord, history_id: str) -> bool:
         view = self._views.get(record.name)
@@ -197,33 +190,27 @@ class AliasTable:
     async def _reload(self) -> None:
         """Read everything; send watchers the differences, or the whole table if it may be an earlier state."""
         position = await self._catalog.position()
-        records: list[AdapterRecord] = []
-        after = ""
-        while names := await self._catalog.list_names(after=after, prefix="", count=500):
-            records += await self._catalog.get_many(names)
+        found, after = WholeTable(self._views, self._base_fingerprints), ""
+        while names := await self._catalog.list_names(after=after, prefix="", count=NAMES_AT_ONCE):
+            found.add(await self._with_revisions(await self._catalog.get_many(names)))
             after = names[-1]
-        views = await self._with_revisions(records)
         if not self.is_loaded:
-            self._report_strangers(views)
-        old, went_back = self._position, self._went_back(position, views)
-        changed = [view for view in views if self._views.get(view.record.name) != view]
-        self._views = {view.record.name: view for view in views}
-        self._names = {digest: view.record.name for view in views for digest in view.record.revisions}
-        self._position = position
+            found.report_strangers()
+        old, went_back = self._position, self._went_back(position, found.lost())
+        self._views, self._names, self._position = found.views, found.names, position
+        updates: Iterable[AliasUpdate]
         if went_back or position.history_id != old.history_id or not self.is_loaded:
             self._history.clear()
-            updates = self._snapshot()
+            updates = self._snapshot() if self._watchers else ()
         else:
-            self._history.extend((position.sequence, view.record.name) for view in changed)
+            self._history.extend((position.sequence, view.record.name) for view in found.changed)
             # Even if nothing is new: changes wait until the position is acknowledged.
-            updates = _in_parts(old, position, changed) or [AliasUpdate(position, ())]
+            updates = in_parts(old, position, found.changed) or [AliasUpdate(position, ())]
         self._loaded.set()
         self._publish(updates)
 
-    def _went_back(self, position: Position, views: list[AdapterView]) -> bool:
+    def _went_back(self, position: Position, lost: list[str]) -> bool:
         """Return whether the stored state is earlier than the one sent to watchers, and log what is lost."""
-        now = {view.record.name: view.record for view in views}
-        lost = [name for name, view in self._views.items() if _is_lost(view.record, now.get(name))]
         went_back = bool(lost) or position.sequence < self._position.sequence
         if went_back:
             _log.error(
@@ -234,21 +221,6 @@ class AliasTable:
                 names=sorted(lost)[:10],
             )
         return went_back
-
-    def _report_strangers(self, views: list[AdapterView]) -> None:
-        """Log the adapters that no engine of these base models will take, before requests are refused for it."""
-        latest = {view.record.name: view.revision(view.record.labels.get(DEFAULT_LABEL)) for view in views}
-        strangers = [
-            name
-            for name, revision in latest.items()
-            if revision is not None and revision.base_fingerprint not in self._base_fingerprints
-        ]
-        if strangers:
-            _log.warning(
-                "adapters of base models unknown here; if one is an earlier state of a base model, import them again",
-                num_adapters=len(strangers),
-                names=strangers[:10],
-            )
 
     async def _follow(self) -> None:
         with keys.translated():
@@ -265,7 +237,7 @@ class AliasTable:
                 self._names.update(dict.fromkeys(view.record.revisions, view.record.name))
             self._history.extend(changes)
             before, self._position = self._position, replace(self._position, sequence=changes[-1][0])
-            self._publish(_in_parts(before, self._position, views))
+            self._publish(in_parts(before, self._position, views))
 
     async def _with_revisions(self, records: list[AdapterRecord]) -> list[AdapterView]:
         digests = list(dict.fromkeys(digest for record in records for digest in record.revisions))
@@ -286,14 +258,3 @@ class AliasTable:
                     )
                     self._watchers.discard(queue)
         self._changed.notify()
-
-
-def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
-    """Return whether a record that watchers were sent is not a predecessor of the present one."""
-    return now is None or now.version < told.version or (now.version == told.version and now != told)
-
-
-def _in_parts(before: Position, after: Position, views: list[AdapterView]) -> list[AliasUpdate]:
-    """Return the messages of a change; with the last one alone the watcher is where the change leads."""
-    parts = [tuple(views[start : start + SNAPSHOT_CHUNK]) for start in range(0, len(views), SNAPSHOT_CHUNK)]
-    return [AliasUpdate(after if part is parts[-1] else before, part) for part in parts]

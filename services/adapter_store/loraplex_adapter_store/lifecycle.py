@@ -22,7 +22,7 @@ from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionG
 from loraplex_adapter_store.visibility import Changed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from loraplex_common.ids import AdapterRef
 
@@ -35,6 +35,8 @@ UPDATABLE: Final = ("description", "allowed_tenants")
 MIN_LIST_BATCH: Final = 50
 """Names looked at in one step of a list, if most of them are deleted or hidden from the caller."""
 
+Known = Callable[["AdapterRecord"], "Sequence[Revision] | None"]
+"""Returns the revisions of a record where they are known without asking Valkey."""
 Leases = Callable[[], Awaitable[dict[str, int]]]
 """Returns digest -> requests that lease it, on all engines."""
 
@@ -56,11 +58,12 @@ class Caller:
 class Lifecycle:
     """Operations on names; each is atomic, and acknowledged once gateways know of it."""
 
-    def __init__(self, catalog: Catalog, moves: AliasMoves, leases: Leases, told: Told) -> None:
+    def __init__(self, catalog: Catalog, moves: AliasMoves, leases: Leases, told: Told, known: Known) -> None:
         self._catalog = catalog
         self._moves = moves
         self._leases = leases
         self._told = told
+        self._known = known
 
     async def create(self, name: str, description: str, allowed_tenants: tuple[str, ...], caller: Caller) -> Changed:
         """Reserve a name; a deleted one may be taken again.
@@ -86,8 +89,7 @@ class Lifecycle:
         """
         record = await self._visible(ref.name, caller)
         wanted, latest = record.resolve(ref), record.labels.get("latest")
-        digests = list(dict.fromkeys(digest for digest in (wanted, latest) if digest is not None))
-        found = {revision.revision: revision for revision in await self._catalog.get_revisions(digests)}
+        found = await self._revisions_of([record], [each for each in (wanted, latest) if each is not None])
         return record, found.get(wanted or ""), found.get(latest or "")
 
     async def page(
@@ -113,14 +115,15 @@ class Lifecycle:
 
     async def latest_of(self, records: list[AdapterRecord]) -> dict[str, Revision]:
         """Return the latest revisions of many records: digest -> revision."""
-        digests = list(dict.fromkeys(r.labels["latest"] for r in records if "latest" in r.labels))
-        return {revision.revision: revision for revision in await self._catalog.get_revisions(digests)}
+        digests = [record.labels["latest"] for record in records if "latest" in record.labels]
+        return await self._revisions_of(records, digests)
 
     async def revisions(self, name: str, *, page_size: int, offset: int, caller: Caller) -> tuple[list[Revision], bool]:
         """Return a page of a name's revisions, newest first, and whether there are more."""
         record = await self._visible(name, caller)
         digests = record.revisions[offset : offset + page_size]
-        return await self._catalog.get_revisions(digests), offset + page_size < len(record.revisions)
+        found = await self._revisions_of([record], digests)
+        return [found[digest] for digest in digests if digest in found], offset + page_size < len(record.revisions)
 
     async def update(self, change: AdapterRecord, fields: tuple[str, ...], etag: str, caller: Caller) -> Changed:
         """Set the named fields from ``change``.
@@ -218,6 +221,18 @@ class Lifecycle:
         await self._visible(name, caller)
         found = await self._moves.of(name, label)
         return found[offset : offset + page_size], offset + page_size < len(found)
+
+    async def _revisions_of(self, records: Sequence[AdapterRecord], digests: Sequence[str]) -> dict[str, Revision]:
+        """Return digest -> revision, of those that exist; only those that are not known are read."""
+        wanted = set(digests)
+        found = {
+            revision.revision: revision
+            for record in records
+            for revision in self._known(record) or ()
+            if revision.revision in wanted
+        }
+        missing = [digest for digest in dict.fromkeys(digests) if digest not in found]
+        return found | {revision.revision: revision for revision in await self._catalog.get_revisions(missing)}
 
     async def _move(self, kind: str, name: str, apply: Change, caller: Caller) -> Changed:
         try:

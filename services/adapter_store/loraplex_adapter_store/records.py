@@ -1,12 +1,15 @@
-"""The store's records of adapters: names (mutable) and revisions (immutable)."""
+"""The store's records of adapters: names (mutable) and revisions (immutable).
+
+A store keeps a hundred thousand of them. They are of a kind that Python's garbage collector does not look at (``gc=False``),
+which it may do without as none can refer to itself: each full collection would else stop every call for half a second.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,8 +36,7 @@ def _kept_once(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sys.intern(word) for word in words)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Revision:
+class Revision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One immutable set of weights, and what comes with them.
 
     Attributes:
@@ -57,7 +59,7 @@ class Revision:
 
     def to_json(self) -> str:
         """Encode for Valkey, without the text parts: they have a key of their own, as older replicas read this one."""
-        fields = dataclasses.asdict(self)
+        fields = msgspec.structs.asdict(self)
         del fields["text_parts"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
@@ -82,8 +84,7 @@ class Revision:
         return cls(**{**fields, **shared, "text_parts": info})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterRecord:
+class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A name with its labels.
 
     Attributes:
@@ -98,9 +99,9 @@ class AdapterRecord:
     name: str
     description: str = ""
     allowed_tenants: tuple[str, ...] = ()
-    labels: dict[str, str] = field(default_factory=dict)
-    splits: dict[str, dict[str, int]] = field(default_factory=dict)
-    counterparts: dict[str, dict[str, str]] = field(default_factory=dict)
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+    splits: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
+    counterparts: dict[str, dict[str, str]] = msgspec.field(default_factory=dict)
     revisions: tuple[str, ...] = ()
     is_deleted: bool = False
     create_time: float = 0.0
@@ -109,7 +110,7 @@ class AdapterRecord:
 
     def to_json(self) -> str:
         """Encode for Valkey; what few records have is left out of others, as older replicas read the record too."""
-        fields = dataclasses.asdict(self)
+        fields = msgspec.structs.asdict(self)
         for rare in ("splits", "counterparts"):
             if not fields[rare]:
                 del fields[rare]
@@ -154,7 +155,7 @@ class AdapterRecord:
         """Return the record as a tenant that may use the adapter sees it, without the other tenants' names."""
         if is_admin or not self.allowed_tenants:
             return self
-        return dataclasses.replace(self, allowed_tenants=(tenant,))
+        return msgspec.structs.replace(self, allowed_tenants=(tenant,))
 
     def resolve(self, ref: AdapterRef) -> str | None:
         """Return the revision that a reference means; None for an adapter without any revision.
@@ -189,7 +190,7 @@ class AdapterRecord:
     def touched(self, now: float, **changes: Any) -> AdapterRecord:
         """Return the record after a change, with the next version."""
         created = self.create_time or now
-        return dataclasses.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
+        return msgspec.structs.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
 
     def with_import(
         self,
@@ -229,7 +230,9 @@ class AdapterRecord:
             for revision, others in self.counterparts.items()
             if revision in kept
         }
-        return dataclasses.replace(self, revisions=kept, counterparts={each: of for each, of in bases.items() if of})
+        return msgspec.structs.replace(
+            self, revisions=kept, counterparts={each: of for each, of in bases.items() if of}
+        )
 
     def with_alias(self, label: str, shares: Mapping[str, int], now: float) -> AdapterRecord:
         """Return the record after a label moved.
@@ -265,8 +268,7 @@ class AdapterRecord:
         return self.touched(now, labels={}, splits={}, counterparts={}, revisions=(), is_deleted=True)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterView:
+class AdapterView(msgspec.Struct, frozen=True, gc=False):
     """A record together with its revisions, newest first."""
 
     record: AdapterRecord

@@ -130,7 +130,7 @@ def _bases(config: StoreConfig) -> KnownBases:
 
 def _lifecycle(core: Core, aliases: AliasTable, attached: AttachedEngines) -> Lifecycle:
     leases = partial(_all_leases, attached, core.holdings)
-    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for)
+    return Lifecycle(core.catalog, AliasMoves(core.client), leases, aliases.wait_for, aliases.revisions_of)
 
 
 def _operations(core: Core, stack: AsyncExitStack) -> LongRunning:

@@ -37,7 +37,7 @@ from loraplex_adapter_store.attach.messages import (
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
 
-    from loraplex_adapter_store.aliases import AliasUpdate
+    from loraplex_adapter_store.alias_update import AliasUpdate
     from loraplex_adapter_store.imports.progress import Progress
     from loraplex_adapter_store.imports.targets import ImportOutcome
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loraplex_adapter_store.checkpoint import safetensors_file
 from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.reader import Checkpoint, read_checkpoint
@@ -146,11 +147,26 @@ def test_nan_and_infinity_are_refused_by_name(base: BaseModelInfo, value: float,
         read(base, Recipe(targets=("q_proj",), dtype=dtype), change=change)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_that_are_no_numbers_are_counted(
+    base: BaseModelInfo, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_file, "SLICE_ITEMS", 100)  # some of them in other slices than the first
+
+    def change(tensors: dict[str, Any]) -> None:
+        values = tensors[f"{PREFIX}.lora_A.weight"]
+        values[0, 0] = values[1, 3] = values[3, -1] = float("nan")
+        values[2, 5] = float("-inf")
+
+    with pytest.raises(AdapterCorruptUploadError, match=r"lora_A.weight holds 3 NaN, 1 infinite of its 256 values"):
+        read(base, Recipe(targets=("q_proj",), rank=4, dtype=dtype), change=change)
+
+
 def test_a_value_that_bf16_cannot_hold_is_refused(base: BaseModelInfo) -> None:
     def change(tensors: dict[str, Any]) -> None:
         tensors[f"{PREFIX}.lora_A.weight"][0, 0] = 3.4e38
 
-    with pytest.raises(AdapterCorruptUploadError, match="bf16"):
+    with pytest.raises(AdapterCorruptUploadError, match="1 beyond bf16's range of its"):
         read(base, change=change)
 
 

@@ -165,7 +165,9 @@ def test_it_is_refused_by_name(case: str) -> None:
 def test_values_that_no_engine_holds_are_refused_in_replaced_rows() -> None:
     rows = matrix()
     rows[7, 3] = np.nan
-    with pytest.raises(AdapterCorruptUploadError, match=rf"{HEAD}\.weight holds NaN"):
+    with pytest.raises(
+        AdapterCorruptUploadError, match=rf"{HEAD}\.weight, in the \d+ rows that it replaces, holds 1 NaN"
+    ):
         read(config={"modules_to_save": ["lm_head"]}, head_weight=rows)
 
 

@@ -8,6 +8,7 @@ import typer
 from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.sizes import format_size
 from rich.table import Table
+from rich.text import Text
 
 from loraplex_client.adapter_manifest import HUB_SOURCE
 from loraplex_client.cli.apply import apply
@@ -262,7 +263,7 @@ def _print_import(name: str, result: ImportResult) -> None:
         soft_wrap=True,
     )
     for warning in result.warnings:
-        stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
+        stderr.print(f"warning: {as_flags(warning)}", soft_wrap=True)
     warn_of_late_gateways(result.late_gateways)
 
 
@@ -273,7 +274,7 @@ def _brings(revision: Revision) -> str:
 
 
 def _print_adapter(adapter: Adapter) -> None:
-    stdout.print(f"[bold]{adapter.name}[/bold]  {adapter.state.value}  {adapter.description}")
+    stdout.print(Text.assemble((adapter.name, "bold"), f"  {adapter.state.value}  {adapter.description}"))
     if adapter.allowed_tenants:
         stdout.print(f"tenants: {', '.join(adapter.allowed_tenants)}")
 

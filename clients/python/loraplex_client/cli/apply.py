@@ -27,7 +27,7 @@ def apply(
     """Bring adapters and labels to what a file says; done twice, the second time changes nothing."""
 
     def say(step: str) -> None:
-        stdout.print(f"{'would: ' if dry_run else ''}{step}", markup=False, soft_wrap=True)
+        stdout.print(f"{'would: ' if dry_run else ''}{step}", soft_wrap=True)
 
     wanted = read_manifest(file)
     with connect(context, store_target=store_target) as client:

@@ -17,8 +17,9 @@ from loraplex_client._sync.client import Client
 
 PIPE_WIDTH: Final = 400
 # Tables in a pipe are for programs: nothing is cut to fit a screen.
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-stderr = Console(stderr=True, highlight=False)
+# Every text is printed as it stands: callers choose names, and may write brackets and colons in them.
+stdout = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Target = Annotated[
     str | None,
@@ -107,7 +108,12 @@ def connect(context: typer.Context, target: str | None = None, store_target: str
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Show one bar per task on stderr; yields ``update(task, bytes done, bytes expected)``, 0 expected for unknown."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=stderr) as progress:
         tasks = {}
 
@@ -123,6 +129,4 @@ def warn_of_late_gateways(gateways: Sequence[str]) -> None:
     """Say which gateways do not serve a change yet."""
     if gateways:
         late = ", ".join(gateways)
-        stderr.print(
-            f"warning: not yet served by {late}: requests there may still be refused", markup=False, soft_wrap=True
-        )
+        stderr.print(f"warning: not yet served by {late}: requests there may still be refused", soft_wrap=True)

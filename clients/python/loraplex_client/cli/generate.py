@@ -126,7 +126,7 @@ def _weighted(text: str) -> tuple[str, float | None]:
 def _converse(client: Client, messages: list[ChatMessage], options: GenerateOptions, *, show_stats: bool) -> None:
     """Take turns until end-of-file; Ctrl-C cuts an answer short."""
     if sys.stdin.isatty():
-        stderr.print("[dim]Ctrl-C stops an answer, Ctrl-D ends the conversation.[/dim]")
+        stderr.print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", style="dim")
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
@@ -169,7 +169,8 @@ def _print_stats(finished: Finished) -> None:
     usage, timings = finished.usage, finished.timings
     rate = (usage.output_tokens - 1) / timings.decode_s if timings.decode_s > 0 else 0.0
     stderr.print(
-        f"\n[dim]{finished.finish_reason.value}: {usage.prompt_tokens} prompt ({usage.cached_tokens} cached) + "
+        f"\n{finished.finish_reason.value}: {usage.prompt_tokens} prompt ({usage.cached_tokens} cached) + "
         f"{usage.output_tokens} output tokens; queue {timings.queue_s:.3f} s (adapter {timings.adapter_load_s:.3f} s), "
-        f"prefill {timings.prefill_s:.3f} s, decode {timings.decode_s:.3f} s, {rate:.1f} tokens/s[/dim]"
+        f"prefill {timings.prefill_s:.3f} s, decode {timings.decode_s:.3f} s, {rate:.1f} tokens/s",
+        style="dim",
     )

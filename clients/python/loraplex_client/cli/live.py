@@ -49,11 +49,11 @@ def push(
     ready = f"; ready on {', '.join(result.ready_engines)}" if result.ready_engines else ""
     stdout.print(f"pushed {name}@{result.revision.digest[:12]}: {size}{ready}", soft_wrap=True)
     for warning in result.warnings:
-        stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
+        stderr.print(f"warning: {as_flags(warning)}", soft_wrap=True)
     warn_of_late_gateways(result.late_gateways)
     if result.late_engines:
         late = ", ".join(result.late_engines)
-        stderr.print(f"warning: after {result.ready_timeout_s:g} s not yet on {late}", markup=False, soft_wrap=True)
+        stderr.print(f"warning: after {result.ready_timeout_s:g} s not yet on {late}", soft_wrap=True)
 
 
 def labels(context: typer.Context, name: Name, store_target: StoreTarget = None) -> None:

@@ -32,5 +32,5 @@ def ensure_with_progress(out: Path | None = None) -> Path:
 def fetch_and_tell(name: str, out: Path | None = None) -> Path:
     """Return the directory of a base model of the hub, having said on stderr which commit it is of."""
     directory, commit = fetch_hub_base(name, out_dir=out)
-    stderr.print(f"{name.partition('@')[0]} at commit {commit}", style="dim", markup=False, soft_wrap=True)
+    stderr.print(f"{name.partition('@')[0]} at commit {commit}", style="dim", soft_wrap=True)
     return directory

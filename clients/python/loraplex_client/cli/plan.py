@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 from loraplex_common.sizes import parse_size
 from rich.table import Table
+from rich.text import Text
 
 from loraplex_client.cli.context import stderr, stdout
 from loraplex_client.cli.demand_options import DemandOptions, SloTtft
@@ -174,7 +175,7 @@ def _print(found: Plan, attainment: float, fleet: FleetOptions) -> None:
     if found.num_gpus is None:
         stdout.print(f"{found.trials[-1].num_gpus} GPUs reach {last.attainment:.1%}, not {attainment:.1%}")
     else:
-        stdout.print(f"[bold]{found.num_gpus} x {gpu}[/bold] meet the objective")
+        stdout.print(Text.assemble((f"{found.num_gpus} x {gpu}", "bold"), " meet the objective"))
 
 
 def _print_sizes(sizes: Mapping[str, float], degree: int) -> None:

@@ -33,7 +33,7 @@ def print_report(report: AdapterReport, *, as_json: bool) -> None:
 
 
 def _line(text: str) -> None:
-    stdout.print(text, markup=False, soft_wrap=True)
+    stdout.print(text, soft_wrap=True)
 
 
 def _print_notes(notes: ReportNotes | None) -> None:

@@ -79,7 +79,7 @@ def serve(
 
 async def _serve(config: ServeConfig, adapters: dict[str, Path], *, is_public: bool) -> None:
     """Run the stack until a signal; a second one ends it without draining."""
-    stack = Stack(config, lambda line: stderr.print(line, style="dim", markup=False, soft_wrap=True))
+    stack = Stack(config, lambda line: stderr.print(line, style="dim", soft_wrap=True))
     stop = asyncio.Event()
 
     def on_signal() -> None:

@@ -207,7 +207,7 @@ class EngineOptions:
             device=self.device or "auto",
             num_threads=self.num_threads,
         )
-        return share_out(this_machine(), wanted, lambda line: stderr.print(line, markup=False, soft_wrap=True))
+        return share_out(this_machine(), wanted, lambda line: stderr.print(line, soft_wrap=True))
 
     def flags(self) -> tuple[str, ...]:
         """Return every engine's arguments."""

@@ -3,19 +3,20 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 
 import typer
 from loraplex_common.errors import LoraplexError, RoleForbiddenError, UnauthenticatedError
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from loraplex_client._fleet_view import FleetView, watch_fleet
+from loraplex_client._fleet_view import FleetView, WatchedEngine, watch_fleet
 from loraplex_client._servers import Servers
 from loraplex_client.cli.context import Target, servers_of, stderr, stdout
+from loraplex_client.cli.fitting import Column, fitted_table, share_lines
 from loraplex_client.cli.interrupts import Display
 
 BAR_CELLS: Final = 32
@@ -62,12 +63,12 @@ def _watch(servers: Servers, show: Callable[[RenderableType], None]) -> None:
             shown_at = 0.0
             for view in _fleet(servers):
                 if time.monotonic() - shown_at >= FRAME_S:  # engines tell their news one by one
-                    show(screen(view, height=stdout.height))
+                    show(screen(view, height=stdout.height, width=stdout.width))
                     shown_at = time.monotonic()
         except (RoleForbiddenError, UnauthenticatedError):
             raise
         except LoraplexError as error:
-            show(Text(f"{error.message}; trying again", style="red"))
+            show(_line(Text(f"{error.message}; trying again", style="red"), stdout.width))
         time.sleep(AGAIN_S)
 
 
@@ -106,21 +107,60 @@ def _fleet(servers: Servers) -> Any:
         raise failure
 
 
-def screen(view: FleetView, height: int | None) -> RenderableType:
-    """Return what is shown; at most as high as the terminal, None for all of it."""
-    engines = _engines(view)
-    left = None if height is None else max(8, height - engines.row_count - 6)
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table of the screen.
+
+    Attributes:
+        what: What its rows are, in plural.
+        columns: Its columns, all of one length.
+        failures: Lines below its rows, each instead of a row.
+    """
+
+    what: str
+    columns: Sequence[Column]
+    failures: Sequence[Text] = ()
+
+    @property
+    def wanted_lines(self) -> int:
+        """Lines that all of it takes: headers, rows, failures."""
+        return 1 + len(self.columns[0].cells) + len(self.failures)
+
+    def shown(self, num_lines: int, width: int | None) -> Iterator[RenderableType]:
+        """Yield what fits into so many lines; the last one says how many rows do not."""
+        num_rows = len(self.columns[0].cells)
+        hidden = 0 if num_lines >= self.wanted_lines else self.wanted_lines - 1 - max(0, num_lines - 2)
+        kept_rows = max(0, num_rows - hidden)  # failures are the last to go
+        kept_failures = len(self.failures) - (hidden - (num_rows - kept_rows))
+        if num_lines > 1:
+            yield fitted_table([replace(column, cells=column.cells[:kept_rows]) for column in self.columns], width)
+        for failure in self.failures[:kept_failures]:
+            yield _line(Text.styled(failure.plain, "red"), width)
+        if hidden and num_lines > 0:
+            yield _line(Text(f"and {hidden} more {self.what}", style="dim"), width)
+
+
+def screen(view: FleetView, height: int | None, width: int | None = None) -> RenderableType:
+    """Return what is shown: at most ``height`` lines of ``width`` cells of a terminal, None for all of it."""
     adapters, requests = view.adapters(), view.requests()
-    num_adapters = len(adapters) if left is None else min(len(adapters), left // 2)
-    num_requests = len(requests) if left is None else max(0, left - num_adapters - 4)
-    parts: list[RenderableType] = [_summary(view, len(adapters)), engines, Text(), _adapters(adapters[:num_adapters])]
-    if num_adapters < len(adapters):
-        parts.append(Text(f"and {len(adapters) - num_adapters} more", style="dim"))
-    if requests:
-        parts += [Text(), _requests(requests[:num_requests])]
-    if num_requests < len(requests):
-        parts.append(Text(f"and {len(requests) - num_requests} more", style="dim"))
+    sections = [_engines(view), _adapters(adapters), *([_requests(requests)] if requests else [])]
+    wanted = [section.wanted_lines for section in sections]
+    given = wanted if height is None else share_lines(wanted, height - len(sections))  # summary, lines between sections
+    parts: list[RenderableType] = [_line(_summary(view, len(adapters)), width)]
+    for section, num_lines in zip(sections, given, strict=True):
+        if len(parts) > 1 and num_lines:
+            parts.append(Text())
+        parts += section.shown(num_lines, width)
     return Group(*parts)
+
+
+def _line(text: Text, width: int | None) -> Text:
+    """Return a text as one line that ends with an ellipsis if it is too long."""
+    line = text.copy()
+    line.no_wrap, line.overflow = True, "ellipsis"
+    if width is not None:
+        line.truncate(width, overflow="ellipsis")
+    return line
 
 
 def _summary(view: FleetView, num_adapters: int) -> Text:
@@ -131,25 +171,28 @@ def _summary(view: FleetView, num_adapters: int) -> Text:
     return Text(text, style="bold")
 
 
-def _engines(view: FleetView) -> Table:
-    table = Table("ENGINE", "MODEL", "RUN", "WAIT", "QUEUED", "TOK/S", "PAGES", "KV/LORA/CACHED/FREE", box=None)
-    for engine_id, engine in sorted(view.engines.items()):
-        if engine.error:
-            table.add_row(engine_id[:SHOWN_ID], Text(engine.error, style="red"))
-            continue
-        pages, load = engine.pool.num_pages_by_owner(), engine.load
-        note = " (draining)" if load.draining else " (passed over)" if engine.passed_over else ""
-        table.add_row(
-            engine_id[:SHOWN_ID] + note,
-            engine.info.base_model.name,
-            str(load.running),
-            str(load.waiting),
-            str(load.queued_uncached_tokens),
-            f"{load.tokens_per_s:.1f}",
-            _bar(pages),
-            f"{pages['kv']}/{pages['adapter']}/{pages['cached']}/{pages['free']}",
-        )
-    return table
+def _engines(view: FleetView) -> Section:
+    engines = sorted(view.engines.items())
+    failures = [_plain(f" {each[:SHOWN_ID]}  {engine.error}") for each, engine in engines if engine.error]
+    shown = [(engine_id, engine) for engine_id, engine in engines if not engine.error]
+    loads = [engine.load for _, engine in shown]
+    pages = [engine.pool.num_pages_by_owner() for _, engine in shown]
+    counts = [f"{each['kv']}/{each['adapter']}/{each['cached']}/{each['free']}" for each in pages]
+    columns = [
+        Column("ENGINE", [_plain(engine_id[:SHOWN_ID] + _note(engine)) for engine_id, engine in shown], least=SHOWN_ID),
+        Column("MODEL", [_plain(engine.info.base_model.name) for _, engine in shown], rank=1, least=12),
+        Column("RUN", _numbers(load.running for load in loads)),
+        Column("WAIT", _numbers(load.waiting for load in loads)),
+        Column("QUEUED", _numbers(load.queued_uncached_tokens for load in loads), rank=3),
+        Column("TOK/S", [Text(f"{load.tokens_per_s:.1f}") for load in loads]),
+        Column("PAGES", [_bar(each) for each in pages], rank=4),
+        Column("KV/LORA/CACHED/FREE", [Text(each) for each in counts], rank=2),
+    ]
+    return Section("engines", columns, failures)
+
+
+def _note(engine: WatchedEngine) -> str:
+    return " (draining)" if engine.load.draining else " (passed over)" if engine.passed_over else ""
 
 
 def _bar(pages: dict[str, int]) -> Text:
@@ -162,25 +205,37 @@ def _bar(pages: dict[str, int]) -> Text:
     return bar
 
 
-def _adapters(adapters: list[dict[str, Any]]) -> Table:
-    table = Table("ADAPTER", "REQ/MIN", "PAGES", "IN USE", "ENGINES", box=None)
-    for entry in adapters:
-        name = Text(entry["name"] + (" (pinned)" if entry["pinned"] else ""))
-        rate = f"{entry['requests_per_s'] * 60:.1f}"
-        table.add_row(name, rate, str(entry["pages"]), str(entry["leases"]), str(entry["engines"]))
-    return table
+def _adapters(adapters: list[dict[str, Any]]) -> Section:
+    names = [_plain(each["name"] + (" (pinned)" if each["pinned"] else "")) for each in adapters]
+    rates = [Text(f"{each['requests_per_s'] * 60:.1f}") for each in adapters]
+    columns = [
+        Column("ADAPTER", names, least=16),
+        Column("REQ/MIN", rates),
+        Column("PAGES", _numbers(each["pages"] for each in adapters), rank=1),
+        Column("IN USE", _numbers(each["leases"] for each in adapters)),
+        Column("ENGINES", _numbers(each["engines"] for each in adapters), rank=2),
+    ]
+    return Section("adapters", columns)
 
 
-def _requests(requests: list[dict[str, Any]]) -> Table:
-    table = Table("REQUEST", "PHASE", "ADAPTER", "PROMPT", "OUTPUT", "PAGES", "WHOSE", box=None)
-    for entry in requests:
-        table.add_row(
-            Text(entry["request_id"][:SHOWN_ID]),
-            entry["phase"],
-            Text("+".join(entry["adapters"]) or "(base)"),
-            str(entry["prompt_tokens"]),
-            str(entry["output_tokens"]),
-            str(entry["pages"]),
-            Text(entry["whose"]),
-        )
-    return table
+def _requests(requests: list[dict[str, Any]]) -> Section:
+    adapters = [_plain("+".join(each["adapters"]) or "(base)") for each in requests]
+    columns = [
+        Column("REQUEST", [_plain(each["request_id"][:SHOWN_ID]) for each in requests]),
+        Column("PHASE", [Text(each["phase"]) for each in requests], rank=1),
+        Column("ADAPTER", adapters, least=16),
+        Column("PROMPT", _numbers(each["prompt_tokens"] for each in requests), rank=2),
+        Column("OUTPUT", _numbers(each["output_tokens"] for each in requests)),
+        Column("PAGES", _numbers(each["pages"] for each in requests), rank=3),
+        Column("WHOSE", [_plain(each["whose"]) for each in requests], rank=4, least=8),
+    ]
+    return Section("requests", columns)
+
+
+def _numbers(numbers: Iterable[int]) -> list[Text]:
+    return [Text(str(number)) for number in numbers]
+
+
+def _plain(text: str) -> Text:
+    """Return a text of others as one line: they may have written line breaks and a terminal's commands in it."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in text))

@@ -107,8 +107,8 @@ def checked(tensor: Tensor, shape: tuple[int, ...], why: str) -> Tensor:
         raise AdapterIncompatibleError(
             f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}: {why}"
         )
-    if not tensor.largest() <= MAX_BFLOAT16:  # NaN compares false
-        raise AdapterCorruptUploadError(f"tensor {tensor.name} holds NaN, infinity or values beyond bf16's range")
+    if unsound := tensor.unsound():
+        raise AdapterCorruptUploadError(f"tensor {tensor.name} holds {unsound}: has the training run diverged?")
     return tensor
 
 

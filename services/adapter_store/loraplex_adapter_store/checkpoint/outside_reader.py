@@ -20,7 +20,7 @@ from loraplex_adapter_store.checkpoint.method_readers import check_float, checke
 from loraplex_adapter_store.checkpoint.outside_names import EMBED, HEAD
 from loraplex_adapter_store.checkpoint.parts import Module, PartTensors
 from loraplex_adapter_store.checkpoint.row_sets import RowSet, columns_of, first_rows
-from loraplex_adapter_store.checkpoint.safetensors_file import MAX_BFLOAT16, Tensor
+from loraplex_adapter_store.checkpoint.safetensors_file import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -199,9 +199,9 @@ class OutsideReader:
 
     def _rows(self, projection: Projection, chosen: RowSet, *, is_folded: bool) -> PartTensors:
         values, total = chosen.values, num_vocabulary_rows(projection)
-        if not values.largest() <= MAX_BFLOAT16:  # NaN compares false
+        if unsound := values.unsound():
             raise AdapterCorruptUploadError(
-                f"tensor {values.name} holds NaN, infinity or values beyond bf16's range in a row that it replaces"
+                f"tensor {values.name}, in the {len(chosen.ids)} rows that it replaces, holds {unsound}"
             )
         num_added = int((chosen.ids >= total).sum())
         self.notes.append(

@@ -89,6 +89,22 @@ class Tensor:
             self._found.append(self._look_for_largest())
         return self._found[0]
 
+    def unsound(self) -> str:
+        """Return how many values an engine cannot compute with, in words; empty if there are none."""
+        if self.largest() <= MAX_BFLOAT16:  # NaN compares false
+            return ""
+        raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
+        num_nan = num_infinite = num_beyond = 0
+        for first in range(0, raw.size, SLICE_ITEMS):
+            part = raw[first : first + SLICE_ITEMS]
+            part = np.abs(from_bfloat16(part) if self.dtype == "BF16" else part)
+            num_nan += int(np.count_nonzero(np.isnan(part)))
+            num_infinite += int(np.count_nonzero(np.isinf(part)))
+            num_beyond += int(np.count_nonzero(np.isfinite(part) & (part > np.float32(MAX_BFLOAT16))))
+        counts = {"NaN": num_nan, "infinite": num_infinite, "beyond bf16's range": num_beyond}
+        found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"{found} of its {raw.size} values"
+
     def _look_for_largest(self) -> float:
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
         found = [_largest(raw[first : first + SLICE_ITEMS], self.dtype) for first in range(0, raw.size, SLICE_ITEMS)]

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import msgspec
 from loraplex_common.errors import TenantQuotaError
 from loraplex_common.ids import DEFAULT_LABEL
 
@@ -86,7 +87,7 @@ class ImportTarget:
         """
         old.expect(self.expected_label, self.expected)
         if self.tenants and (not old.version or old.is_deleted):
-            old = replace(old, allowed_tenants=self.tenants, description=self.description)
+            old = msgspec.structs.replace(old, allowed_tenants=self.tenants, description=self.description)
         new = old.with_import(revision, self.label, now, is_staged=self.is_staged, counterparts=counterparts)
         return new if self.release is None else self.release(new)
 

@@ -111,12 +111,8 @@ class Catalog:
     async def position(self) -> Position:
         """Return the catalog's present position."""
         with keys.translated():
-            async with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.get(keys.SEQUENCE)
-                pipeline.info("server")
-                pipeline.info("replication")
-                sequence, server, replication = await pipeline.execute()
-        return Position(f"{server['run_id']}-{replication['master_replid']}", int(sequence or 0))
+            sequence, run, line = await self._client.eval(scripts.POSITION, 1, keys.SEQUENCE)
+        return Position(f"{run.decode()}-{line.decode()}", int(sequence))
 
     async def answer_to(self, request_id: str) -> bytes | None:
         """Return the answer of the mutation with this request_id; None if there was none."""

@@ -74,6 +74,14 @@ return found
 """
 """One command instead of one for each record: packing those takes longer than all else that a page takes."""
 
+POSITION: Final = """
+-- Returns the catalog's sequence, the server's run and its line of replication.  KEYS: sequence
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local line = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+return {redis.call('GET', KEYS[1]) or '0', run, line}
+"""
+"""INFO is read where it is written: sending and parsing both sections takes a store longer than the rest of a move."""
+
 COUNT: Final = """
 -- Counts an adapter's bytes for its tenants, as `COMMIT` does with every change, unless it has changed meanwhile.
 -- KEYS: adapter, then bytes per tenant.  ARGV: version, name, bytes
