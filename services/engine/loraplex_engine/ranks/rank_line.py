@@ -59,7 +59,6 @@ class RankSetup:
     Attributes:
         rank: Its number.
         degree: Ranks of the group.
-        meeting_file: Where the ranks meet for their collectives.
         model: Directory of the base model.
         text_only: Whether a multimodal model means its text part.
         fingerprint: The base model's, which rank 0 has computed.
@@ -79,7 +78,6 @@ class RankSetup:
 
     rank: int
     degree: int
-    meeting_file: str
     model: str
     text_only: bool
     fingerprint: str
