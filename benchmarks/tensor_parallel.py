@@ -2,10 +2,10 @@
 
     python benchmarks/tensor_parallel.py            # GPUs: refused by name, until the CUDA backend has collectives
     python benchmarks/tensor_parallel.py --floors   # no GPU: what bounds 7B, 13B and 70B on H100s; nothing is measured
-    python benchmarks/tensor_parallel.py --smoke    # no GPU: a tiny model, 1 and 2 processes over gloo: about 30 s on 2 cores
+    python benchmarks/tensor_parallel.py --smoke    # no GPU: a tiny model, 1 and 2 processes over gloo: about 40 s on 2 cores
 
 Each row has an adapter of its own on all seven projections. `step` is a decode step without adapters, `added` the step with them
-less the step without, medians; on a host that has less than a core for each process they say nothing. `collectives` is the part of a step that rank 0 spends in them, waiting for others included.
+less the step without, medians; on a host that has less than a core for each process they say nothing. `in collectives` is the part of a step that rank 0 spends in them, waiting for others included.
 `floor`: each rank's bytes at its memory's rate, and the collectives (`loraplex_bench.ranks.floor`); before it is used for several
 ranks, it is held beside steps that were measured on one GPU. Links and latencies between GPUs are the simulator's: a data sheet's and
 assumed.
@@ -77,24 +77,28 @@ def smoke(results: Results, directory: Path) -> None:
         floor = RankFloor(
             ModelShape(info, DTYPE, tp_degree=checked_degree(degree, info, torch.device("cpu"))), CPU_RATES
         )
-        setup = GroupSetup(model=model, degree=degree, max_rows=max(SMOKE_ROWS), lora_ranks=SMOKE_RANKS)
-        with running_group(setup) as bench:
-            for rows in SMOKE_ROWS:
-                _add_times(results, floor, rows, bench.times(rows, SMOKE_STEPS))
+        for split in _splits(degree):
+            setup = GroupSetup(
+                model=model, degree=degree, max_rows=max(SMOKE_ROWS), lora_ranks=SMOKE_RANKS, pair_split=split
+            )
+            with running_group(setup) as bench:
+                for rows in SMOKE_ROWS:
+                    _add_times(results, floor, rows, split, bench.times(rows, SMOKE_STEPS))
 
 
-def _add_times(results: Results, floor: RankFloor, rows: int, times: list[StepTime]) -> None:
-    """Add what was measured of steps of so many rows: without adapters, then of each LoRA rank."""
+def _add_times(results: Results, floor: RankFloor, rows: int, split: PairSplit, times: list[StepTime]) -> None:
+    """Add what was measured of steps of so many rows: without adapters (once), then of each LoRA rank."""
     case, floor_s = f"tiny/{_ranks(floor.shape.tp_degree)}/{rows} rows", floor.step_s(rows, CONTEXT)
     base, *adapted = times
-    results.add(_row(case, "step", base.step_s * 1e6, "us", floor_s * 1e6))
-    if floor.shape.tp_degree > 1:
-        results.add(_row(case, "collectives", base.collective_s * 1e6, "us"))
-    results.add(_row(case, "out", rows / base.step_s, "tok/s", rows / floor_s))
+    if split is PairSplit.WHOLE:
+        results.add(_row(case, "step", base.step_s * 1e6, "us", floor_s * 1e6))
+        results.add(_row(case, "out", rows / base.step_s, "tok/s", rows / floor_s))
     for rank, lora in zip(SMOKE_RANKS, adapted, strict=True):
-        with_rank, added_s = f"{case}/r{rank}/{PairSplit.WHOLE.value}", floor.lora_s(rows, rank, PairSplit.WHOLE)
+        with_rank, added_s = f"{case}/r{rank}/{split.value}", floor.lora_s(rows, rank, split)
         results.add(_row(with_rank, "added", (lora.step_s - base.step_s) * 1e6, "us", added_s * 1e6))
         results.add(_row(with_rank, "out", rows / lora.step_s, "tok/s", rows / (floor_s + added_s)))
+        if floor.shape.tp_degree > 1:
+            results.add(_row(with_rank, "in collectives", lora.collective_s * 1e6, "us"))
 
 
 def check_gpus() -> None:

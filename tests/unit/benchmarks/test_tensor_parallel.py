@@ -35,11 +35,14 @@ def test_a_tiny_model_is_measured_with_one_process_and_with_two(tmp_path: Path) 
     steps = {row["case"]: row for row in rows if row["metric"] == "step"}
     assert set(steps) == {f"tiny/{ranks}/{rows} rows" for ranks in ("1 rank", "2 ranks") for rows in (1, 4)}
     assert all(row["value"] > row["floor"] > 0 for row in steps.values())
-    collectives = {row["case"]: row["value"] for row in rows if row["metric"] == "collectives"}
-    assert set(collectives) == {case for case in steps if "2 ranks" in case}
-    assert all(0 < value < steps[case]["value"] for case, value in collectives.items())
-    adapted = {row["case"].removesuffix("/whole") for row in rows if row["metric"] == "added"}
-    assert adapted == {f"{case}/r{rank}" for case in steps for rank in (8, 64)}
+    adapted = {row["case"] for row in rows if row["metric"] == "added"}
+    waits = {row["case"]: row["value"] for row in rows if row["metric"] == "in collectives"}
+    of_one, of_two = (
+        {f"{case}/r{rank}" for case in steps if ranks in case for rank in (8, 64)} for ranks in ("1 rank/", "2 ranks/")
+    )
+    assert set(waits) == {f"{case}/{split.value}" for case in of_two for split in PairSplit}
+    assert adapted == {f"{case}/whole" for case in of_one} | set(waits)
+    assert all(value > 0 for value in waits.values())
 
 
 def test_groups_of_gpus_are_refused_with_what_is_missing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.rank_split import PairSplit
 from loraplex_engine.ranks.figures import RankBook
 from loraplex_engine.ranks.runner import GroupPlan, RankedRunner
 from loraplex_engine.runners.runner_config import RunnerConfig
@@ -49,6 +50,7 @@ class GroupSetup:
         model: Directory of the base model.
         degree: Ranks; 1 is the runner of an engine without a group.
         max_rows: Most rows of a step, each with an adapter of its own.
+        pair_split: How ranks divide adapters' pairs.
         lora_ranks: Ranks of adapters, each on all seven projections; there are ``max_rows`` adapters of each.
     """
 
@@ -56,6 +58,7 @@ class GroupSetup:
     degree: int
     max_rows: int
     lora_ranks: tuple[int, ...]
+    pair_split: PairSplit = PairSplit.WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class GroupBench:
         )
         ranks, cpu = WeightLayout(tp_degree=setup.degree, tp_rank=0), torch.device("cpu")
         weights = WeightReader(setup.model, dtype=DTYPES[DTYPE], device=cpu, layout=ranks)
-        config = RunnerConfig(info=self._shape.info, limits=limits)
+        config = RunnerConfig(info=self._shape.info, limits=limits, pair_split=setup.pair_split)
         if setup.degree == 1:
             return TorchRunner(config, weights)
         plan = GroupPlan(

@@ -16,6 +16,7 @@ from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.rank_split import choice_of
 from loraplex_engine.ranks.figures import RankFigures, resident_bytes
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.rank_line import Said, Word, say
@@ -53,7 +54,8 @@ def make_follower(setup: RankSetup, meeting_fd: int) -> TorchFollower:
     weights = WeightReader(
         Path(setup.model), dtype=DTYPES[pool.dtype], device=torch.device("cpu"), layout=layout, form=form
     )
-    return TorchFollower(RunnerConfig(info=info, limits=limits, weight_form=form), weights, group)
+    config = RunnerConfig(info=info, limits=limits, weight_form=form, pair_split=choice_of(setup.pair_split))
+    return TorchFollower(config, weights, group)
 
 
 def pages_of(arena: NDArray[np.uint8], slots: tuple[int, ...]) -> NDArray[np.uint8]:

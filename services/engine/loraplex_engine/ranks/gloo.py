@@ -90,6 +90,11 @@ class GlooGroup:
         self._check()
         self._finish(self._steps.gather(list(parts), values, 0))
 
+    def all_gather(self, values: Tensor, gathered: Tensor) -> None:
+        """See `RankGroup`."""
+        self._check()
+        self._finish(self._steps.allgather([list(gathered)], [values]))
+
     def abort(self) -> None:
         """See `RankGroup`: the others find the connections of a rank that ends closed."""
         self._is_broken = True

@@ -71,6 +71,7 @@ class RankSetup:
         max_num_seqs: Most sequences of one step.
         max_num_batched_tokens: Most tokens of one step.
         max_added_tokens: Most tokens that an adapter may add.
+        pair_split: How ranks choose to divide adapters' pairs, as `rank_split.choice_text` writes it.
         num_threads: Compute threads.
         log_level: As the engine's.
         log_format: As the engine's.
@@ -90,6 +91,7 @@ class RankSetup:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_added_tokens: int
+    pair_split: str
     num_threads: int
     log_level: str
     log_format: str

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from loraplex_engine.rank_split import choice_text
 from loraplex_engine.ranks.figures import RankBook
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.group_load import GroupLoad
@@ -192,6 +193,7 @@ def _setup(config: RunnerConfig, plan: GroupPlan, rank: int) -> RankSetup:
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_added_tokens=limits.max_added_tokens,
+        pair_split=choice_text(config.pair_split),
         num_threads=plan.num_threads,
         log_level=plan.log_level,
         log_format=plan.log_format,
