@@ -12,7 +12,7 @@ import pytest
 from loraplex_common.errors import EngineHungError
 from loraplex_common.rpc_errors import error_from_rpc
 from support.engine_sessions import EngineSessionClient
-from support.lone_engine import PROMPT, running_engine
+from support.lone_engine import PROMPT, running_engine, starting_engine
 from support.rank_processes import followers_of, is_alive
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.integration
 
 EXIT_HUNG = 70
 GONE_S = 2.0
+STARTED_S = 60.0
 
 
 async def generate(target: str) -> list[list[int]]:
@@ -71,6 +72,19 @@ async def test_a_killed_rank_ends_the_engine_and_all_its_processes(tmp_path: Pat
                 assert session.failure is not None
                 assert isinstance(error_from_rpc(session.failure), EngineHungError)
                 assert outcome.num_ends == int(is_idle), "the request is not to blame"
+
+
+def test_an_engine_killed_while_its_ranks_start_leaves_no_file(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with starting_engine(tmp_path, "--tensor-parallel", "2", environment={"TMPDIR": str(temporary)}) as engine:
+        until_s = time.monotonic() + STARTED_S
+        while not followers_of(engine.pid):
+            assert time.monotonic() < until_s, f"rank 1 is not started\n{engine.log()}"
+            time.sleep(0.001)
+        engine.kill()
+
+    assert not list(temporary.iterdir())
 
 
 def test_a_model_that_cannot_be_divided_is_refused_with_the_flag(tmp_path: Path) -> None:

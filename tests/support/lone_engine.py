@@ -13,7 +13,7 @@ from support.engine_sessions import EngineSessionClient
 from support.processes import ServiceProcess
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -22,20 +22,29 @@ LENGTH = gateway_pb2.FINISH_REASON_LENGTH
 
 
 @contextmanager
-def running_engine(directory: Path, *flags: str) -> Iterator[ServiceProcess]:
-    """Run an engine that ends with the block: in order if the block has not ended it, at once if the block failed."""
+def starting_engine(
+    directory: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServiceProcess]:
+    """Start an engine, ready or not, that ends with the block: in order if the block has not ended it, at once if the block failed."""
     model = directory / "tiny"
     if not model.exists():
         write_base_model(model, TinyBase())
     sizes = ("--pool-bytes", "2MiB", "--arena-bytes", "2MiB", "--num-threads", "1", "--drain-settle-s", "0")
     arguments = ["--model", str(model), "--port", "0", "--metrics-port", "0", *sizes, *flags]
-    process = ServiceProcess("loraplex_engine", arguments, log_dir=directory).wait_ready()
+    process = ServiceProcess("loraplex_engine", arguments, log_dir=directory, environment=environment)
     try:
         yield process
     except BaseException:
         process.kill()
         raise
     assert not process.is_running or process.stop() == 0, process.log()
+
+
+@contextmanager
+def running_engine(directory: Path, *flags: str) -> Iterator[ServiceProcess]:
+    """Start an engine as `starting_engine` does, and wait until it is ready."""
+    with starting_engine(directory, *flags) as process:
+        yield process.wait_ready()
 
 
 @pytest.fixture(scope="module")

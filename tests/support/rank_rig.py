@@ -15,6 +15,7 @@ from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.rank_split import CPU_RATES
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.follower import TorchFollower
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.rank_split import PairSplit, RankRates
     from loraplex_engine.step import StepPlan
     from numpy.typing import NDArray
 
@@ -126,7 +128,14 @@ class RankedRunner:
         return rank.do(work)
 
 
-def make_ranked_rig(model_dir: Path, degree: int, *, num_pages: int = 256, kv_dtype: str = "") -> Rig:
+def make_ranked_rig(
+    model_dir: Path,
+    degree: int,
+    *,
+    num_pages: int = 256,
+    kv_dtype: str = "",
+    pair_split: PairSplit | RankRates = CPU_RATES,
+) -> Rig:
     """Build a group over a model directory."""
     info = load_base_model(model_dir)
     geometry = choose_pool_geometry(info, dtype="float32", tp_degree=degree, kv_dtype=kv_dtype)
@@ -137,7 +146,7 @@ def make_ranked_rig(model_dir: Path, degree: int, *, num_pages: int = 256, kv_dt
         group = GlooGroup(store, rank, degree, timeout=TIMEOUT)
         layout = WeightLayout(tp_degree=degree, tp_rank=rank)
         weights = WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu"), layout=layout)
-        config = RunnerConfig(info=info, limits=limits)
+        config = RunnerConfig(info=info, limits=limits, pair_split=pair_split)
         return TorchFollower(config, weights, group) if rank else TorchRunner(config, weights, group)
 
     with ThreadPoolExecutor(degree) as makers:

@@ -61,6 +61,15 @@ class RankGroup(Protocol):
         """
         ...
 
+    def all_gather(self, values: Tensor, gathered: Tensor) -> None:
+        """Bring contiguous values of all ranks to all of them.
+
+        Args:
+            values: One-dimensional, ``[n]``, as long on all ranks.
+            gathered: Contiguous, ``[degree, n]``, of the same type; written.
+        """
+        ...
+
     def abort(self) -> None:
         """Break the group: this rank cannot go on in step with the others; every later collective raises on all ranks."""
         ...

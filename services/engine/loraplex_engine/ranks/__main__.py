@@ -65,21 +65,21 @@ def arena_part(fd: int, setup: RankSetup, page_bytes: int) -> NDArray[np.uint8]:
     return memory[begin : begin + num_bytes].reshape(setup.num_arena_slots, page_bytes)
 
 
-def prepare(setup: RankSetup, line: socket.socket) -> Following:
+def prepare(setup: RankSetup, line: socket.socket, meeting_fd: int) -> Following:
     """Load the rank's part of the model."""
     import torch
 
     from loraplex_engine.ranks.following import Following, make_follower
 
     torch.set_num_threads(setup.num_threads)
-    return Following(make_follower(setup), line)
+    return Following(make_follower(setup, meeting_fd), line)
 
 
 def main() -> None:
     """Follow rank 0 until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the engine drains on them, with all ranks, and then says so
         signal.signal(number, signal.SIG_IGN)
-    line_fd, ring_fd, work_fd, room_fd, arena_fd = map(int, sys.argv[1:])
+    line_fd, ring_fd, work_fd, room_fd, arena_fd, meeting_fd = map(int, sys.argv[1:])
     line = socket.socket(fileno=line_fd)
     told = line.recv(MAX_BYTES)
     if not told:
@@ -89,7 +89,7 @@ def main() -> None:
     life = Life(line)
     threading.Thread(target=life.run, name="engine-watch", daemon=True).start()
     try:
-        following = prepare(setup, line)
+        following = prepare(setup, line, meeting_fd)
         following.arena = arena_part(arena_fd, setup, following.page_bytes)
         life.following = following
         say(line, Said(Word.READY))

@@ -16,6 +16,7 @@ from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.rank_split import choice_of
 from loraplex_engine.ranks.figures import RankFigures, resident_bytes
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.rank_line import Said, Word, say
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from loraplex_engine.ranks.rank_line import RankSetup
 
 
-def make_follower(setup: RankSetup) -> TorchFollower:
-    """Load a rank's part of the model; returns once all ranks have loaded theirs."""
+def make_follower(setup: RankSetup, meeting_fd: int) -> TorchFollower:
+    """Load a rank's part of the model; returns once all ranks have loaded theirs. They meet through a memory file."""
     info = load_base_model(Path(setup.model), text_only=setup.text_only, fingerprint=setup.fingerprint)
     pool = choose_pool_geometry(info, dtype=setup.dtype, tp_degree=setup.degree, kv_dtype=setup.kv_dtype)
     limits = EngineLimits(
@@ -48,12 +49,13 @@ def make_follower(setup: RankSetup) -> TorchFollower:
         max_num_batched_tokens=setup.max_num_batched_tokens,
     )
     form = WeightForm(setup.weight_form)
-    group = GlooGroup.meet(setup.meeting_file, setup.rank, setup.degree, timeout=COLLECTIVE_TIMEOUT)
+    group = GlooGroup.meet(meeting_fd, setup.rank, setup.degree, timeout=COLLECTIVE_TIMEOUT)
     layout = WeightLayout(tp_degree=setup.degree, tp_rank=setup.rank)
     weights = WeightReader(
         Path(setup.model), dtype=DTYPES[pool.dtype], device=torch.device("cpu"), layout=layout, form=form
     )
-    return TorchFollower(RunnerConfig(info=info, limits=limits, weight_form=form), weights, group)
+    config = RunnerConfig(info=info, limits=limits, weight_form=form, pair_split=choice_of(setup.pair_split))
+    return TorchFollower(config, weights, group)
 
 
 def pages_of(arena: NDArray[np.uint8], slots: tuple[int, ...]) -> NDArray[np.uint8]:

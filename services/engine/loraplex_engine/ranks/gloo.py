@@ -43,16 +43,17 @@ class GlooGroup:
         )
 
     @classmethod
-    def meet(cls, file: str, rank: int, degree: int, *, timeout: timedelta = TIMEOUT) -> GlooGroup:
+    def meet(cls, meeting_fd: int, rank: int, degree: int, *, timeout: timedelta = TIMEOUT) -> GlooGroup:
         """Join ranks in other processes of this host.
 
         Args:
-            file: Path of a file that they alone use, and that need not exist.
+            meeting_fd: A memory file that they alone use, empty at first. It stays open for longer than the group lives: the group's
+                end writes to whatever has its number.
             rank: As the constructor's, as are the others.
             degree: All ranks.
             timeout: How long a collective may take.
         """
-        return cls(_dist.FileStore(file, degree), rank, degree, timeout=timeout)
+        return cls(_dist.FileStore(f"/proc/self/fd/{meeting_fd}", degree), rank, degree, timeout=timeout)
 
     @property
     def rank(self) -> int:
@@ -89,11 +90,21 @@ class GlooGroup:
         self._check()
         self._finish(self._steps.gather(list(parts), values, 0))
 
+    def all_gather(self, values: Tensor, gathered: Tensor) -> None:
+        """See `RankGroup`."""
+        self._check()
+        self._finish(self._steps.allgather([list(gathered)], [values]))
+
     def abort(self) -> None:
         """See `RankGroup`: the others find the connections of a rank that ends closed."""
         self._is_broken = True
         for each in (self._steps, self._loads):
             each.abort()
+
+    def close(self) -> None:
+        """Leave the group: connections end, and what the ranks met through is not used again."""
+        self._is_broken = True
+        del self._steps, self._loads
 
     def _finish(self, work: Any) -> None:
         """Wait for a collective of a step, and count how long that takes."""

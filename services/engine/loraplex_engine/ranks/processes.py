@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from loraplex_common.log import get_logger
 
@@ -39,13 +39,25 @@ END_S: Final = 2.0
 _log = get_logger()
 
 
+class SharedFiles(NamedTuple):
+    """Descriptors of memory files that all ranks share. Nothing of them is on a disk, so nothing of a killed engine stays.
+
+    Attributes:
+        arena: The host arena.
+        meeting: Where the ranks meet for their collectives.
+    """
+
+    arena: int
+    meeting: int
+
+
 class RankProcesses:
     """All ranks but rank 0.
 
     Args:
         setups: What each is, rank 1 first.
         book: Takes their figures.
-        arena_fd: The memory file of the host arena.
+        files: The memory files that all ranks share: of the host arena, and the one through which they meet.
         on_lost: Called once, on a thread of its own, with what happened when a rank ends or hangs.
         on_load: Called on that thread with each rank's answer to a load.
     """
@@ -55,7 +67,7 @@ class RankProcesses:
         setups: Sequence[RankSetup],
         book: RankBook,
         *,
-        arena_fd: int,
+        files: SharedFiles,
         on_lost: Callable[[str], None],
         on_load: Callable[[Said], None],
     ) -> None:
@@ -71,7 +83,7 @@ class RankProcesses:
         self._lost = threading.Event()
         try:
             for setup, reader in zip(setups, self._ring.readers, strict=True):
-                self._start(setup, (self._ring.fd, reader.work, reader.room, arena_fd))
+                self._start(setup, (self._ring.fd, reader.work, reader.room, *files))
         except BaseException:
             self.close()
             raise

@@ -59,7 +59,6 @@ class RankSetup:
     Attributes:
         rank: Its number.
         degree: Ranks of the group.
-        meeting_file: Where the ranks meet for their collectives.
         model: Directory of the base model.
         text_only: Whether a multimodal model means its text part.
         fingerprint: The base model's, which rank 0 has computed.
@@ -72,6 +71,7 @@ class RankSetup:
         max_num_seqs: Most sequences of one step.
         max_num_batched_tokens: Most tokens of one step.
         max_added_tokens: Most tokens that an adapter may add.
+        pair_split: How ranks choose to divide adapters' pairs, as `rank_split.choice_text` writes it.
         num_threads: Compute threads.
         log_level: As the engine's.
         log_format: As the engine's.
@@ -79,7 +79,6 @@ class RankSetup:
 
     rank: int
     degree: int
-    meeting_file: str
     model: str
     text_only: bool
     fingerprint: str
@@ -92,6 +91,7 @@ class RankSetup:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_added_tokens: int
+    pair_split: str
     num_threads: int
     log_level: str
     log_format: str

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from loraplex_engine.rank_split import choice_text
 from loraplex_engine.ranks.figures import RankBook
 from loraplex_engine.ranks.gloo import GlooGroup
 from loraplex_engine.ranks.group_load import GroupLoad
-from loraplex_engine.ranks.processes import RankProcesses
+from loraplex_engine.ranks.processes import RankProcesses, SharedFiles
 from loraplex_engine.ranks.rank_line import RankSetup
 from loraplex_engine.ranks.rank_records import Kind, Load, load_bytes, plan_bytes, unload_bytes
 from loraplex_engine.runners.torch.runner import TorchRunner
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 """Ranks may need so much longer than others for their weights; a rank that has ended or hangs is noticed otherwise."""
-MEETING_FILE: Final = "meeting"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,20 +79,20 @@ class RankedRunner:
         self._loads: dict[int, GroupLoad] = {}
         self._numbers = itertools.count()
         self._num_others = plan.degree - 1
-        with tempfile.TemporaryDirectory(prefix="loraplex-ranks-") as folder:
-            meeting = str(Path(folder) / MEETING_FILE)
-            setups = [_setup(config, plan, rank, meeting) for rank in range(1, plan.degree)]
-            self._processes = RankProcesses(
-                setups, plan.book, arena_fd=plan.arena_fd, on_lost=plan.on_lost, on_load=self._load_answered
-            )
-            try:
-                group = GlooGroup.meet(meeting, 0, plan.degree, timeout=COLLECTIVE_TIMEOUT)
-                plan.book.collective_s = lambda: group.collective_s
-                self._runner = TorchRunner(config, weights, group)
-                self._processes.wait_ready()
-            except BaseException:
-                self._processes.close()
-                raise
+        self._meeting_fd = os.memfd_create("loraplex-meeting", os.MFD_CLOEXEC)
+        setups = [_setup(config, plan, rank) for rank in range(1, plan.degree)]
+        files = SharedFiles(plan.arena_fd, self._meeting_fd)
+        self._processes = RankProcesses(
+            setups, plan.book, files=files, on_lost=plan.on_lost, on_load=self._load_answered
+        )
+        try:
+            self._group = GlooGroup.meet(self._meeting_fd, 0, plan.degree, timeout=COLLECTIVE_TIMEOUT)
+            plan.book.collective_s = lambda: self._group.collective_s
+            self._runner = TorchRunner(config, weights, self._group)
+            self._processes.wait_ready()
+        except BaseException:
+            self._processes.close()
+            raise
 
     @property
     def pids(self) -> dict[int, int]:
@@ -166,6 +166,8 @@ class RankedRunner:
         """End all ranks; the others first, so that no load of rank 0 waits for one that they have given up."""
         self._processes.close()
         self._runner.close()
+        self._group.close()
+        os.close(self._meeting_fd)
 
     def _load_answered(self, said: Said) -> None:
         load = self._loads[said.number]
@@ -174,12 +176,11 @@ class RankedRunner:
             del self._loads[said.number]
 
 
-def _setup(config: RunnerConfig, plan: GroupPlan, rank: int, meeting_file: str) -> RankSetup:
+def _setup(config: RunnerConfig, plan: GroupPlan, rank: int) -> RankSetup:
     limits = config.limits
     return RankSetup(
         rank=rank,
         degree=plan.degree,
-        meeting_file=meeting_file,
         model=str(plan.model),
         text_only=plan.text_only,
         fingerprint=config.info.fingerprint,
@@ -192,6 +193,7 @@ def _setup(config: RunnerConfig, plan: GroupPlan, rank: int, meeting_file: str) 
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_added_tokens=limits.max_added_tokens,
+        pair_split=choice_text(config.pair_split),
         num_threads=plan.num_threads,
         log_level=plan.log_level,
         log_format=plan.log_format,

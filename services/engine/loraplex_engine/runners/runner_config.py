@@ -9,6 +9,7 @@ from loraplex_common.base_model import BaseModelInfo
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weight_form import WeightForm
+from loraplex_engine.rank_split import CPU_RATES, PairSplit, RankRates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,8 @@ class RunnerConfig:
         min_decode_runs: In steps of the CUDA backend with prefill chunks, in bf16, decode rows that make so many runs of one
             adapter or more go through the decode kernels; else they are segments of the prefill kernel, as chunks are.
         weight_form: What the weights of linear layers are; the reader of the weights is told the same.
+        pair_split: How tensor-parallel ranks divide adapters' pairs; rates have them choose for each projection of each step. The same
+            on all ranks.
         arch: Architecture to compile kernels for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
         dependent_launch: Whether kernels are launched programmatically dependent on those before them; if None, where the
             target can (sm_90 and up).
@@ -38,6 +41,7 @@ class RunnerConfig:
     emulate_async: bool = False
     min_decode_runs: int = MIN_DECODE_RUNS
     weight_form: WeightForm = WeightForm.WHOLE
+    pair_split: PairSplit | RankRates = CPU_RATES
     arch: str | None = None
     dependent_launch: bool | None = None
     jitter: bool = False

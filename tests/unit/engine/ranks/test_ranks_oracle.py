@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_common.base_model import BaseModelError
 from loraplex_engine.model.vocabulary import Vocabulary
+from loraplex_engine.rank_split import PairSplit
 from loraplex_engine.ranks.gloo import GlooGroup
 from support.base_models import Architecture, TinyBase, write_base_model
 from support.families import family_dir
@@ -50,13 +51,17 @@ def check_batch(rig: Rig, truth: PeftTruth, seed: int) -> None:
     architecture=st.sampled_from(["llama", "qwen2", "qwen3"]),
     degree=st.sampled_from([2, 4]),
     tuners=st.lists(st.sampled_from(TUNERS), min_size=2, max_size=4, unique=True),
+    pair_split=st.sampled_from(PairSplit),
     seed=st.integers(0, 1 << 20),
 )
-def test_any_mix_of_tuners_equals_peft(architecture: Architecture, degree: int, tuners: list[str], seed: int) -> None:
+def test_any_mix_of_tuners_equals_peft(
+    architecture: Architecture, degree: int, tuners: list[str], pair_split: PairSplit, seed: int
+) -> None:
     base = TinyBase(architecture=architecture, vocab_size=VOCAB_SIZE, seed=seed % 1000)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_base_model(Path(folder), base)
-        truth, rig = PeftTruth(model_dir, tuners, seed=seed), make_ranked_rig(model_dir, degree, num_pages=1500)
+        truth = PeftTruth(model_dir, tuners, seed=seed)
+        rig = make_ranked_rig(model_dir, degree, num_pages=1500, pair_split=pair_split)
         load_all(rig, truth)
 
         check_batch(rig, truth, seed)
@@ -70,8 +75,12 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base_model(tmp_path_factory.mktemp("qwen"), TinyBase(architecture="qwen2", vocab_size=VOCAB_SIZE))
 
 
-def test_each_tuner_equals_peft_where_four_ranks_share_two_heads_of_keys(qwen: Path) -> None:
-    truth, rig = PeftTruth(qwen, list(TUNERS)), make_ranked_rig(qwen, 4, num_pages=4000)
+@pytest.mark.parametrize("pair_split", list(PairSplit))
+@pytest.mark.parametrize("degree", [2, 4])
+def test_each_tuner_equals_peft_where_four_ranks_share_two_heads_of_keys(
+    qwen: Path, degree: int, pair_split: PairSplit
+) -> None:
+    truth, rig = PeftTruth(qwen, list(TUNERS)), make_ranked_rig(qwen, degree, num_pages=4000, pair_split=pair_split)
     load_all(rig, truth)
 
     check_batch(rig, truth, 1)

@@ -13,64 +13,20 @@ Source: Hu et al., "LoRA", arXiv:2106.09685; batching by segments as SGMV in Che
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from loraplex_engine.runners.torch.segment import Segment, Term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_engine.model.linear import Linear
-    from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.adapter_views import AdapterOp
+    from loraplex_engine.runners.torch.divided import Deltas, DividedPairs
     from loraplex_engine.runners.torch.outside import OutsideStep
-
-
-class Segment:
-    """Tokens ``[first, last)`` of a step, all of one adapter.
-
-    All layers share their input and output buffers, so the views that a tile needs are made once per step: making one
-    costs as much as the small product it feeds.
-    """
-
-    def __init__(self, *, first: int, last: int, table: AdapterTable, scales: Tensor | None) -> None:
-        """Describe a segment.
-
-        Args:
-            first: First token.
-            last: One past the last token.
-            table: The adapter.
-            scales: fp32 ``[last - first]``, the requests' own factors; None if all are 1.
-        """
-        self.table = table
-        self.scales = scales
-        self.tokens = slice(first, last)
-        self._inputs: list[dict[int, Tensor]] = [{} for _ in range(table.num_ops)]
-        self._outputs: list[dict[tuple[int, int], Tensor]] = [{} for _ in range(table.num_ops)]
-
-    def input_of(self, op: int, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return columns [start, stop) of the segment's rows of an op's input, transposed: ``[stop - start, tokens]``."""
-        key = start << 32 | stop
-        view = self._inputs[op].get(key)
-        if view is None:
-            view = self._inputs[op][key] = x[self.tokens, start:stop].t()
-        return view
-
-    def output_of(self, op: int, y: Tensor, start: int, stop: int) -> Tensor:
-        """Return columns [start, stop) of the segment's rows of an op's output, transposed: ``[stop - start, tokens]``."""
-        key = (start, stop)
-        view = self._outputs[op].get(key)
-        if view is None:
-            view = self._outputs[op][key] = y[self.tokens, start:stop].t()
-        return view
-
-
-class Term(NamedTuple):
-    """What a segment's adapter does in one op of one layer."""
-
-    adapter: AdapterOp
-    segment: Segment
 
 
 class LoraStep:
@@ -79,6 +35,7 @@ class LoraStep:
     Args:
         groups: The step's segments; those of a group have the same tokens, and their adapters are added up.
         dtype: The compute dtype.
+        divided: What may divide pairs over tensor-parallel ranks; None where each rank computes with a whole factor.
 
     Attributes:
         outside: Those of the adapters that do something outside of the decoder layers; None if none does.
@@ -86,8 +43,10 @@ class LoraStep:
 
     outside: OutsideStep | None = None
 
-    def __init__(self, groups: Sequence[Sequence[Segment]], dtype: torch.dtype) -> None:
-        self._groups = groups
+    def __init__(
+        self, groups: Sequence[Sequence[Segment]], dtype: torch.dtype, divided: DividedPairs | None = None
+    ) -> None:
+        self._groups, self._divided = groups, divided
         self._apply = _apply_fp32 if dtype == torch.float32 else _apply_widened
 
     @property
@@ -110,10 +69,22 @@ class LoraStep:
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor) -> None:
         """Add the adapters' pairs to a fused projection; arguments as of `project`."""
-        for group in self._groups:
-            terms = terms_of(group, layer, op)
-            if terms:
+        found = [terms for group in self._groups if (terms := terms_of(group, layer, op))]
+        self._add_pairs(found, self._deltas(found, x), x, y)
+
+    def _deltas(self, found: Sequence[list[Term]], x: Tensor) -> Deltas | None:
+        """Return what pairs make of the step's rows if they are divided over ranks; None if they are not."""
+        if self._divided is None:
+            return None
+        return self._divided.deltas([term for terms in found for term in terms if term.adapter.shrink], x)
+
+    def _add_pairs(self, found: Sequence[list[Term]], deltas: Deltas | None, x: Tensor, y: Tensor) -> None:
+        """Add the pairs of adapters that have nothing else in the projection."""
+        for terms in found:
+            if deltas is None:
                 self._apply(terms, x, y)
+            else:
+                deltas.add_to(terms, y)
 
 
 def terms_of(group: Sequence[Segment], layer: int, op: str) -> list[Term]:

@@ -20,20 +20,24 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from loraplex_engine.runners.torch.lora import LoraStep, Segment, Term, add_pairs, terms_of
+from loraplex_engine.runners.torch.lora import LoraStep, add_pairs, terms_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.torch.adapter_views import FloraSlice, OtherParts, SparseSlice, VectorTile
+    from loraplex_engine.runners.torch.divided import DividedPairs
+    from loraplex_engine.runners.torch.segment import Segment, Term
 
 
-def make_lora_step(groups: Sequence[Sequence[Segment]], dtype: torch.dtype) -> LoraStep:
+def make_lora_step(
+    groups: Sequence[Sequence[Segment]], dtype: torch.dtype, divided: DividedPairs | None = None
+) -> LoraStep:
     """Return the adapters of one step, as of `LoraStep`; a step of plain LoRA pays nothing for other parts."""
     if any(segment.table.has_other_parts for group in groups for segment in group):
-        return PartsStep(groups, dtype)
-    return LoraStep(groups, dtype)
+        return PartsStep(groups, dtype, divided)
+    return LoraStep(groups, dtype, divided)
 
 
 class _Work(NamedTuple):
@@ -67,16 +71,20 @@ class PartsStep(LoraStep):
                 works.append(_Work(terms, others, x[tokens], y[tokens]))
             elif terms:
                 plain.append(terms)
+        deltas = self._deltas([*(work.terms for work in works), *plain], x)
         totals = _products(works, linear, x, y)
         for work, total in zip(works, totals, strict=True):
             for term in work.terms:
-                if term.adapter.shrink:
+                if not term.adapter.shrink:
+                    continue
+                if deltas is None:
                     add_pairs(term, total, x)
+                else:
+                    deltas.add(term, total)
             _finish(work, total, linear.bias)
         if linear.bias is not None:
             y.add_(linear.bias)
-        for terms in plain:
-            self._apply(terms, x, y)
+        self._add_pairs(plain, deltas, x, y)
         for work, total in zip(works, totals, strict=True):
             if total is not work.y:
                 work.y.copy_(total)

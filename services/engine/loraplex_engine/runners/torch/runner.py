@@ -27,12 +27,13 @@ from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.runners.torch.adapter_loads import AdapterLoads
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
+from loraplex_engine.runners.torch.divided import DividedPairs
 from loraplex_engine.runners.torch.forwards import make_forward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchStepHandle, Undrawn
 from loraplex_engine.runners.torch.outside import OutsideStep
 from loraplex_engine.runners.torch.parts import make_lora_step
 from loraplex_engine.runners.torch.rank_steps import AskedLogits, tell_input
-from loraplex_engine.runners.torch.segments import cut_segments, order_rows, used_adapters
+from loraplex_engine.runners.torch.segments import cut_segments, order_rows, token_ends, used_adapters
 from loraplex_engine.step import FROM_DEVICE, StepPlan
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class TorchRunner:
         self.geometry: Geometry = config.info.geometry(
             dtype=limits.pool.dtype, page_bytes=limits.page_bytes, tp_degree=1 if group is None else group.degree
         )
+        self._divided = None if group is None else DividedPairs(group, self.geometry, config.pair_split)
         self._emulate_async = config.emulate_async
         model = model_config(config.info.config)
         self._model = read_model(
@@ -155,14 +157,12 @@ class TorchRunner:
         lora = self._lora_step(plan, order, step.adapters)
         outside = self._outside_step(step, lora)
         hidden = self._hidden_states(plan, order, token_ids, lora)
-        token_ends = _token_ends(plan, order)
-        logits_of = self._logits_of(outside, token_ends) if asked is None else lambda _: asked
-        prompt_logprobs = self._prompt_logprobs.update(
-            plan, token_ends, token_ids, hidden, self._sampler, faults, logits_of
-        )
+        ends = token_ends(plan, order)
+        logits_of = self._logits_of(outside, ends) if asked is None else lambda _: asked
+        prompt_logprobs = self._prompt_logprobs.update(plan, ends, token_ids, hidden, self._sampler, faults, logits_of)
         if asked is not None:
             asked.end()
-        last = token_ends[plan.sample_rows] - 1
+        last = ends[plan.sample_rows] - 1
         x, logits = self._model.head(hidden.index_select(0, torch.from_numpy(last).to(self._device)))
         if outside is not None:
             logits = outside.logits(logits, x, last)
@@ -174,7 +174,7 @@ class TorchRunner:
     ) -> LoraStep | None:
         """Return the step's adapters; None without any."""
         groups = cut_segments(plan, order, adapters, self._device) if adapters else []
-        return make_lora_step(groups, self._dtype) if groups else None
+        return make_lora_step(groups, self._dtype, self._divided) if groups else None
 
     def _hidden_states(
         self, plan: StepPlan, order: NDArray[np.int64], token_ids: Tensor, lora: LoraStep | None
@@ -186,7 +186,7 @@ class TorchRunner:
 
     def _sampled_tokens(self, plan: StepPlan, order: NDArray[np.int64]) -> Tensor:
         """Return the last tokens of the rows that sample, int64 ``[S]``, in the order of computation's numbering."""
-        return torch.from_numpy(_token_ends(plan, order)[plan.sample_rows] - 1).to(self._device)
+        return torch.from_numpy(token_ends(plan, order)[plan.sample_rows] - 1).to(self._device)
 
     def _asked_logits(self) -> AskedLogits:
         assert self._group is not None
@@ -202,14 +202,12 @@ class TorchRunner:
         lora.outside = OutsideStep(edited, self._pool.values, step.num_columns)
         return lora.outside
 
-    def _logits_of(
-        self, outside: OutsideStep | None, token_ends: NDArray[np.int64]
-    ) -> Callable[[int], LogitsOf] | None:
+    def _logits_of(self, outside: OutsideStep | None, ends: NDArray[np.int64]) -> Callable[[int], LogitsOf] | None:
         """Return what tells how a row's logits are computed; None if the model's lm_head computes all of them."""
         if outside is None:
             return None
         head, finish = self._model.head, self._model.finish_logits
-        return lambda row: outside.logits_of_row(head, finish, int(token_ends[row]) - 1) or self._model.logits
+        return lambda row: outside.logits_of_row(head, finish, int(ends[row]) - 1) or self._model.logits
 
     @torch.inference_mode()
     def _draw(self, step: TorchStepHandle, undrawn: Undrawn) -> StepOutput:
@@ -291,10 +289,3 @@ class TorchRunner:
         self._loads.close()
         self._buffers.clear()
         del self._forward, self._model, self._pool, self._loads
-
-
-def _token_ends(plan: StepPlan, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where the tokens of each row of the plan end among the step's tokens, int64 ``[N]``."""
-    ends = np.empty(len(order), dtype=np.int64)
-    ends[order] = np.cumsum(plan.num_tokens[order])
-    return ends

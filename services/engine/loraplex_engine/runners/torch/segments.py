@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loraplex_engine.runners.torch.lora import Segment
+from loraplex_engine.runners.torch.segment import Segment
 from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
@@ -75,3 +75,10 @@ def _lists_of(plan: StepPlan) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     adapters[:, 0], scales[:, 0] = plan.adapters, plan.adapter_scales
     adapters[more.rows, places], scales[more.rows, places] = more.adapters, more.scales
     return adapters, scales
+
+
+def token_ends(plan: StepPlan, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the tokens of each row of the plan end among the step's tokens, int64 ``[N]``."""
+    ends = np.empty(len(order), dtype=np.int64)
+    ends[order] = np.cumsum(plan.num_tokens[order])
+    return ends

@@ -12,8 +12,8 @@ from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.vectors import OUT_VECTOR, OutVector
 from loraplex_engine.model.layers import Dense
 from loraplex_engine.runners.torch.factors import FactorWriter, KeptFactors, row_norms
-from loraplex_engine.runners.torch.lora import Segment
 from loraplex_engine.runners.torch.parts import make_lora_step
+from loraplex_engine.runners.torch.segment import Segment
 from support.adapter_algebra import DORA, random_adapter
 from support.torch_products import DTYPES, PLACES, Base, Pool, make_base, make_geometry, project
 

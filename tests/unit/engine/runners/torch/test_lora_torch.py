@@ -8,7 +8,8 @@ import torch
 from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, pack
 from loraplex_common.projections import Projection
 from loraplex_engine.runners.torch.adapter_table import AdapterTable
-from loraplex_engine.runners.torch.lora import LoraStep, Segment
+from loraplex_engine.runners.torch.lora import LoraStep
+from loraplex_engine.runners.torch.segment import Segment
 from support.decoder_shapes import OPS, decoder_geometry, pair_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

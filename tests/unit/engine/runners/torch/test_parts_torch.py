@@ -13,8 +13,9 @@ from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
 from loraplex_engine.runners.torch.factors import FactorWriter
-from loraplex_engine.runners.torch.lora import LoraStep, Segment
+from loraplex_engine.runners.torch.lora import LoraStep
 from loraplex_engine.runners.torch.parts import PartsStep, make_lora_step
+from loraplex_engine.runners.torch.segment import Segment
 from support.adapter_algebra import DORA, IA3_OUT, module_output, random_adapter
 from support.decoder_shapes import OPS
 from support.torch_products import DTYPES, NUM_LAYERS, PLACES, Base, Pool, make_base, make_geometry, project
