@@ -19,7 +19,8 @@ from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadErro
 from loraplex_common.tree_digest import piece_digests, tree_root
 
 from loraplex_adapter_store.canonical_check import CanonicalCheck
-from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalReader, header_bytes
+from loraplex_adapter_store.checkpoint.canonical import CanonicalReader
+from loraplex_adapter_store.checkpoint.canonical_header import LENGTH_BYTES, header_bytes
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:

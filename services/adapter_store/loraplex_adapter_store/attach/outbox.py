@@ -19,11 +19,15 @@ LENGTH: Final = 8  # messages; a chunk has 1 MiB
 class Outbox:
     """A bounded queue, in order, and beside it what never waits for room: the latest acknowledgement, and pages written.
 
-    Pages written since the last message become one message, which goes before the queue's next: an image's pages are named
-    before its `Filled`, and after its offer.
+    Pages that have been written gather until there are enough for a message, or another message is there, which they go before:
+    an image's pages are named before its `Filled`, and after its offer.
+
+    Args:
+        written_at_once: Pages of an image that are named without waiting for another message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, written_at_once: int) -> None:
+        self._written_at_once = written_at_once
         self._messages: deque[ToEngine] = deque()
         self._room = asyncio.Semaphore(LENGTH)
         self._ack: Ack | None = None
@@ -45,7 +49,8 @@ class Outbox:
     def note_written(self, digest: str, rank: int, pages: Iterable[int]) -> None:
         """Add pages of an image to those that are said to be written; there are as many as the image has at most."""
         self._written.setdefault((digest, rank), []).extend(pages)
-        self._wake.set()
+        if self._is_written_due():
+            self._wake.set()
 
     def close(self) -> None:
         """Let `get` return None from now on."""
@@ -58,7 +63,7 @@ class Outbox:
             if self._ack is not None:
                 ack, self._ack = self._ack, None
                 return ack
-            if self._written:
+            if self._written and (self._messages or self._is_written_due()):
                 digest, rank = next(iter(self._written))
                 return Written(digest, rank, tuple(self._written.pop((digest, rank))))
             if self._messages:
@@ -67,3 +72,6 @@ class Outbox:
             self._wake.clear()
             await self._wake.wait()
         return None
+
+    def _is_written_due(self) -> bool:
+        return any(len(pages) >= self._written_at_once for pages in self._written.values())
