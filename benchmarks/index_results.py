@@ -27,6 +27,7 @@ WHAT: Final = {
     "engine": "the engine on whole workloads: bursts, traces, start",
     "fp8-kv": "decode attention over FP8 keys and values beside bf16",
     "fp8-products": "FP8 products and the kernels that quantise their inputs, beside bf16 products",
+    "fp8-step": "a decode step with FP8 weights beside its bytes, and beside its products and attention timed alone",
     "gateway": "a gateway alone: open, with identity, with quotas",
     "gateway-observed": "what usage ledger, metrics and traces cost a gateway, beside an older one",
     "gateway-streams": "events a second through a gateway, over SSE and gRPC, by number of workers",

@@ -191,7 +191,9 @@ def main() -> None:
     args = parser.parse_args()
     results = Results()
     results.print_head()
-    results.note(f"{os.cpu_count()} cores, checkpoints {args.dtype}, images {args.engine_dtype}")
+    results.note(
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before, checkpoints {args.dtype}, images {args.engine_dtype}"
+    )
     with tempfile.TemporaryDirectory() as name, EmbeddedValkey(Path(name) / "valkey") as valkey:
         folder = Path(name)
         base = write_base(folder / "base", TINY if args.smoke else LLAMA3_8B)

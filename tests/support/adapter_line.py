@@ -136,6 +136,11 @@ class Line:
         self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None, tree_sha256: str = ""
     ) -> None:
         """Have the store send an image's bytes and report that it is filled."""
+        self.send_chunks(image, flip=flip, checksum=checksum)
+        self.say(filled=Response.Filled(digest=DIGEST, image_tree_sha256=tree_sha256))
+
+    def send_chunks(self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None) -> None:
+        """Have the store send an image's bytes."""
         data = bytearray(image.tobytes())
         if flip is not None:
             data[flip] ^= 1
@@ -144,7 +149,6 @@ class Line:
             piece = bytes(data[offset : offset + page_bytes // 2])
             crc = crc32c.crc32c(piece) if checksum is None else checksum
             self.say(chunk=Response.Chunk(digest=DIGEST, offset=offset, data=piece, crc32c=crc))
-        self.say(filled=Response.Filled(digest=DIGEST, image_tree_sha256=tree_sha256))
 
 
 def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) -> Line:

@@ -19,7 +19,7 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
 from loraplex_common.error_status import from_status
-from loraplex_engine.rpc.image_check import ImageCheck
+from loraplex_engine.rpc.image_check import ImageCheck, ImageHash
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -41,7 +41,9 @@ class EnginePeer:
         accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
         takes_tree_digests: Whether it is an engine that checks the digest that comes last, and none of an earlier version.
         num_to_spoil: That many of the next images are reported corrupt.
-        num_to_flip: In that many of the next images a bit is flipped in the arena before they are checked.
+        takes_written: Whether it hashes pages while others are on their way.
+        num_written: Digest -> pages that the store said were written.
+        num_to_flip: In that many of the next images a bit is flipped in the arena before it is hashed.
         num_to_drop: That many of the next images are dropped, and wanted again, before their arrival is reported.
         keeps_copies: Whether ``images`` shows pages; else they have none, which is what takes no time.
         num_bytes: Digest -> bytes of the image that arrived and was right.
@@ -58,6 +60,9 @@ class EnginePeer:
         self.num_to_flip = 0
         self.has_ended = False
         self.takes_tree_digests = True
+        self.takes_written = True
+        self.num_written: dict[str, int] = {}
+        self._hashes: dict[str, ImageHash] = {}
         self.keeps_copies = True
         self.num_bytes: dict[str, int] = {}
         self._check = ImageCheck()
@@ -96,6 +101,7 @@ class EnginePeer:
             sequence=self._sequence,
             max_image_pages=self._num_slots,
             takes_tree_digests=self.takes_tree_digests,
+            takes_written=self.takes_written,
         )
         hello.MergeFrom(_Request.Hello(**changes))
         return hello
@@ -181,6 +187,8 @@ class EnginePeer:
                         self._offered(response.offer)
                     case "chunk":
                         self._write(response.chunk)
+                    case "written":
+                        self._written(response.written)
                     case "filled":
                         await self._filled(response.filled)
                 self._changed.set()
@@ -221,20 +229,32 @@ class EnginePeer:
     def _position(self, slot: int) -> int:
         return HEADER_BYTES + slot * self._geometry.page_bytes
 
+    def _flip(self, slot: int) -> None:
+        if self.num_to_flip:
+            self.num_to_flip -= 1
+            self._map[self._position(slot)] ^= 1
+
+    def _hash(self, digest: str) -> ImageHash:
+        if digest not in self._hashes:
+            arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, self._geometry.page_bytes)
+            self._hashes[digest] = self._check.begin(arena, self._granted[digest])
+        return self._hashes[digest]
+
+    def _written(self, written: pb.AttachEngineResponse.Written) -> None:
+        self._flip(self._granted[written.digest][written.pages[-1]])
+        self.num_written[written.digest] = self.num_written.get(written.digest, 0) + len(written.pages)
+        self._hash(written.digest).add(written.pages)
+
     async def _filled(self, filled: pb.AttachEngineResponse.Filled) -> None:
         digest, page_bytes = filled.digest, self._geometry.page_bytes
         slots = self._granted[digest]
-        if self.num_to_flip:
-            self.num_to_flip -= 1
-            self._map[self._position(slots[-1])] ^= 1
-        arena = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)
+        if digest not in self._hashes:
+            self._flip(slots[-1])
+        root = await self._hash(digest).tree_sha256()
+        del self._hashes[digest]  # while there is a view of the arena, it cannot be closed
+        image = np.empty((0, page_bytes), dtype=np.uint8)
         if self.keeps_copies:
-            image = arena[list(slots)]
-            del arena  # while there is a view, the mapping cannot be closed
-            root = await self._check.digest(image, range(len(image)), is_tree=True)
-        else:
-            image = np.empty((0, page_bytes), dtype=np.uint8)
-            root = await self._check.digest(arena, slots, is_tree=True)
+            image = np.frombuffer(self._map, dtype=np.uint8)[HEADER_BYTES:].reshape(-1, page_bytes)[list(slots)]
         is_right = root == filled.image_tree_sha256
         if not self.takes_tree_digests:
             is_right = hashlib.sha256(image.data).hexdigest() == self._offers[digest].image_sha256

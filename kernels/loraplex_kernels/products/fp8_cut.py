@@ -28,7 +28,7 @@ class Cut:
         parts: Warpgroups that take turns at the same outputs, a step of 128 inputs each.
         cluster: CTAs that share the inputs.
         stages: Steps that are on their way at once: a multiple of ``parts``, so that a part finds its steps in slots of its
-            own. Copies land in any order, and whoever awaits a slot must have seen its turn before, or takes that for its own.
+            own. Copies land in any order, and a slot's turn can be told from the next one alone.
         ctas: CTAs that share a multiprocessor.
 
     Raises:

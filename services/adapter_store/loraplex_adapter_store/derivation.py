@@ -1,7 +1,8 @@
 """Derives one page image from its canonical form, while that arrives: read, hash and pack side by side.
 
-The event loop reads; threads do all else. A chunk is copied to its place and hashed while the next one is read. A layer is
-packed as soon as its bytes have arrived, a page hashed as soon as the layers in it are packed, by the thread that packed the
+A thread reads from Valkey, and starts others as bytes arrive; the event loop takes no part, as each of its turns would wait for
+the interpreter's lock, and the bytes for it. From elsewhere the event loop reads. A chunk is hashed while the next one is read. A
+layer is packed as soon as its bytes have arrived, a page hashed as soon as the layers in it are packed, by the thread that packed the
 last of them: the page is in that core's cache then. The same thread hands the page on, to the arena of the engine that waits.
 """
 
@@ -18,12 +19,13 @@ from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadErro
 from loraplex_common.tree_digest import piece_digests, tree_root
 
 from loraplex_adapter_store.canonical_check import CanonicalCheck
-from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, CanonicalReader, header_bytes
+from loraplex_adapter_store.checkpoint.canonical import CanonicalReader
+from loraplex_adapter_store.checkpoint.canonical_header import LENGTH_BYTES, header_bytes
 from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
     from loraplex_common.adapter_image import ModuleSpec
     from numpy.typing import NDArray
@@ -106,7 +108,7 @@ class Derivation:
                 await self._read(rest(start), start)
             await self._work.done()
             if not self._known_root:
-                await self._work.start(self._check.finish)
+                await self._work.run(self._check.finish)
         finally:
             await self._work.quiet()
         self._check_spec()
@@ -114,26 +116,17 @@ class Derivation:
 
     async def _read_bulk(self, bulk: BulkRead) -> int:
         """Let a thread read while others hash and pack; return how many bytes have arrived."""
-        loop = asyncio.get_running_loop()
-        positions: asyncio.Queue[int | None] = asyncio.Queue()
+        reading, position = ThreadWork(bulk.executor), 0
         is_stopped = threading.Event()
 
-        def arrived(position: int) -> bool:
-            loop.call_soon_threadsafe(positions.put_nowait, position)
+        def arrived(stop: int) -> bool:
+            nonlocal position
+            position = stop
+            self._arrived(stop)
             return not is_stopped.is_set()
 
-        def read() -> None:
-            try:
-                bulk.read(self._data.data, arrived)
-            finally:
-                loop.call_soon_threadsafe(positions.put_nowait, None)
-
-        reading, position = ThreadWork(bulk.executor), 0
         try:
-            reading.start(read)
-            while (found := await positions.get()) is not None:
-                position = found
-                self._arrived(position)
+            reading.start(bulk.read, self._data.data, arrived)
             await reading.done()
         finally:
             is_stopped.set()
@@ -143,22 +136,22 @@ class Derivation:
     async def _read(self, chunks: AsyncGenerator[bytes, None], start: int) -> None:
         """Read the chunks from a byte on; start the packing of each layer that has arrived."""
         position = start
-        taking: asyncio.Future[None] | None = None
+        taking: Future[None] | None = None
         async with aclosing(chunks):
             async for chunk in chunks:
                 if taking is not None:
-                    await taking
+                    await asyncio.wrap_future(taking)
                     self._arrived(position)
                 taking = self._work.start(self._take, position, chunk)
                 position += len(chunk)
         if position != len(self._data):
             raise AdapterCorruptError(f"revision {self._digest}: {position} bytes are stored, not {len(self._data)}")
         if taking is not None:
-            await taking
+            await asyncio.wrap_future(taking)
         self._arrived(position)
 
     def _arrived(self, position: int) -> None:
-        """Start the hashing of what has arrived, and the packing of each layer that has."""
+        """Start the hashing of what has arrived, and the packing of each layer that has; called in one thread at a time."""
         if not self._known_root:
             self._check.add(position)
         self._start_layers(position)

@@ -13,7 +13,8 @@ from loraplex_common.errors import (
 )
 from loraplex_common.text_parts import TextParts
 
-from loraplex_adapter_store.checkpoint.canonical import LENGTH_BYTES, header_bytes, read_text_parts
+from loraplex_adapter_store.checkpoint.canonical import read_text_parts
+from loraplex_adapter_store.checkpoint.canonical_header import LENGTH_BYTES, header_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

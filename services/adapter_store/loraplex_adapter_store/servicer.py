@@ -15,7 +15,7 @@ from loraplex_common.auth import current_principal
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
-from loraplex_adapter_store import alias_wire, paging, report_wire, wire
+from loraplex_adapter_store import alias_wire, attach_wire, paging, report_wire, wire
 from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.stream import read_hello, run_session
 from loraplex_adapter_store.callers import caller_of
@@ -225,8 +225,8 @@ class AdapterStoreServicer(ImportRpcs):
         self, request_iterator: AsyncIterator[pb.AttachEngineRequest], context: Context
     ) -> AsyncIterator[pb.AttachEngineResponse]:
         """Serve one engine while its stream is open."""
-        hello = await read_hello(request_iterator, wire.hello)
-        messages = (wire.from_engine(message) async for message in request_iterator)
+        hello = await read_hello(request_iterator, attach_wire.hello)
+        messages = (attach_wire.from_engine(message) async for message in request_iterator)
         session = run_session(self._attached, hello, messages, owner=current_principal().name)
         async with aclosing(session) as outgoing:
             async for message in outgoing:
@@ -236,7 +236,7 @@ class AdapterStoreServicer(ImportRpcs):
                     )
                     yield pb.AttachEngineResponse(welcome=welcome)
                 else:
-                    yield wire.to_engine(message)
+                    yield attach_wire.to_engine(message)
 
     async def _shares(self, alias: Alias, name: str) -> dict[str, int]:
         """Return where a label is to point: revision -> weight."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ThreadWork:
-    """Work of one owner on a shared pool of threads.
+    """Work of one owner on a shared pool of threads; the owner starts it from one thread at a time.
 
     Args:
         executor: The pool.
@@ -23,15 +23,20 @@ class ThreadWork:
         self._futures: list[Future[None]] = []
         self._waits: list[asyncio.Future[None]] = []
 
-    def start(self, function: Callable[..., None], *args: Any) -> asyncio.Future[None]:
+    def start(self, function: Callable[..., None], *args: Any) -> Future[None]:
         """Run a function in a thread; what it raises, `done` raises too."""
         future = self._executor.submit(function, *args)
         self._futures.append(future)
-        self._waits.append(asyncio.wrap_future(future))
-        return self._waits[-1]
+        return future
+
+    async def run(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a function in a thread and wait for it; called on the event loop."""
+        self._waits.append(asyncio.wrap_future(self.start(function, *args)))
+        await self._waits[-1]
 
     async def done(self) -> None:
         """Wait for all that was started; raise what the first failure raised, at once."""
+        self._waits = [asyncio.wrap_future(future) for future in self._futures]
         if self._waits:
             done, _ = await asyncio.wait(self._waits, return_when=asyncio.FIRST_EXCEPTION)
             for each in done:

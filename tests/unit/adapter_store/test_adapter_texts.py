@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from loraplex_adapter_store.checkpoint.canonical import canonicalise, header_bytes, read_text_parts
+from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_text_parts
+from loraplex_adapter_store.checkpoint.canonical_header import header_bytes
 from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.text_check import check_strange_texts
 from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from google.protobuf import duration_pb2
 from loraplex.v1 import adapter_store_pb2
-from loraplex_adapter_store import wire
+from loraplex_adapter_store import attach_wire
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.attach.messages import ArenaInfo, Hello, Want
 from loraplex_adapter_store.attach.session import EngineSession
@@ -138,8 +138,8 @@ def test_a_wants_time_left_arrives_as_seconds_and_its_absence_as_none() -> None:
     request = adapter_store_pb2.AttachEngineRequest
     left = duration_pb2.Duration(seconds=2, nanos=500_000_000)
 
-    hurried = wire.from_engine(request(want=request.Want(digest="ab" * 32, time_left=left)))
-    patient = wire.from_engine(request(want=request.Want(digest="ab" * 32)))
+    hurried = attach_wire.from_engine(request(want=request.Want(digest="ab" * 32, time_left=left)))
+    patient = attach_wire.from_engine(request(want=request.Want(digest="ab" * 32)))
 
     assert hurried == Want("ab" * 32, 2.5)
     assert patient == Want("ab" * 32, None)

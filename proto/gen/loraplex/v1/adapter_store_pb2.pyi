@@ -2234,6 +2234,7 @@ class AttachEngineRequest(_message.Message):
         WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
         MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
         TAKES_TREE_DIGESTS_FIELD_NUMBER: _builtins.int
+        TAKES_WRITTEN_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -2246,6 +2247,8 @@ class AttachEngineRequest(_message.Message):
         """As GetEngineInfoResponse.max_added_tokens."""
         takes_tree_digests: _builtins.bool
         """Whether the engine checks images by Filled.image_tree_sha256; offers then need no image_sha256."""
+        takes_written: _builtins.bool
+        """Whether the engine takes Written, and hashes pages while others are on their way."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -2282,10 +2285,11 @@ class AttachEngineRequest(_message.Message):
             weight_norms: _abc.Iterable[_builtins.float] | None = ...,
             max_added_tokens: _builtins.int = ...,
             takes_tree_digests: _builtins.bool = ...,
+            takes_written: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "takes_tree_digests", b"takes_tree_digests", "weight_norms", b"weight_norms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "takes_tree_digests", b"takes_tree_digests", "takes_written", b"takes_written", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2558,6 +2562,38 @@ class AttachEngineResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Written(_message.Message):
+        """Written says that pages are in their slots, in shared memory; only for engines that take it. Each page that is written once
+        more is named once more, before Filled. A page need not be named.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DIGEST_FIELD_NUMBER: _builtins.int
+        RANK_FIELD_NUMBER: _builtins.int
+        PAGES_FIELD_NUMBER: _builtins.int
+        digest: _builtins.str
+        """Digest of the weights."""
+        rank: _builtins.int
+        """Tensor-parallel rank."""
+        @_builtins.property
+        def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Numbers of pages in the image."""
+
+        def __init__(
+            self,
+            *,
+            digest: _builtins.str = ...,
+            rank: _builtins.int = ...,
+            pages: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pages", b"pages", "rank", b"rank"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Filled(_message.Message):
         """Filled says that the last byte of an image is in its slots (or sent)."""
 
@@ -2664,6 +2700,7 @@ class AttachEngineResponse(_message.Message):
     REFUSE_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___AttachEngineResponse.Welcome:
         """First message."""
@@ -2692,6 +2729,10 @@ class AttachEngineResponse(_message.Message):
     def ack(self) -> Global___AttachEngineResponse.Ack:
         """Heard."""
 
+    @_builtins.property
+    def written(self) -> Global___AttachEngineResponse.Written:
+        """Some of its pages."""
+
     def __init__(
         self,
         *,
@@ -2702,12 +2743,13 @@ class AttachEngineResponse(_message.Message):
         refuse: Global___AttachEngineResponse.Refuse | None = ...,
         drop: Global___AttachEngineResponse.Drop | None = ...,
         ack: Global___AttachEngineResponse.Ack | None = ...,
+        written: Global___AttachEngineResponse.Written | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "chunk", b"chunk", "drop", b"drop", "filled", b"filled", "message", b"message", "offer", b"offer", "refuse", b"refuse", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "chunk", b"chunk", "drop", b"drop", "filled", b"filled", "message", b"message", "offer", b"offer", "refuse", b"refuse", "welcome", b"welcome", "written", b"written"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "chunk", b"chunk", "drop", b"drop", "filled", b"filled", "message", b"message", "offer", b"offer", "refuse", b"refuse", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "chunk", b"chunk", "drop", b"drop", "filled", b"filled", "message", b"message", "offer", b"offer", "refuse", b"refuse", "welcome", b"welcome", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "chunk", "filled", "refuse", "drop", "ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "chunk", "filled", "refuse", "drop", "ack", "written"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

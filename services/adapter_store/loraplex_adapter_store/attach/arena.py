@@ -11,6 +11,8 @@ from loraplex_common.arena_file import NONCE_BYTES, open_arena_file
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -83,14 +85,16 @@ class SlotSink:
     Args:
         arena: The arena; it must not be closed before this.
         slots: Slot of each page.
+        on_written: Called in the writing thread with the number of each page that has been written.
 
     Attributes:
         is_complete: Whether all pages have been written.
     """
 
-    def __init__(self, arena: SharedArena, slots: tuple[int, ...]) -> None:
+    def __init__(self, arena: SharedArena, slots: tuple[int, ...], on_written: Callable[[int], None]) -> None:
         self._arena = arena
         self._slots = slots
+        self._on_written = on_written
         self._changed = threading.Condition()
         self._num_running = self._num_written = 0
         self._is_closed = False
@@ -111,6 +115,7 @@ class SlotSink:
         except OSError as error:
             _log.warning("a page could not be written into an arena", error=error.strerror)
         else:
+            self._on_written(number)
             with self._changed:
                 self._num_written += 1
         finally:

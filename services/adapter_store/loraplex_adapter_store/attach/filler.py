@@ -80,7 +80,7 @@ class Filler:
         Raises:
             LoraplexError: In the cases of `ImageCache.get`; nothing is written any more then.
         """
-        async with self._gate.turn(transfer), self._writer.sink(rank, slots) as sink:
+        async with self._gate.turn(transfer), self._writer.sink(transfer.digest, rank, slots) as sink:
             image = await self._images.get(self._key(transfer, rank), self._fit, sink)
             is_written = sink is not None and sink.is_complete
         if is_written:

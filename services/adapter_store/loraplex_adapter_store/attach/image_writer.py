@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_adapter_store.attach.arena import SharedArena, SlotSink
@@ -43,6 +44,7 @@ class ImageWriter:
         self._outbox = outbox
         self._executor = executor
         self._metrics = metrics
+        self._tells_written = hello.takes_written and hello.takes_tree_digests
         self._arenas = [SharedArena.open(info, self._page_bytes) for info in hello.arenas]
 
     @property
@@ -51,7 +53,7 @@ class ImageWriter:
         return [arena is not None for arena in self._arenas]
 
     @asynccontextmanager
-    async def sink(self, rank: int, slots: tuple[int, ...]) -> AsyncIterator[SlotSink | None]:
+    async def sink(self, digest: str, rank: int, slots: tuple[int, ...]) -> AsyncIterator[SlotSink | None]:
         """Give out what writes finished pages into a rank's slots; None if its arena cannot be reached from here.
 
         After the block, also if it is cancelled, nothing is written.
@@ -60,7 +62,7 @@ class ImageWriter:
         if arena is None:
             yield None
             return
-        sink = SlotSink(arena, slots)
+        sink = SlotSink(arena, slots, self._teller(digest, rank))
         try:
             yield sink
         finally:
@@ -83,15 +85,15 @@ class ImageWriter:
             let_pass: Waited for before each stretch of `STRETCH_BYTES`.
         """
         step = max(1, STRETCH_BYTES // self._page_bytes)
-        arena = self._arenas[rank]
+        arena, tell = self._arenas[rank], self._teller(digest, rank)
         for start in range(0, len(slots), step):
             await let_pass()
             pages = image.pages[start : start + step]
             if arena is None:
                 await self._send_chunks(digest, rank, start * self._page_bytes, pages)
             else:
-                stretch = slots[start : start + step]
-                await self._copy(arena, stretch, pages)
+                numbers = range(start, start + len(pages))
+                await self._copy(partial(_copy, arena, slots, image.pages, tell), numbers)
             self._metrics.push_bytes.labels("chunks" if arena is None else "shared_memory").inc(pages.nbytes)
 
     def close(self) -> None:
@@ -101,15 +103,26 @@ class ImageWriter:
                 arena.close()
         self._arenas.clear()
 
-    async def _copy(self, arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) -> None:
+    def _teller(self, digest: str, rank: int) -> Callable[[int], None]:
+        """Return what a thread calls with the number of each page that it has written."""
+        if not self._tells_written:
+            return lambda _: None
+        loop = asyncio.get_running_loop()
+
+        def tell(page: int) -> None:
+            loop.call_soon_threadsafe(self._outbox.note_written, digest, rank, (page,))
+
+        return tell
+
+    async def _copy(self, copy: Callable[[range], None], numbers: range) -> None:
         """Copy pages, several threads side by side: one reaches a fraction of what memory gives."""
         run = asyncio.get_running_loop().run_in_executor
-        num = min(COPY_THREADS, len(slots))
-        copies = [run(self._executor, _copy, arena, slots[first::num], pages[first::num]) for first in range(num)]
+        num = min(COPY_THREADS, len(numbers))
+        copies = [run(self._executor, copy, numbers[first::num]) for first in range(num)]
         # Shielded: threads go on writing although their waiter is cancelled, so the waiter must wait for all.
         await _uninterrupted(asyncio.gather(*copies, return_exceptions=True))
-        for copy in copies:
-            copy.result()
+        for each in copies:
+            each.result()
 
     async def _send_chunks(self, digest: str, rank: int, offset: int, pages: NDArray[np.uint8]) -> None:
         for page in pages:
@@ -119,9 +132,16 @@ class ImageWriter:
             offset += len(page)
 
 
-def _copy(arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) -> None:
-    for slot, page in zip(slots, pages, strict=True):
-        arena.write(slot, page)
+def _copy(
+    arena: SharedArena,
+    slots: tuple[int, ...],
+    pages: NDArray[np.uint8],
+    tell: Callable[[int], None],
+    numbers: range,
+) -> None:
+    for number in numbers:
+        arena.write(slots[number], pages[number])
+        tell(number)
 
 
 async def _uninterrupted(work: asyncio.Future[Any]) -> None:

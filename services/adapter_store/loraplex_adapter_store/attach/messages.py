@@ -55,6 +55,7 @@ class Hello:
             geometry's layers; empty if the engine does not say.
         max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
         takes_tree_digests: Whether it checks the tree digest that comes with `Filled`, and needs none with an offer.
+        takes_written: Whether it takes `Written`, and hashes pages while others are on their way.
     """
 
     engine_id: str
@@ -69,6 +70,7 @@ class Hello:
     weight_norms: tuple[float, ...] = ()
     max_added_tokens: int = 0
     takes_tree_digests: bool = False
+    takes_written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,19 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """Pages of an image have been written into their slots, in shared memory.
+
+    Attributes:
+        pages: Their numbers in the image.
+    """
+
+    digest: str
+    rank: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Filled:
     """The last byte of an image has been written.
 
@@ -180,4 +195,4 @@ class Ack:
 
 
 FromEngine = Want | Grant | Decline | Residency
-ToEngine = Offer | Chunk | Filled | Refuse | Drop | Ack
+ToEngine = Offer | Chunk | Written | Filled | Refuse | Drop | Ack

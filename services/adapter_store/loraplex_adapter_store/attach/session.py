@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _log = get_logger()
 MAX_TRANSFERS: Final = 4096
 MAX_ATTEMPTS: Final = 2
+WRITTEN_BYTES: Final = 8 * 1024 * 1024
+"""Pages of that many bytes are named at once: a message takes as long as to hash some hundred KiB."""
 _WORKING: Final = frozenset({TransferState.PREPARING, TransferState.FILLING})
 
 
@@ -65,7 +67,7 @@ class EngineSession:
         self._metrics = metrics
         self._held = {held.digest: held for held in hello.held}
         self._sequence = hello.sequence
-        self._outbox = Outbox()
+        self._outbox = Outbox(max(1, WRITTEN_BYTES // hello.geometry.page_bytes))
         self._filler = Filler(hello, images, self._outbox, executor, metrics)
         self._transfers: dict[str, Transfer] = {}
         self._tasks: set[asyncio.Task[None]] = set()

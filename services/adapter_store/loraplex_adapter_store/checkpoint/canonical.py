@@ -20,15 +20,13 @@ from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.errors import AdapterCorruptError
 from loraplex_common.text_parts import TextParts
 
+from loraplex_adapter_store.checkpoint.canonical_header import header_bytes, read_config, read_header
 from loraplex_adapter_store.checkpoint.canonical_parts import (
     module_fields,
-    module_names,
-    module_of,
     name_of,
     named_tensors,
     read_parts,
 )
-from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
 from loraplex_adapter_store.import_notes import ImportNotes
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ FORMAT: Final = 1
 FORMAT_OF_PARTS: Final = 2
 """Format of an adapter with a module that is more than a pair of matrices."""
 CHUNK_BYTES: Final = 2 * 1024 * 1024
-LENGTH_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +181,11 @@ class CanonicalReader:
     """
 
     def __init__(self, data: memoryview, revision: str) -> None:
-        config = _config(data[: header_bytes(data)])
         self._revision = revision
-        self._tensors = read_tensors(data, file=revision)
-        self._names = module_names(self._tensors)
-        self._is_activated = bool(config.get("text_parts", {}).get("invocation_token_ids"))
-        self._modules: dict[int, list[tuple[str, Any]]] = {}
-        for layer, projection, fields in config["modules"]:
-            self._modules.setdefault(layer, []).append((projection, fields))
-        self.base_fingerprint: str = config["base"]
-        self.bytes_needed = self._bytes_needed(header_bytes(data))
+        self._header = read_header(data)
+        self._tensors = self._header.layout.tensors(data)
+        self.base_fingerprint = self._header.base_fingerprint
+        self.bytes_needed = self._header.bytes_needed
 
     def layer(
         self, layer: int, *, as_stored: bool = True
@@ -201,8 +193,8 @@ class CanonicalReader:
         """Return a layer's modules, and their tensors as `read_parts` gives them."""
         modules: list[ModuleSpec] = []
         values: dict[tuple[int, str, str], Arrays] = {}
-        for projection, fields in self._modules[layer]:
-            name = name_of(self._names, layer, projection)
+        for projection, fields in self._header.modules[layer]:
+            name = name_of(self._header.names, layer, projection)
             parts: list[Part] = []
             for part, arrays in read_parts(name, fields, self._tensors, as_stored=as_stored):
                 parts.append(part)
@@ -212,25 +204,7 @@ class CanonicalReader:
 
     def spec_of(self, modules: Iterable[ModuleSpec]) -> AdapterSpec:
         """Return the adapter's spec, from the modules of all layers in their order."""
-        return AdapterSpec(self._revision, tuple(modules), self._is_activated)
-
-    def _bytes_needed(self, start: int) -> dict[int, int]:
-        ends: dict[str | None, int] = {}
-        position = start
-        for name, tensor in sorted(self._tensors.items()):  # tensors lie in the order of their names
-            position += len(tensor.data)
-            ends[module_of(name)] = position
-        shared = ends.get(None, start)
-        return {
-            layer: max(shared, *(ends[name_of(self._names, layer, projection)] for projection, _ in modules))
-            for layer, modules in self._modules.items()
-        }
-
-
-def header_bytes(head: bytes | bytearray | memoryview) -> int:
-    """Return how many bytes in front of the tensors a canonical form has, from its first `LENGTH_BYTES`."""
-    (length,) = struct.unpack_from("<Q", head)
-    return LENGTH_BYTES + int(length)
+        return AdapterSpec(self._revision, tuple(modules), self._header.is_activated)
 
 
 def read_text_parts(head: bytes | bytearray) -> TextParts:
@@ -242,12 +216,7 @@ def read_text_parts(head: bytes | bytearray) -> TextParts:
     Raises:
         TypeError: If it has a part that this version does not know.
     """
-    return TextParts.from_fields(_config(head[: header_bytes(head)]).get("text_parts", {}))
-
-
-def _config(head: bytes | bytearray | memoryview) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(json.loads(bytes(head[LENGTH_BYTES:]))["__metadata__"]["loraplex"])
-    return config
+    return TextParts.from_fields(read_config(bytes(head[: header_bytes(head)])).get("text_parts", {}))
 
 
 def _dumps(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from loraplex_common.adapter_image import from_bfloat16
@@ -117,6 +117,34 @@ def _largest(raw: NDArray[Any], dtype: str) -> float:
     return float(np.max(np.abs(raw)))
 
 
+class Entry(NamedTuple):
+    """One tensor of a header; its bytes are the half-open range from ``begin`` to ``end`` behind the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """What a header says, checked.
+
+    Attributes:
+        start: Bytes in front of the tensors.
+        entries: The tensors, in the order of the header.
+    """
+
+    start: int
+    entries: tuple[Entry, ...]
+
+    def tensors(self, data: memoryview) -> dict[str, Tensor]:
+        """Return the tensors of a file that has this header; not copied."""
+        body = data.toreadonly()[self.start :]
+        return {name: Tensor(name, dtype, shape, body[begin:end]) for name, dtype, shape, begin, end in self.entries}
+
+
 def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str, Tensor]:
     """Read a whole file from memory.
 
@@ -128,38 +156,50 @@ def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str
         AdapterCorruptUploadError: If the file departs from the format; the message says where.
         AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16, bf16, int32 and int64.
     """
-    view = memoryview(data).toreadonly()
-    header, start = _read_header(view, file)
-    body = view[start:]
-    tensors: dict[str, Tensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, begin, end = _check_entry(name, entry, len(body), file)
-        tensors[name] = Tensor(name, dtype, shape, body[begin:end])
-        spans.append((begin, end, name))
+    view = memoryview(data)
+    return read_layout(view, len(view), file=file).tensors(view)
+
+
+def read_layout(head: memoryview, num_bytes: int, *, file: str) -> FileLayout:
+    """Read a file's header.
+
+    Args:
+        head: The file, or its first bytes with all of the header.
+        num_bytes: Bytes of the whole file.
+        file: Name of the file, for messages.
+
+    Raises:
+        AdapterCorruptUploadError: If the file departs from the format; the message says where.
+        AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16, bf16, int32 and int64.
+    """
+    header, start = _read_header(head, num_bytes, file)
+    num_body_bytes = num_bytes - start
+    entries = tuple(
+        Entry(name, *_check_entry(name, entry, num_body_bytes, file))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    )
     position = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, name in sorted((each.begin, each.end, each.name) for each in entries):
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             raise AdapterCorruptUploadError(
                 f"{file}: tensor {name} {kind} (bytes {begin} to {end}, expected {position})"
             )
         position = end
-    if position != len(body):
-        raise AdapterCorruptUploadError(f"{file}: {len(body) - position} bytes after the last tensor")
-    return tensors
+    if position != num_body_bytes:
+        raise AdapterCorruptUploadError(f"{file}: {num_body_bytes - position} bytes after the last tensor")
+    return FileLayout(start, entries)
 
 
-def _read_header(view: memoryview, file: str) -> tuple[dict[str, Any], int]:
-    if len(view) < 8:
-        raise AdapterCorruptUploadError(f"{file}: {len(view)} bytes are no safetensors file")
+def _read_header(view: memoryview, num_bytes: int, file: str) -> tuple[dict[str, Any], int]:
+    if num_bytes < 8:
+        raise AdapterCorruptUploadError(f"{file}: {num_bytes} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", view[:8])
     if length > MAX_HEADER_BYTES:
         raise AdapterCorruptUploadError(f"{file}: header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
-    if length > len(view) - 8:
-        raise AdapterCorruptUploadError(f"{file}: truncated: header of {length} bytes in a file of {len(view)}")
+    if length > num_bytes - 8:
+        raise AdapterCorruptUploadError(f"{file}: truncated: header of {length} bytes in a file of {num_bytes}")
     header = parse_json(
         view[8 : 8 + length], what=f"{file}: the header", max_values=MAX_HEADER_VALUES, pairs=_no_duplicates
     )

@@ -5,6 +5,7 @@ A crc32c is checked on every read; a chunk that one tier has lost is taken from 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ class Manifest:
             num_bytes=shape["bytes"],
             chunk_bytes=shape["chunk_bytes"],
             checksums=tuple(shape["crc32c"]),
-            spec=AdapterSpec.from_json(spec),
+            spec=_spec(spec),
             has_text_parts=has_text_parts,
             tree_sha256=shape.get("tree_sha256", ""),
             images={name.decode(): root.decode() for name, root in fields.items() if name.startswith(IMAGE.encode())},
@@ -104,6 +105,12 @@ class BulkRead(NamedTuple):
 
     read: Callable[[memoryview[int], Arrived], None]
     executor: Executor
+
+
+@functools.lru_cache(maxsize=16)
+def _spec(data: bytes) -> AdapterSpec:
+    """Decode a spec: a cold image's manifest is read for its offer, and again when its bytes are."""
+    return AdapterSpec.from_json(data)
 
 
 def _without_mark(spec: bytes) -> tuple[bytes, bool]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraplex_engine.rpc.image_check import ImageHash
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +50,7 @@ class Transfer:
         offers: The offer for each rank, as far as it has come.
         stage: How far it is.
         slots: Where each rank's part of the arena takes its image; empty before they are granted.
+        hashes: For each rank, what hashes its image; empty before slots are granted.
         filled: For each rank, the tree digest once its image is complete.
         task: Carries the transfer out.
     """
@@ -55,6 +60,7 @@ class Transfer:
         self.offers = {offer.rank: offer}
         self.stage = Stage.OFFERED
         self.slots: tuple[int, ...] = ()
+        self.hashes: tuple[ImageHash, ...] = ()
         loop = asyncio.get_running_loop()
         self.filled: list[asyncio.Future[str]] = [loop.create_future() for _ in range(num_ranks)]
         self.task: asyncio.Task[None] | None = None

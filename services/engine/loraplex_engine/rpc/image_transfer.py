@@ -23,11 +23,13 @@ from loraplex_engine.rpc.image_check import ImageCheck
 from loraplex_engine.rpc.image_offer import ImageOffer, Stage, Transfer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
     from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.rpc.image_check import ImageHash
 
 QUARANTINE_S: Final = 5.0
 """How long slots of a broken stream stay unused: a store that shares the arena may still be writing a page."""
@@ -110,14 +112,27 @@ class ImageTransfers:
             data: The bytes; they must not cross a page boundary.
             checksum: crc32c of ``data``.
         """
-        transfer = self._transfers.get(digest)
-        if transfer is None or transfer.stage is not Stage.FILLING or not 0 <= rank < self._num_ranks:
+        if (transfer := self._filling(digest, rank)) is None:
             return
         view = self._engine.arena.views[rank]
         problem = await asyncio.to_thread(_copy, view, transfer.slots, offset, data, checksum)
         if problem is not None and self._transfers.get(digest) is transfer:
-            await self.abandon(digest)
-            self._callbacks.fail(digest, AdapterCorruptError(f"image {digest}: {problem}"))
+            await self._fail(transfer, problem)
+
+    async def written(self, digest: str, rank: int, pages: Sequence[int]) -> None:
+        """Hash pages that the store has written into shared memory, while it writes others.
+
+        Args:
+            digest: Digest of the image's adapter.
+            rank: Tensor-parallel rank of the part.
+            pages: Their numbers in the image.
+        """
+        if (transfer := self._filling(digest, rank)) is None:
+            return
+        if any(page >= len(transfer.slots) for page in pages):
+            await self._fail(transfer, f"page {max(pages)} of {len(transfer.slots)} is said to be written")
+        else:
+            transfer.hashes[rank].add(pages)
 
     def filled(self, digest: str, rank: int, tree_sha256: str) -> None:
         """Note the store's report that the last byte is in place.
@@ -158,12 +173,13 @@ class ImageTransfers:
                 self._callbacks.decline(offer.digest)
                 return
             transfer.slots, transfer.stage = slots, Stage.FILLING
+            transfer.hashes = tuple(self._check.begin(view, slots) for view in self._engine.arena.views)
             for rank in range(self._num_ranks):
                 self._callbacks.grant(offer.digest, rank, slots)
             tree_digests = await asyncio.gather(*transfer.filled)
             transfer.stage = Stage.VERIFYING
             for rank, tree_sha256 in enumerate(tree_digests):
-                await self._verify(transfer.offers[rank], slots, tree_sha256)
+                await self._verify(transfer.offers[rank], transfer.hashes[rank], tree_sha256)
             transfer.slots = ()
             self._engine.post(ImageArrived(spec, slots))
         except (RequestTooLargeError, AdapterIncompatibleError) as error:
@@ -175,19 +191,31 @@ class ImageTransfers:
         finally:
             self._forget(transfer)
 
-    async def _verify(self, offer: ImageOffer, slots: tuple[int, ...], tree_sha256: str) -> None:
+    async def _verify(self, offer: ImageOffer, image: ImageHash, tree_sha256: str) -> None:
         """Check one rank's image.
 
         Raises:
             AdapterCorruptError: If it is another than was offered.
         """
         expected = tree_sha256 or offer.image_sha256
-        found = await self._check.digest(self._engine.arena.views[offer.rank], slots, is_tree=bool(tree_sha256))
+        found = await (image.tree_sha256() if tree_sha256 else image.sha256())
         if found != expected:
             where = f" of rank {offer.rank}" if self._num_ranks > 1 else ""
             raise AdapterCorruptError(f"image {offer.digest}{where}: sha256 is {found}, expected {expected}")
 
+    def _filling(self, digest: str, rank: int) -> Transfer | None:
+        """Return the transfer of an image that is being written; None of one that was given up, or has no such rank."""
+        found = self._transfers.get(digest)
+        return found if found is not None and found.stage is Stage.FILLING and 0 <= rank < self._num_ranks else None
+
+    async def _fail(self, transfer: Transfer, problem: str) -> None:
+        digest = transfer.offer.digest
+        await self.abandon(digest)
+        self._callbacks.fail(digest, AdapterCorruptError(f"image {digest}: {problem}"))
+
     def _forget(self, transfer: Transfer) -> None:
+        for image in transfer.hashes:
+            image.cancel()
         if self._transfers.get(transfer.offer.digest) is transfer:
             del self._transfers[transfer.offer.digest]
 

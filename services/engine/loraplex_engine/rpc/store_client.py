@@ -199,6 +199,7 @@ class AdapterClient:
             max_added_tokens=self._attachment.max_added_tokens,
             weight_norms=self._engine.weight_norms,
             takes_tree_digests=True,
+            takes_written=True,
         )
 
     def _welcomed(self, welcome: _Response.Welcome) -> None:
@@ -231,6 +232,9 @@ class AdapterClient:
             case "chunk":
                 chunk = response.chunk
                 await self._transfers.write(chunk.digest, chunk.rank, chunk.offset, chunk.data, chunk.crc32c)
+            case "written":
+                written = response.written
+                await self._transfers.written(written.digest, written.rank, written.pages)
             case "filled":
                 filled = response.filled
                 self._silence.owes_no_more(filled.digest)
