@@ -1,11 +1,13 @@
-"""What usage ledger, metrics and traces cost a gateway: CPU time of its process for each request, beside an older one's.
+"""What usage ledger, traces and scrapes cost a gateway: CPU time of its process for each request, on and off in one run.
 
-Usage: ``python benchmarks/gateway_observed.py --before DIR [--rounds 12] [--requests 200] [--tokens 64] [--out FILE]``
+Usage: ``python benchmarks/gateway_observed.py [--before DIR] [--rounds 12] [--requests 600] [--tokens 64] [--out FILE]``
 
-The gateway of `--before`, a tree with ``services`` and ``proto/gen`` of another commit, then this tree's, then this tree's with
-every request traced to a collector, serve the same streams from the same engine double, in turns. CPU time is what bounds a
-gateway's throughput, and tells more on a busy machine than the time that passes. Told: CPU per request of each, the median over
-the rounds, and what is added to the older one's in the same round: the median, and the range of the middle half of the rounds.
+Three gateways of this tree serve the same streams from the same engine double, in turns: ``off`` keeps no usage records, traces
+nothing and is not scraped; ``ledger`` keeps records; ``on`` keeps records, traces every request to a collector and is scraped
+every five seconds. Series are counted in all of them, as nothing switches that off; ``--before``, a tree with ``services`` and
+``proto/gen`` of another commit, adds a gateway of that. CPU time is what bounds a gateway's throughput, and tells more on a busy
+machine than the time that passes. Told: CPU per request of each, the median over the rounds, and what each adds to ``off`` in
+the same round: the median, and the range of the middle half of the rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+import urllib.request
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 CONCURRENT = 32
 OTLP = "LORAPLEX_GATEWAY_OTLP_ENDPOINT"
+USAGE_RECORDS = "LORAPLEX_GATEWAY_USAGE_RECORDS"
+SCRAPE_INTERVAL_S = 5.0  # as deploy/prometheus/prometheus.yml has it
 
 
 async def load(target: str, num_requests: int, num_tokens: int) -> None:
@@ -69,10 +74,14 @@ async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack)
     client = valkey.connect(server.url)
     await engine.register(client)
     gateways: dict[str, Gateway] = {}
-    for name, tree in (("before", arguments.before), ("observed", None), ("traced", None)):
-        os.environ.pop(OTLP, None)
-        if name == "traced":
-            os.environ[OTLP] = collector.target
+    variants: dict[str, dict[str, str]] = {"off": {USAGE_RECORDS: "0"}, "ledger": {}, "on": {OTLP: collector.target}}
+    if arguments.before:
+        variants["before"] = {}
+    for name, settings in variants.items():
+        for variable in (OTLP, USAGE_RECORDS):
+            os.environ.pop(variable, None)
+        os.environ.update(settings)
+        tree = arguments.before if name == "before" else None
         gateways[name] = await asyncio.to_thread(Gateway, str(model), tree=tree, workers=0)
         stack.callback(gateways[name].close)
     for gateway in gateways.values():
@@ -85,6 +94,13 @@ async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack)
     return found
 
 
+async def scrape(address: str) -> None:
+    """Read the metrics of a gateway as Prometheus does, until cancelled."""
+    while True:
+        await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read())
+        await asyncio.sleep(SCRAPE_INTERVAL_S)
+
+
 async def take_turns(
     arguments: argparse.Namespace, gateways: dict[str, Gateway], register: Callable[[], Awaitable[None]]
 ) -> dict[str, list[float]]:
@@ -92,20 +108,32 @@ async def take_turns(
     found: dict[str, list[float]] = {name: [] for name in gateways}
     for number in range(arguments.rounds):
         await register()  # the engine's lease is renewed by nothing else
-        for name in list(gateways)[:: -1 if number % 2 else 1]:
-            before_s = gateways[name].cpu_s()
-            await load(gateways[name].addresses["grpc"], arguments.requests, arguments.tokens)
+        names = list(gateways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # each in each place of a round
+            gateway = gateways[name]
+            before_s = gateway.cpu_s()
+            scraper = asyncio.create_task(scrape(gateway.addresses["metrics"])) if name == "on" else None
+            await load(gateway.addresses["grpc"], arguments.requests, arguments.tokens)
             await asyncio.sleep(1.0)  # records and spans gather for less
-            found[name].append((gateways[name].cpu_s() - before_s) / arguments.requests * 1e3)
+            if scraper is not None:
+                await ended(scraper)
+            found[name].append((gateway.cpu_s() - before_s) / arguments.requests * 1e3)
             print(f"{name:<9} {found[name][-1]:.3f} ms", flush=True)
     return found
+
+
+async def ended(scraper: asyncio.Task[None]) -> None:
+    """Cancel a scraper; raise what it failed with."""
+    scraper.cancel()
+    with suppress(asyncio.CancelledError):
+        await scraper
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, required=True, help="tree of the commit to compare with")
-    for name, default in (("--rounds", 12), ("--requests", 200), ("--tokens", 64)):
+    parser.add_argument("--before", type=Path, help="tree of a commit to compare with, too")
+    for name, default in (("--rounds", 12), ("--requests", 600), ("--tokens", 64)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--out", type=Path, help="file of the results, JSON")
     parser.add_argument("--commit", default="", help="written into the results")
@@ -114,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = asyncio.run(measure(arguments, Path(name), stack))
     medians = {name: statistics.median(values) for name, values in found.items()}
     added: dict[str, list[float]] = {}
-    for variant in ("observed", "traced"):
-        ratios = sorted(mine / before - 1 for mine, before in zip(found[variant], found["before"], strict=True))
+    for variant in [name for name in found if name != "off"]:
+        ratios = sorted(mine / bare - 1 for mine, bare in zip(found[variant], found["off"], strict=True))
         quarter = len(ratios) // 4
         added[variant] = [statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]]
         middle, low, high = added[variant]

@@ -29,7 +29,7 @@ WHAT: Final = {
     "fp8-products": "FP8 products and the kernels that quantise their inputs, beside bf16 products",
     "fp8-step": "a decode step with FP8 weights beside its bytes, and beside its products and attention timed alone",
     "gateway": "a gateway alone: open, with identity, with quotas",
-    "gateway-observed": "what usage ledger, metrics and traces cost a gateway, beside an older one",
+    "gateway-observed": "what usage ledger, metrics and traces cost a gateway, beside an older one or one with them off",
     "gateway-streams": "events a second through a gateway, over SSE and gRPC, by number of workers",
     "kernels": "kernels alone, beside their floors and peers",
     "layers": "LoRA inside a decode layer: time added to a step",

@@ -26,9 +26,24 @@ EXTRAS: Final = {
     "serve": ("serve", "tracing"),
 }
 """Lock -> the extras that it holds; ``engine-cpu`` and ``build`` are made from others."""
+SIGSTORE_CLIENT: Final = (
+    *(
+        "asn1crypto",
+        "charset-normalizer",
+        "dnspython",
+        "email-validator",
+        "id",
+        "markdown-it-py",
+        "mdurl",
+        "platformdirs",
+    ),
+    *("pygments", "pyjwt", "requests", "rfc3161-client", "rfc8785", "rich", "securesystemslib", "sigstore"),
+    *("sigstore-rekor-types", "tuf", "urllib3"),
+)
+"""What only signatures of Sigstore's identities need, which the store does not check (``signatures/bundles.py``)."""
 LEFT_OUT: Final = {
     "gateway": ("hf-xet", "markdown-it-py", "mdurl", "pygments", "rich", "shellingham", "typer"),
-    "adapter-store": ("hf-xet", "shellingham", "typer"),
+    "adapter-store": ("hf-xet", "shellingham", "typer", *SIGSTORE_CLIENT),
 }
 """Lock -> packages that nothing in the image imports: faster downloads of weights, and the libraries of command lines."""
 TORCH_CPU_SHA256: Final = "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"

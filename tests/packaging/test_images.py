@@ -33,6 +33,16 @@ def test_every_package_comes_from_a_lock_with_digests(path: Path) -> None:
     assert [arguments for arguments in installs if "--require-hashes" not in arguments] == []
 
 
+def test_every_stage_begins_with_one_base_that_is_pinned_by_its_digest() -> None:
+    texts = [path.read_text() for path in DOCKERFILES]
+    bases = {base for text in texts for base in re.findall(r"^ARG PYTHON_IMAGE=(.*)$", text, re.MULTILINE)}
+
+    (base,) = bases
+    assert re.fullmatch(r"python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
+    stages = [stage for text in texts for stage in re.findall(r"^FROM (\S+)", text, re.MULTILINE)]
+    assert set(stages) == {"${PYTHON_IMAGE}", "scratch"}
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
 def test_no_image_runs_as_root_or_with_an_installer(path: Path) -> None:
     stages = re.split(r"^FROM ", path.read_text(), flags=re.MULTILINE)[1:]

@@ -41,6 +41,7 @@ class StoreMetrics:
         )
         self.churn = Counter("loraplex_store_churn_total", "Changes of residency.", ["action"], registry=registry)
         self.imports = Counter("loraplex_store_imports_total", "Imports by outcome.", ["outcome"], registry=registry)
+        self.imports.labels("ok")
         self.resolutions = Counter(
             "loraplex_store_resolutions_total",
             "Requests of gateways to resolve a source, by outcome.",

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_adapter_store.checkpoint.bounds import parse_json
@@ -26,6 +28,8 @@ MAX_VALUES: Final = 10_000
 """Values in a signature's JSON: what is signed is one text in it."""
 MAX_TOLD: Final = 160
 """Characters of the library's own words in a message."""
+
+_SIGSTORE_CLIENT: Final = "model_signing._signing.sign_sigstore"
 
 
 class LibraryMissingError(ValueError):
@@ -119,13 +123,30 @@ class _Taken:
 
 
 def _library() -> Any:
-    """Import the library: only stores that check signatures load its 500 modules."""
+    """Import the library: only stores that check signatures load its modules."""
     try:
-        return importlib.import_module("model_signing.verifying")
+        with _without_sigstore_client():
+            return importlib.import_module("model_signing.verifying")
     except ImportError as error:
         raise LibraryMissingError(
             f"signatures need the libraries of loraplex[signatures] ({error}): pip install 'loraplex[signatures]'"
         ) from error
+
+
+@contextmanager
+def _without_sigstore_client() -> Iterator[None]:
+    """Have an import of the library leave out Sigstore's client, which signers by key or certificate do not need.
+
+    The client brings 350 modules, and the image of the store does not have it (``SIGSTORE_CLIENT`` in deploy/lock.py).
+    """
+    if _SIGSTORE_CLIENT in sys.modules:
+        yield
+        return
+    sys.modules[_SIGSTORE_CLIENT] = ModuleType(_SIGSTORE_CLIENT)
+    try:
+        yield
+    finally:
+        del sys.modules[_SIGSTORE_CLIENT]
 
 
 def _use(config: Any, signer: Signer, path: Path) -> None:

@@ -50,6 +50,8 @@ class ResidencyMetrics:
             ["cause"],
             registry=registry,
         )
+        for outcome in ("loaded", "refused"):
+            self._loads.labels(outcome)
         for cause in ("pressure", "request", "arena"):
             self._evictions.labels(cause)
         self._previous: dict[str, tuple[ResidencyState, float]] = {}

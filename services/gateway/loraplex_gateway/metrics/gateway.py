@@ -124,6 +124,11 @@ class GatewayMetrics:
         self.client_resumes = counter(
             "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
         )
+        # Series of zero, so that rates and alerts see the first of each.
+        for outcome in ("ok", "time_limit", "failed"):
+            self.resumes.labels(outcome)
+        for outcome in ("continued", "ended", "refused"):
+            self.client_resumes.labels(outcome)
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
         self.resolutions = counter(
             "resolutions_total", "Adapters that requests named by their source, by outcome.", ("outcome",)
