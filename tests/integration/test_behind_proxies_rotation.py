@@ -61,7 +61,8 @@ async def rotate_all(identities: Identities, load: Load, kind: str, sealed: Seal
     """Replace all certificates some times, by another authority's each time, and see each of them in use."""
     for number in range(NUM_ROTATIONS):
         identities.rotate(identities.authorities[(number + 1) % 2])
-        shown = identities.shown_by("proxy" if kind == "envoy" else "gateway")
+        sealed.proxy.read_again()
+        shown = identities.shown_by("gateway" if kind == "haproxy" else "proxy")
 
         async def is_shown(shown: str = shown) -> bool:
             return await certificate_at(sealed.proxy.grpc) == shown

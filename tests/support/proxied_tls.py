@@ -1,4 +1,4 @@
-"""Gateways that ask for certificates, behind a proxy that passes their TLS on (haproxy) or does its own on both sides (Envoy)."""
+"""Gateways that ask for certificates, behind a proxy that passes their TLS on (haproxy) or does its own on both sides (nginx, Envoy)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-TLS_FILES: Final = {"haproxy": "haproxy-tls.cfg", "envoy": "envoy-tls.yaml"}
+TLS_FILES: Final = {"haproxy": "haproxy-tls.cfg", "nginx": "nginx-tls.conf", "envoy": "envoy-tls.yaml"}
 SECRETS: Final = ("envoy-tls-identity.yaml", "envoy-tls-authority.yaml")
 INSTALLED: Final = "/etc/loraplex"
 NAME: Final = "gateway"

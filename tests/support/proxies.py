@@ -86,6 +86,12 @@ def _nginx(program: str, config: Path) -> list[str]:
     return [program, "-e", "stderr", "-p", str(config.parent), "-c", str(config), "-g", own]
 
 
+def _nginx_folders(folder: Path) -> str:
+    """Return where nginx keeps bodies for a while: a package that is only unpacked lacks the folder that it was built with."""
+    uses = {"client_body": "client-body", "proxy": "proxy", "fastcgi": "fastcgi", "uwsgi": "uwsgi", "scgi": "scgi"}
+    return "".join(f"    {name}_temp_path {folder}/{path};\n" for name, path in uses.items())
+
+
 def _envoy(program: str, config: Path) -> list[str]:
     return [program, "-c", str(config), "--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning"]
 
@@ -123,6 +129,11 @@ class Proxy:
     config: Path
     log_path: Path
     process: subprocess.Popen[bytes] = field(repr=False)
+
+    def read_again(self) -> None:
+        """Have nginx read its files again, which no other needs to be told."""
+        if self.kind == "nginx":
+            self.process.send_signal(signal.SIGHUP)
 
     def log(self) -> str:
         """Return what it has written."""
@@ -165,6 +176,8 @@ async def running_proxy(
     text = replace_all((CONFIGS / name).read_text(), known.addresses(*ports, backends) | dict(changes or {}))
     folder = directory / f"{kind}-{ports[0]}"
     folder.mkdir()
+    if kind == "nginx":
+        text = replace_all(text, {"\nhttp {\n": f"\nhttp {{\n{_nginx_folders(folder)}"})
     config, log_path = folder / name, folder / "log"
     config.write_text(text)
     process = _started(known.command(executable, config), log_path)
