@@ -20,8 +20,8 @@ static_assert(kThreads % kWarp == 0 && kThreads <= 1024, "whole warps");
 static_assert(kGroups || kShares <= 8, "larger clusters need an attribute");
 
 struct Shared {
-    u64 landed;            // mbarrier of `largest`
-    Pair largest[kShares]; // of each CTA of the cluster; a float and nothing
+    u64 landed;             // mbarrier of `largest`
+    Pair largest[kShares];  // of each CTA of the cluster; a float and nothing
     float maxima[kWarps];
 };
 

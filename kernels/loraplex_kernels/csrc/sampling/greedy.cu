@@ -29,7 +29,7 @@ constexpr int kNotFinite = 0, kValid = 1, kNothingLeft = 2;
 constexpr u32 kInfinite = 0xff800000u;  // order of infinity
 
 struct Shared {
-    u64 landed;           // mbarrier of `of_share`
+    u64 landed;              // mbarrier of `of_share`
     Pair of_share[kShares];  // in the first CTA: what each found, a key's halves
     u64 of_warp[kWarps];
 };
