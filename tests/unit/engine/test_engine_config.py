@@ -122,7 +122,7 @@ def test_an_engine_that_asks_nobody_does_not_listen_on_a_network(host: str) -> N
 def test_a_step_on_a_gpu_is_larger_unless_somebody_says_otherwise() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
 
-    assert [step_sizes(load(), device) for device in (cpu, gpu)] == [(64, 1024), (256, 8192)]
+    assert [step_sizes(load(), device) for device in (cpu, gpu)] == [(64, 1024), (512, 8192)]
     assert step_sizes(load("--max-num-seqs", "8"), gpu) == (8, 8192)
     assert step_sizes(load("--max-num-batched-tokens", "512"), cpu) == (64, 512)
 

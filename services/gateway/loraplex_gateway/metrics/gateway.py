@@ -124,11 +124,6 @@ class GatewayMetrics:
         self.client_resumes = counter(
             "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
         )
-        # Series of zero, so that rates and alerts see the first of each.
-        for outcome in ("ok", "time_limit", "failed"):
-            self.resumes.labels(outcome)
-        for outcome in ("continued", "ended", "refused"):
-            self.client_resumes.labels(outcome)
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
         self.resolutions = counter(
             "resolutions_total", "Adapters that requests named by their source, by outcome.", ("outcome",)
@@ -139,6 +134,14 @@ class GatewayMetrics:
         self.usage = TopUsage(registry)
         jains_index = Gauge(prefix + "jains_index", "Fairness among tenants, last minutes.", registry=registry)
         jains_index.set_function(self.shares.jains_index)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Make series of zero, so that rates and alerts see the first of each outcome."""
+        for outcome in ("ok", "time_limit", "failed"):
+            self.resumes.labels(outcome)
+        for outcome in ("continued", "ended", "refused"):
+            self.client_resumes.labels(outcome)
 
     def watch_queue(self, sizes: Callable[[], dict[int, int]]) -> None:
         """Read the queue's sizes by priority from here on."""
