@@ -121,9 +121,7 @@ class GatewayMetrics:
         )
         self.retries = counter("retries_total", "Submissions repeated on another engine.")
         self.resumes = counter("resumes_total", "Streams whose engine was lost after output began.", ("outcome",))
-        self.client_resumes = counter(
-            "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
-        )
+        self.client_resumes = counter("client_resumes_total", "Broken streams that clients resumed.", ("outcome",))
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
         self.resolutions = counter(
             "resolutions_total", "Adapters that requests named by their source, by outcome.", ("outcome",)
