@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import pytest_asyncio
-from loraplex.v1 import gateway_pb2_grpc
+from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_client._gateways import is_bare
 from loraplex_client._resume import CUT
 from loraplex_common.errors import DeadlineError, InvalidParameterError
@@ -143,17 +143,33 @@ async def test_a_deadline_is_the_gateways_and_ends_on_the_engine(behind: Proxied
     await eventually(lambda: behind.engine.aborted_ids == ["r1"])
 
 
+def has_aborted(behind: Proxied) -> bool:
+    """Return whether the engine was told of one request's end.
+
+    HAProxy 2.6 at times leaves the end of an HTTP client's connection unread until there is something to write to it (the
+    socket stays in CLOSE-WAIT with the FIN in its queue), so that there each look lets one more token through.
+    """
+    if behind.proxy.kind == "haproxy" and behind.engine.hold_at is not None:
+        behind.engine.hold_at += 1
+        behind.engine.notify()
+    return len(behind.engine.aborted_ids) == 1
+
+
 async def test_a_client_that_is_gone_ends_its_requests_on_the_engine(behind: Proxied) -> None:
     """Both faces: a connection of gRPC that is reset, and one of HTTP that is closed."""
     behind.engine.hold_at = 2
     async with TcpRelay(behind.proxy.grpc) as relay, open_channel(relay.target) as channel:
-        call = gateway_pb2_grpc.GatewayServiceStub(channel).Generate(long_text(request_id="r1"), timeout=30)
+        call = gateway_pb2_grpc.GatewayServiceStub(channel).Generate(
+            text_request(request_id="r1", stopping=gateway_pb2.StoppingParams(max_new_tokens=400)), timeout=30
+        )
         await call.read()
         async with httpx.AsyncClient(base_url=behind.proxy.http, timeout=30) as http:
-            async with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
+            async with http.stream(
+                "POST", "/v1/completions", json=BODY | {"stream": True, "max_tokens": 400}
+            ) as answer:
                 await anext(answer.aiter_lines())
                 assert len(behind.engine.submits) == 2
-            await eventually(lambda: len(behind.engine.aborted_ids) == 1)
+            await eventually(lambda: has_aborted(behind))
 
         relay.reset()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import gateway_pb2_grpc
 from loraplex_client import AsyncClient
 from loraplex_common.errors import EngineHungError
@@ -119,10 +120,22 @@ async def test_an_engines_refusal_is_passed_on_and_not_tried_at_the_next_gateway
         assert len(rigs[0].engine.submits) == 1
 
 
+async def is_served(channel: grpc.aio.Channel) -> bool:
+    """Return whether a gateway behind the proxy says that it serves."""
+    try:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 async def test_a_gateway_that_cannot_be_reached_is_passed_over_and_each_request_runs_once(
     kind: str, valkey_url: str, tmp_path: Path
 ) -> None:
-    """This the proxy repeats, as no gateway has seen it; a health check may not have found out yet."""
+    """This the proxy repeats, as no gateway has seen it; a health check may not have found out yet.
+
+    The gateway itself must have been found: a first check that came before it was ready would be the only answer.
+    """
     port = free_port()
     nobody = Backend(grpc=f"127.0.0.1:{port}", http=f"127.0.0.1:{port}")
     async with (
@@ -130,6 +143,7 @@ async def test_a_gateway_that_cannot_be_reached_is_passed_over_and_each_request_
         running_proxy(kind, tmp_path, [*backends([rig]), nobody]) as proxy,
         without_retries(proxy.grpc) as channel,
     ):
+        await eventually(lambda: is_served(channel))
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
 
         answers = await asyncio.gather(*(read(stub.Generate(text_request(), timeout=30)) for _ in range(10)))
