@@ -1,16 +1,21 @@
 """A decode step of Llama-3-8B with FP8 weights beside its bytes, and beside its products and attention timed alone.
 
     python benchmarks/fp8_step.py --out benchmarks/results     # one H100 or H200: about 60 s
+    python benchmarks/fp8_step.py --ablate --out benchmarks/results
 
 64 rows of 320 tokens, no adapters. `floor` of the step: weights, lm_head, keys and values, each in its own type, at this card's own
 rate of a copy. `products and attention`: the four FP8 products, the attention of 32 layers, and lm_head, each alone inside a CUDA
 graph, its weights not in L2, in the same run. Bars: a step takes at most 1.45 times its floor and 1.12 times that sum.
+
+With --ablate: what one kernel after the other adds to the step (it is left out), and what the step takes with kernels cut another way,
+scales of outputs. The whole step is measured first and last; what these two differ by is noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -25,6 +30,7 @@ from loraplex_bench.steps.fp8_bench import OPS, Fp8Bench
 from loraplex_bench.steps.kernel_timer import copy_bytes_per_s, time_us
 from loraplex_bench.steps.plan import StepSize
 from loraplex_bench.steps.step_bench import StepBench
+from loraplex_bench.steps.step_changes import LEFT_OUT, OTHERWISE, Change
 from loraplex_engine.runners.cuda.linears import CublasDense
 
 SIZE: Final = StepSize(num_decode=64)
@@ -74,12 +80,50 @@ def measure(shape: Shape, rate: float, results: Results) -> None:
         results.add(Row(suite="fp8_step", case=case, metric=metric, value=step / whole, unit="x", floor=bar))
 
 
+def ablate(shape: Shape, results: Results) -> None:
+    """Add what each of `LEFT_OUT` adds to a step, and what each of `OTHERWISE` does to it, microseconds."""
+    case, whole = case_of(shape), changed_step_ms(shape, nullcontext)
+    results.add(Row(suite="fp8_step", case=case, metric="step", value=whole, unit="ms"))
+    for name, change in LEFT_OUT.items():
+        added = (whole - changed_step_ms(shape, change)) * 1e3
+        results.add(Row(suite="fp8_step", case=f"{case}/{name}", metric="added", value=added, unit="us"))
+    for name, change in OTHERWISE.items():
+        more = (changed_step_ms(shape, change) - whole) * 1e3
+        results.add(Row(suite="fp8_step", case=f"{case}/{name}", metric="more", value=more, unit="us"))
+    again = (changed_step_ms(shape, nullcontext) - whole) * 1e3
+    results.add(Row(suite="fp8_step", case=f"{case}/as it is, again", metric="more", value=again, unit="us"))
+
+
+def changed_step_ms(shape: Shape, change: Change) -> float:
+    """Return what a step takes in an engine that is made with a change."""
+    torch.manual_seed(0)
+    with change():
+        step = step_ms(shape)
+    free_device()
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ablate", action="store_true", help="leave one kernel after the other out, and cut some otherwise"
+    )
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     args = parser.parse_args()
-    results, rate = Results(), copy_bytes_per_s()
+    results = Results()
+    if args.ablate:
+        results.print_head()
+        ablate(LLAMA3_8B_FP8, results)
+    else:
+        measure_all(results)
+    if args.out:
+        results.write(args.out, "fp8-step-ablated" if args.ablate else "fp8-step", commit=args.commit)
+
+
+def measure_all(results: Results) -> None:
+    """Add the rows of each kind of weights."""
+    rate = copy_bytes_per_s()
     results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s; `floor` of a ratio is its bar")
     results.print_head()
     blocks = replace(LLAMA3_8B_FP8, has_fp8_blocks=True)
@@ -87,8 +131,6 @@ def main() -> None:
         torch.manual_seed(0)
         measure(shape, rate, results)
         free_device()
-    if args.out:
-        results.write(args.out, "fp8-step", commit=args.commit)
 
 
 if __name__ == "__main__":

@@ -51,23 +51,31 @@ def quantised(library: KernelLibrary, x: Tensor, *, has_groups: bool) -> Fp8Rows
 
 
 def normed(
-    library: KernelLibrary, x: Tensor | None, weight: Tensor, residual: Tensor | None, *, has_groups: bool
+    library: KernelLibrary,
+    x: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    *,
+    has_groups: bool,
+    has_out: bool = True,
 ) -> tuple[Fp8Rows, Tensor]:
-    """Norm rows by the kernel; return them in e4m3 and in the element type."""
+    """Norm rows by the kernel; return them in e4m3 and in the element type, NaN if the kernel is not to write that."""
     like = x if x is not None else residual
     assert like is not None
     rows = new_rows(like.shape[1], like.device, has_groups=has_groups)
     out = torch.full_like(like, float("nan"))
-    RmsNormFp8(library, like.shape[1], 1e-5, has_groups=has_groups).launch(x, weight, out, rows, residual=residual)
+    kernel = RmsNormFp8(library, like.shape[1], 1e-5, has_groups=has_groups)
+    kernel.launch(x, weight, out if has_out else None, rows, residual=residual)
     return rows, out
 
 
 def activated(
-    library: KernelLibrary, gate_up: Tensor, delta: Tensor | None, *, has_groups: bool
+    library: KernelLibrary, gate_up: Tensor, delta: Tensor | None, *, has_groups: bool, has_out: bool = True
 ) -> tuple[Fp8Rows, Tensor]:
-    """Compute SiLU times up by the kernel; return it in e4m3 and in the element type."""
+    """Compute SiLU times up by the kernel; return it in e4m3 and in the element type, NaN if the kernel is not to write that."""
     width = gate_up.shape[1] // 2
     rows = new_rows(width, gate_up.device, has_groups=has_groups, room=max(ROOM, len(gate_up) + 1))
     out = torch.full((len(gate_up), width), float("nan"), dtype=gate_up.dtype).to(gate_up.device)
-    SiluMulFp8(library, width, has_groups=has_groups).launch(gate_up, out, rows, delta=delta)
+    kernel = SiluMulFp8(library, width, has_groups=has_groups)
+    kernel.launch(gate_up, out if has_out else None, rows, delta=delta)
     return rows, out

@@ -147,6 +147,8 @@ class HostLibrary(KernelLibrary):
         self._tensors += tensors
 
     def check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
+        if tensor.is_meta:  # torch numbers it as it numbers the CPU; a GPU's library finds it elsewhere
+            raise ValueError(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
         self._tensors = [known for known in self._tensors if known is not tensor] + [
             tensor
         ]  # `owner_of` finds the last

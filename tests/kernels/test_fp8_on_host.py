@@ -117,6 +117,33 @@ def test_a_row_s_codes_do_not_depend_on_how_many_rows_there_are(
     assert torch.equal(wide(few, 2), wide(many, 2))
 
 
+@KINDS
+def test_codes_and_scales_are_the_same_where_nothing_else_is_written(
+    host_library: MakeHostLibrary, dtype: torch.dtype, has_groups: bool
+) -> None:
+    library = host_library(dtype)
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((4, 584), (4, 584), (584,)))
+    gate_up = (torch.randn(4, 2 * 584) * 3).to(dtype)
+    sums = [residual.clone() for _ in range(2)]
+
+    for has_out in (True, False):
+        rows, out = normed(library, x, weight, sums[has_out], has_groups=has_groups, has_out=has_out)
+        pairs = {"norm": (rows, out)}
+        for count in (2, 4):  # few rows and many are two kernels'
+            pairs[f"gate of {count}"] = activated(
+                library, gate_up[:count].contiguous(), None, has_groups=has_groups, has_out=has_out
+            )
+        if has_out:
+            expected_pairs = pairs
+    assert torch.equal(sums[0], sums[1])
+    for name, (found, out) in pairs.items():
+        wanted, plain = expected_pairs[name]
+        assert torch.equal(found.codes.view(torch.uint8), wanted.codes.view(torch.uint8)), name
+        assert torch.equal(found.scales.nan_to_num(), wanted.scales.nan_to_num()), name
+        assert plain.isfinite().all()
+        assert out.isnan().all()
+
+
 def test_rows_without_room_are_refused(host_library: MakeHostLibrary) -> None:
     library = host_library(torch.float32)
 

@@ -135,6 +135,10 @@ class PlainPath(BasePath):
         """Return the path of a step."""
         return cls(followers, geometry, adapters, np.repeat(plan.adapters, plan.num_tokens))
 
+    def reads_input(self, op: str) -> bool:
+        """See `LayerPath`."""
+        return True
+
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         out.copy_(self._output(layer, op, linear, x, step))

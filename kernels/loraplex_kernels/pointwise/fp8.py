@@ -90,7 +90,7 @@ class RmsNormFp8(_Quantising):
         self,
         x: torch.Tensor | None,
         weight: torch.Tensor,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         quantised: Fp8Rows,
         *,
         residual: torch.Tensor | None = None,
@@ -100,7 +100,7 @@ class RmsNormFp8(_Quantising):
         Args:
             x: ``[tokens, hidden]``; None to normalise the residual as it is.
             weight: ``[hidden]``.
-            out: ``[tokens, hidden]``.
+            out: ``[tokens, hidden]``; None if nothing reads the result but in e4m3.
             quantised: The same in e4m3; its first rows are written.
             residual: ``[tokens, hidden]``, updated in place.
 
@@ -108,14 +108,16 @@ class RmsNormFp8(_Quantising):
             ValueError: If a shape, dtype or device differs, or there is neither x nor residual.
         """
         check, dtype, hidden, params = self._library.check, self._library.dtype, self._width, self._kernel.params
-        if x is None and residual is None:
+        rows = residual if x is None else x
+        if rows is None:
             raise ValueError("x or residual is needed")
         params.x = None if x is None else check("x", x, dtype, -1, hidden)
         params.residual = None if residual is None else check("residual", residual, dtype, -1, hidden)
         params.weight = check("weight", weight, dtype, hidden)
-        params.out = check("out", out, dtype, -1, hidden)
-        self._set(params.quantised, quantised, out.shape[0])
-        self._kernel.launch(out.shape[0])
+        count = rows.shape[0] if out is None else out.shape[0]
+        params.out = None if out is None else check("out", out, dtype, -1, hidden)
+        self._set(params.quantised, quantised, count)
+        self._kernel.launch(count)
 
 
 class GateCut(NamedTuple):
@@ -183,25 +185,26 @@ class SiluMulFp8(_Quantising):
             )
 
     def launch(
-        self, gate_up: torch.Tensor, out: torch.Tensor, quantised: Fp8Rows, *, delta: torch.Tensor | None = None
+        self, gate_up: torch.Tensor, out: torch.Tensor | None, quantised: Fp8Rows, *, delta: torch.Tensor | None = None
     ) -> None:
-        """Compute one row per row of ``out``.
+        """Compute one row per row of ``out``, or of ``gate_up`` where there is none.
 
         Args:
             gate_up: ``[tokens, 2 * width]``.
-            out: ``[tokens, width]``.
+            out: ``[tokens, width]``; None if nothing reads the result but in e4m3.
             quantised: The same in e4m3; its first rows are written.
             delta: fp32 ``[tokens, 2 * width]``, added to ``gate_up`` first.
 
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
-        check, dtype, width, rows = self._library.check, self._library.dtype, self._width, out.shape[0]
+        check, dtype, width = self._library.check, self._library.dtype, self._width
+        rows = gate_up.shape[0] if out is None else out.shape[0]
         few = self._few if rows <= self._few_rows else None
         kernel = few or self._many
         params = kernel.params
         params.gate_up = check("gate_up", gate_up, dtype, -1, 2 * width)
-        params.out = check("out", out, dtype, -1, width)
+        params.out = None if out is None else check("out", out, dtype, -1, width)
         params.delta = None if delta is None else check("delta", delta, torch.float32, rows, 2 * width)
         self._set(params.quantised, quantised, rows)
         kernel.launch(rows * self._shares if few else rows)

@@ -1,4 +1,5 @@
 // rms_norm.cu, and its result in e4m3 for the product that follows: the residual sum, the norm and its rounding are the same.
+// Without `out` the e4m3 form is all that is written: nothing but the product reads the result.
 //
 // Grid: one CTA per row. Block: kThreads, each holding kVecs vectors of 16 bytes of the row in registers. Shared memory: one
 // float per warp. Alignment: rows start on 16 bytes; HIDDEN % (16 / sizeof(elem)) == 0.
@@ -17,7 +18,7 @@ struct Params {
     const elem* x;       // [rows, HIDDEN]; may be null when residual is given
     elem* residual;      // [rows, HIDDEN], updated in place; null: there is none
     const elem* weight;  // [HIDDEN]
-    elem* out;           // [rows, HIDDEN]
+    elem* out;           // [rows, HIDDEN], or null
     Quantised quantised;
     float eps;
     int reserved;
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThrea
 #pragma unroll
         for (int j = 0; j < kVec; ++j)
             values[i].v[j] = from_float<elem>(normed(to_float(values[i].v[j]), scale, to_float(weight.v[j])));
-        store_vec(p.out + row * kHidden + column, values[i]);
+        if (p.out) store_vec(p.out + row * kHidden + column, values[i]);
     }
     quantise_row<kThreads, kHidden>(values, row, p.quantised, maxima);
 }

@@ -61,7 +61,7 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, 1024 / k
         const int at = first + i * kThreads + static_cast<int>(threadIdx.x);
         values[i] = at < end ? activate(p, row, at * kVec) : Vec{};
         largest[i] = largest_of(values[i]);
-        if (at < end) store_vec(p.out + row * kWidth + at * kVec, values[i]);
+        if (at < end && p.out) store_vec(p.out + row * kWidth + at * kVec, values[i]);
     }
     if constexpr (kGroups) {
 #pragma unroll

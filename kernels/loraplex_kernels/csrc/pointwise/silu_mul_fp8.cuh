@@ -8,7 +8,7 @@ static_assert(kWidth % kVec == 0, "rows are read as 16-byte vectors");
 
 struct Params {
     const elem* gate_up;  // [rows, 2 * WIDTH]
-    elem* out;            // [rows, WIDTH]
+    elem* out;            // [rows, WIDTH], or null: the e4m3 form is all that is written
     const float* delta;   // same shape as gate_up, or null
     Quantised quantised;
 };

@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 6) silu_mul_fp8_many(cons
         const int index = turn * kThreads + static_cast<int>(threadIdx.x), column = index * kVec;
         if (column >= kWidth) continue;
         const Vec values = activate(p, row, column);
-        store_vec(p.out + row * kWidth + column, values);
+        if (p.out) store_vec(p.out + row * kWidth + column, values);
         shared.row[index] = values;
         largest = fmaxf(largest, largest_of(values));
     }

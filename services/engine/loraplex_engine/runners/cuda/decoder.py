@@ -20,6 +20,7 @@ from loraplex_kernels.pointwise.silu_mul import SiluMul
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.followers import Followers, NormShape
 from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
+from loraplex_engine.runners.cuda.fp8_linear import read_codes_alone
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 from loraplex_engine.runners.cuda.workspace import Workspace
 
@@ -67,6 +68,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
     ) -> None:
         config = model.config
         self._model, self._pool, self._inputs = model, pool, inputs
+        self._code_ops = self._ops_of_codes()
         layouts = {
             window: KvLayout(
                 page_bytes=geometry.page_bytes,
@@ -86,6 +88,24 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self._norm = self._make_norm(library)
         attention = {window: self._make_attention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
+
+    def _ops_of_codes(self) -> frozenset[str]:
+        """Return the ops whose input a kernel writes in e4m3, and whose products read nothing else of it in any layer."""
+        inputs, layers = self._inputs, self._model.layers
+        if inputs is None:
+            return frozenset()
+        linears = {
+            "qkv": [layer.qkv for layer in layers],
+            "gate_up": [layer.gate_up for layer in layers],
+            "down": [layer.down for layer in layers],
+        }
+        return frozenset(op for op in linears if read_codes_alone(linears[op], inputs))
+
+    def _input(self, path: LayerPath, op: str, buffer: Tensor) -> Tensor:
+        """Return where a step's kernels write an op's input besides e4m3: ``buffer``, or nowhere if nothing on its path reads that."""
+        if self._inputs is None or op not in self._code_ops or path.reads_input(op):
+            return buffer
+        return self._inputs.without_memory(buffer)
 
     def _make_attention(self, library: KernelLibrary, layout: KvLayout, limits: LargestStep) -> PagedAttention:
         config = self._model.config
@@ -214,19 +234,20 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
-        qkv, attended = work.qkv[:tokens], work.attended[:tokens]
-        gate_up, act = work.gate_up[:tokens], work.act[:tokens]
+        hidden, projected = work.hidden[:tokens], work.scratch(tokens)
+        qkv, attended, gate_up = work.qkv[:tokens], work.attended[:tokens], work.gate_up[:tokens]
+        normed, of_mlp = (self._input(path, op, work.x[:tokens]) for op in ("qkv", "gate_up"))
+        act = self._input(path, "down", work.act[:tokens])
         self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
         rest: Tensor | None = None
         for index, layer in enumerate(self._model.layers):
-            path.norm(self._norm, rest, layer.input_norm.weight, hidden, x, step)
-            path.project(index, "qkv", layer.qkv, x, qkv, step)
+            path.norm(self._norm, rest, layer.input_norm.weight, hidden, normed, step)
+            path.project(index, "qkv", layer.qkv, normed, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
             rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
-            path.norm(self._norm, rest, layer.post_norm.weight, hidden, x, step)
-            path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
+            path.norm(self._norm, rest, layer.post_norm.weight, hidden, of_mlp, step)
+            path.project(index, "gate_up", layer.gate_up, of_mlp, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
             rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
         return rest

@@ -20,7 +20,7 @@ from loraplex_engine.runners.cuda.followers import Followers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraplex_common.decoder_config import Activation
+    from loraplex_common.decoder_config import Activation, DenseTraits
     from loraplex_kernels.attention.paged_kv import KvLayout
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
@@ -84,10 +84,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
         super().__init__(model, library, pool, geometry, limits, num_slots=num_slots, inputs=inputs)
         config, traits = model.config, model.config.traits
         branch_norms = (traits.after_attention, traits.after_mlp)
-        input_norms = (traits.before_attention, traits.before_mlp)
-        self._adds_products = (
-            branch_norms == (None, None) and None not in input_norms and traits.residual_multiplier == 1.0
-        )
+        self._adds_products = _adds_products(traits)
         needed = () if self._adds_products else [(a is not None, b) for a in branch_norms for b in (True, False)]
         self._joins = {
             (has_after, has_before): BranchNorm(
@@ -103,6 +100,11 @@ class DenseDecoder(CudaDecoder[DenseModel]):
         }
         self._softcap = None if traits.logits_softcap is None else Softcap(library, traits.logits_softcap)
         self._capped = self.work.logits if self._softcap is None else torch.zeros_like(self.work.logits)
+
+    def _ops_of_codes(self) -> frozenset[str]:
+        """See `CudaDecoder`; what a norm behind a branch or no norm writes is not in e4m3."""
+        ops = super()._ops_of_codes()
+        return ops if _adds_products(self._model.config.traits) else ops & {"down"}
 
     def _make_followers(self, library: KernelLibrary, layout: KvLayout) -> Followers:
         """See `CudaDecoder`."""
@@ -134,20 +136,21 @@ class DenseDecoder(CudaDecoder[DenseModel]):
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x, scratch = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
-        qkv, attended = work.qkv[:tokens], work.attended[:tokens]
-        gate_up, act = work.gate_up[:tokens], work.act[:tokens]
+        hidden, scratch = work.hidden[:tokens], work.scratch(tokens)
+        qkv, attended, gate_up = work.qkv[:tokens], work.attended[:tokens], work.gate_up[:tokens]
+        normed, of_mlp = (self._input(path, op, work.x[:tokens]) for op in ("qkv", "gate_up"))
+        act = self._input(path, "down", work.act[:tokens])
         self._embedding.launch(self.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
         rest: Tensor | None = None
         joining: RmsNorm | None = None
         for index, layer in enumerate(self._model.layers):
-            self._join(rest, joining, hidden, layer.before_attention, x)
-            path.project(index, "qkv", layer.qkv, x, qkv, step)
+            self._join(rest, joining, hidden, layer.before_attention, normed)
+            path.project(index, "qkv", layer.qkv, normed, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
             rest = self._branch(path, index, "o", layer.o, attended, hidden, scratch, step)
-            self._join(rest, layer.after_attention, hidden, layer.before_mlp, x)
-            path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
+            self._join(rest, layer.after_attention, hidden, layer.before_mlp, of_mlp)
+            path.project(index, "gate_up", layer.gate_up, of_mlp, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
             rest = self._branch(path, index, "down", layer.down, act, hidden, scratch, step)
             joining = layer.after_mlp
@@ -225,6 +228,12 @@ class DenseDecoder(CudaDecoder[DenseModel]):
     def finished_rows(self, count: int) -> Tensor:
         """See `CudaDecoder`."""
         return self._capped[:count, : self.vocab_size]
+
+
+def _adds_products(traits: DenseTraits) -> bool:
+    """Tell whether what attention and MLP compute is added as it is, and normed for the next of them."""
+    norms = (traits.after_attention, traits.after_mlp, traits.before_attention, traits.before_mlp)
+    return norms[:2] == (None, None) and None not in norms[2:] and traits.residual_multiplier == 1.0
 
 
 def _weight(norm: RmsNorm | None) -> Tensor | None:

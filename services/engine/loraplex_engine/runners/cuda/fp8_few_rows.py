@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
-from loraplex_kernels.products.fp8_cut import choose_cuts
+from loraplex_kernels.products import fp8_cut
 from loraplex_kernels.products.fp8_product import Fp8Product
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class FewRowProducts:
         fits = weight.in_features % INPUT_STEP == weight.out_features % OUTPUT_STEP == 0
         if self._library.arch != ARCH or not is_bf16 or not fits:
             return None
-        cuts = choose_cuts(weight.out_features, self._library.num_multiprocessors)
+        cuts = fp8_cut.choose_cuts(weight.out_features, self._library.num_multiprocessors)
         return FewRowProduct(self, weight, tuple(self._kernel(cut, has_groups=weight.is_blocked) for cut in cuts))
 
     def _kernel(self, cut: Cut, *, has_groups: bool) -> Fp8Product:

@@ -32,7 +32,8 @@ class Fp8Inputs:
 
     One buffer does for all: a product is launched before the next input is quantised. A kernel that computes an input may write
     its e4m3 form, too (`to_write`); the product finds it (`of`) unless another input was written meanwhile, or this one was
-    changed (`forget`), and quantises it otherwise.
+    changed (`forget`), and quantises it otherwise. An input that nothing but products reads is written in e4m3 alone: what
+    stands for it (`without_memory`) has a shape and no numbers, so that whatever would read these fails when it is launched.
 
     Args:
         library: Kernels.
@@ -58,7 +59,9 @@ class Fp8Inputs:
         self._products = torch.zeros(self._sum_rows * widest, dtype=library.dtype, device=device)
         self._kernels: dict[tuple[int, bool], QuantiseFp8] = {}
         self._views: dict[tuple[int, int, bool], Fp8Rows] = {}
-        self._written: tuple[int, int, bool] | None = None  # address, rows and kind of the input that the buffer holds
+        self._written: tuple[Tensor, bool] | None = (
+            None  # the input that the buffer holds, and whether with several scales
+        )
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
@@ -76,23 +79,36 @@ class Fp8Inputs:
         if (width, has_groups) not in self._kernels:
             self._kernels[width, has_groups] = QuantiseFp8(self.library, width, has_groups=has_groups)
 
+    @staticmethod
+    def without_memory(x: Tensor) -> Tensor:
+        """Return what stands for an input of the shape of ``x`` that is written in e4m3 alone."""
+        return torch.empty_like(x, device="meta")
+
     def to_write(self, x: Tensor) -> Fp8Rows:
         """Return where the kernel that computes ``x`` writes its e4m3 form."""
-        self._written = x.data_ptr(), len(x), self.has_groups
+        self._written = x, self.has_groups
         return self._rows(len(x), x.shape[1], has_groups=self.has_groups)
 
     def forget(self, x: Tensor) -> None:
         """Say that ``x`` was changed since its e4m3 form was written."""
-        if self._written is not None and self._written[0] == x.data_ptr():
+        if self._written is not None and _is_at(self._written[0], x):
             self._written = None
 
     def of(self, x: Tensor, *, has_groups: bool) -> Fp8Rows:
-        """Return ``x`` in e4m3, with the rows that a product needs beyond; launches a kernel unless it is written."""
+        """Return ``x`` in e4m3, with the rows that a product needs beyond; launches a kernel unless it is written.
+
+        Raises:
+            RuntimeError: If ``x`` has no memory and the buffer does not hold it: it was read before, or is of other scales.
+        """
         rows = self._rows(len(x), x.shape[1], has_groups=has_groups)
-        key = x.data_ptr(), len(x), has_groups
-        if self._written != key:
-            self._kernels[x.shape[1], has_groups].launch(x, rows)
-        self._written = None  # each is read once; what writes an input next need not say so
+        written, self._written = self._written, None  # each is read once; what writes an input next need not say so
+        if written is not None and written[1] == has_groups and len(written[0]) == len(x) and _is_at(written[0], x):
+            return rows
+        if x.is_meta:
+            raise RuntimeError(
+                f"an input of {list(x.shape)} that was written in e4m3 alone is not there to be quantised"
+            )
+        self._kernels[x.shape[1], has_groups].launch(x, rows)
         return rows
 
     def product(self, count: int, outputs: int) -> Tensor:
@@ -110,12 +126,22 @@ class Fp8Inputs:
         return self._views[key]
 
 
+def _is_at(written: Tensor, x: Tensor) -> bool:
+    """Tell whether two inputs begin at one address; without memory, whether they are one."""
+    return written is x if written.is_meta else written.data_ptr() == x.data_ptr()
+
+
+def _memory_of(x: Tensor) -> Tensor | None:
+    """Return where a kernel writes an input besides its e4m3 form; None if nowhere."""
+    return None if x.is_meta else x
+
+
 def _ops(config: ModelConfig) -> set[str]:
     return {each.op for layer in config.layers for each in layer}
 
 
 class QuantisingNorm(RmsNorm):
-    """`RmsNorm` that also writes its result in e4m3, but for chosen rows: these are lm_head's."""
+    """`RmsNorm` that also writes its result in e4m3, alone if ``out`` has no memory, but for chosen rows: these are lm_head's."""
 
     def __init__(
         self, library: KernelLibrary, hidden_size: int, eps: float, inputs: Fp8Inputs, *, unit_offset: bool = False
@@ -135,14 +161,14 @@ class QuantisingNorm(RmsNorm):
     ) -> None:
         """See `RmsNorm`."""
         if rows is None:
-            self._quantising.launch(x, weight, out, self._inputs.to_write(out), residual=residual)
+            self._quantising.launch(x, weight, _memory_of(out), self._inputs.to_write(out), residual=residual)
         else:
             self._inputs.forget(out)
             super().launch(x, weight, out, residual=residual, rows=rows)
 
 
 class QuantisingGate(SiluMul):
-    """`SiluMul`, or a gate that is made alike, that also writes its result in e4m3."""
+    """`SiluMul`, or a gate that is made alike, that also writes its result in e4m3, alone if ``out`` has no memory."""
 
     def __init__(self, library: KernelLibrary, width: int, gate: type[SiluMul], inputs: Fp8Inputs) -> None:
         self._inputs = inputs  # and not the gate's own kernel
@@ -150,4 +176,4 @@ class QuantisingGate(SiluMul):
 
     def launch(self, gate_up: Tensor, out: Tensor, *, delta: Tensor | None = None) -> None:
         """See `SiluMul`."""
-        self._quantising.launch(gate_up, out, self._inputs.to_write(out), delta=delta)
+        self._quantising.launch(gate_up, _memory_of(out), self._inputs.to_write(out), delta=delta)

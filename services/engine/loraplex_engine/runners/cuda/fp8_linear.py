@@ -18,12 +18,15 @@ from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from loraplex_kernels.pointwise.fp8 import Fp8Rows
     from torch import Tensor
 
     from loraplex_engine.model.fp8 import Fp8Weight
+    from loraplex_engine.model.linear import Linear
 
 FAST_ACCUMULATION: Final = True
 """Whether tensor cores keep torch's sums, in fewer bits than fp32 has, where scales are of rows and outputs (ADR 35)."""
@@ -165,6 +168,11 @@ def _multiply_blocks(
         False,  # torch refuses fast sums of blocks
         out=out,
     )
+
+
+def read_codes_alone(linears: Iterable[Linear], inputs: Fp8Inputs) -> bool:
+    """Tell whether linear layers read nothing of an input but the e4m3 form that fused kernels write: of one kind of scales."""
+    return all(isinstance(each, ScaledMmLinear) and each.weight.is_blocked == inputs.has_groups for each in linears)
 
 
 def linear_forms(

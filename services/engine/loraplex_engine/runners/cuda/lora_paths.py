@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 class LayerPath(Protocol):
     """How a step goes through projections and their followers."""
 
+    def reads_input(self, op: str) -> bool:
+        """Tell whether any kernel but the base's product reads an op's input, in any layer."""
+        ...
+
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """Compute qkv's or gate_up's product; whether LoRA is in ``out`` yet is the path's affair."""
         ...
@@ -80,6 +84,11 @@ class BasePath:
 
     def __init__(self, followers: Followers) -> None:
         self._rope, self._silu_mul, self._inputs = followers.rope, followers.silu_mul, followers.inputs
+
+    def reads_input(self, op: str) -> bool:
+        """See `LayerPath`."""
+        del op
+        return False
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -137,6 +146,10 @@ class _DecodeLoraPath(BasePath):
     ) -> None:
         super().__init__(followers)
         self._lora, self._hidden, self._grids, self._ops = lora, hidden, grids, ops
+
+    def reads_input(self, op: str) -> bool:
+        """See `LayerPath`."""
+        return op in self._ops
 
     def project_branch(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`; the product comes after shrink, so that expand finds it."""
@@ -261,6 +274,11 @@ class AddedLoraPath(BasePath):
     def __init__(self, followers: Followers, lora: TokenLora) -> None:
         super().__init__(followers)
         self._lora = lora
+
+    def reads_input(self, op: str) -> bool:
+        """See `LayerPath`; which ops a step's adapters leave alone is the kernels' affair."""
+        del op
+        return True
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""

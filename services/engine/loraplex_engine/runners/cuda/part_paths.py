@@ -87,6 +87,11 @@ class _PartPath(BasePath):
         super().__init__(followers)
         self._parts = parts
 
+    def reads_input(self, op: str) -> bool:
+        """See `LayerPath`."""
+        del op
+        return True
+
     @abstractmethod
     def _needs(self, layer: int, op: str) -> PartVariant:
         """Return what may be computed in an op."""

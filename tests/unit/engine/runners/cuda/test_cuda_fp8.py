@@ -15,7 +15,7 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
-from loraplex_engine.model.fp8 import Fp8Linear, Fp8Weight, quantise, quantise_tokens, widen
+from loraplex_engine.model.fp8 import Fp8Linear, Fp8Weight, quantise, quantise_tokens
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.runners.cuda import fp8_few_rows, fp8_linear
@@ -30,6 +30,7 @@ from loraplex_kernels.products import fp8_product
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter
+from support.fp8_products import multiply_blocks
 from support.host_decoder import BUCKET, CPU, NUM_PAGES, NUM_SLOTS, HostRunner
 from support.host_parts import PartRunner
 from support.part_adapters import FAMILIES, random_adapter
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_engine.step import StepResult
-    from loraplex_kernels.pointwise.fp8 import Fp8Rows
     from torch import Tensor
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
@@ -93,17 +93,6 @@ def steps_of(runner: HostRunner | TorchRunner, model_dir: Path, like: HostRunner
     late = add(range(60, 62))
     plans = [rows, [*rows, late], [*rows, late], [rows[1], late]]
     return [centred_logits(runner, harness.step(plan)) for plan in plans]
-
-
-def multiply_blocks(rows: Fp8Rows, codes_t: Tensor, scales_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """What torch computes on a GPU, as torch has no product with scales of blocks on a CPU."""
-    inputs, outputs = codes_t.shape
-    assert scales_t.shape[0] % 4 == 0, "columns of scales begin on 16 bytes"
-    assert scales_t.stride() == (1, scales_t.shape[0])
-    assert rows.scales.t().stride() == (1, len(rows.codes))
-    weight = Fp8Weight(codes_t.t(), scales_t.t()[:, : -(-inputs // 128)], is_blocked=True, dtype=torch.float32)
-    assert bias is None
-    out.copy_(widen(rows.codes, rows.scales.t()) @ weight.rows(0, outputs).t())
 
 
 @pytest.mark.slow
