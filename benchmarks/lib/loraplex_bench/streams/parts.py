@@ -84,19 +84,20 @@ class Gateway(Part):
         model: Directory of the base model.
         tree: Where its code is, of another commit; None for this one's.
         workers: Its processes; 0 for a gateway that does not know the flag.
+        module: What is run.
 
     Attributes:
         addresses: Kind of port -> address.
     """
 
-    def __init__(self, model: str, *, tree: Path | None, workers: int) -> None:
+    def __init__(self, model: str, *, tree: Path | None, workers: int, module: str = "loraplex_gateway") -> None:
         folders = ("services/gateway", "services/common", "proto/gen")
         paths = [] if tree is None else [(tree / folder).resolve() for folder in folders]
         flags = ["--model", model, "--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "warning"]
         flags += ["--drain-settle-s", "0", "--drain-grace-s", "1", "--engine-silence-s", "60"]
         flags += ["--workers", str(workers)] if workers > 1 else []
         super().__init__(
-            ["-m", "loraplex_gateway", *flags],
+            ["-m", module, *flags],
             cores=cores_of("gateway", workers=max(1, workers)),
             environment={"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])},
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.fleet.news import News
 
 MAX_BACKLOG: Final = 256
-"""News that a reader may be behind; one that is further behind gets everything anew instead."""
+"""News that a reader may be behind; one that is further behind gets everything anew instead, engine by engine."""
 
 _log = get_logger()
 
@@ -52,7 +52,7 @@ class FleetWatch:
     @contextmanager
     def reading(self) -> Iterator[FleetReader]:
         """Let a reader follow the fleet during the block."""
-        reader = FleetReader(self._snapshots)
+        reader = FleetReader(self._known, self._snapshot)
         self._readers.add(reader)
         if self._is_closed:
             reader.close()
@@ -119,33 +119,43 @@ class FleetWatch:
         for reader in self._readers:
             reader.put(news)
 
-    def _snapshots(self) -> list[News]:
-        known = (engine for _, engine in sorted(self._engines.items()) if engine.is_known)
-        return [engine.snapshot() for engine in known]
+    def _known(self) -> list[str]:
+        return sorted(engine_id for engine_id, engine in self._engines.items() if engine.is_known)
+
+    def _snapshot(self, engine_id: str) -> News | None:
+        engine = self._engines.get(engine_id)
+        return engine.snapshot() if engine is not None and engine.is_known else None
 
 
 class FleetReader:
     """One reader's place: everything first, then news, and everything anew if it falls behind.
 
+    Everything is told one engine at a time, since the pools of a whole fleet at once would hold up every other stream.
+
     Args:
-        snapshots: Returns all that is known now.
+        known: Returns the ids of the engines of which anything is known.
+        snapshot: Returns all that is known of an engine; None if it is gone.
     """
 
-    def __init__(self, snapshots: Callable[[], list[News]]) -> None:
-        self._snapshots = snapshots
+    def __init__(self, known: Callable[[], list[str]], snapshot: Callable[[str], News | None]) -> None:
+        self._known, self._snapshot = known, snapshot
         self._news: deque[News] = deque()
+        self._owed: dict[str, None] = {}  # a set in order: engines to be told of anew
         self._is_behind = True
         self._is_closed = False
         self._has_news = asyncio.Event()
         self._has_news.set()
 
     def put(self, news: News) -> None:
-        """Add news, unless everything is going to be told anyway."""
-        if self._is_behind:
+        """Add news, unless all of its engine is going to be told anyway."""
+        if news.message.gone:
+            self._owed.pop(news.message.engine_id, None)  # what came before is told as far as it was
+        elif self._is_behind or news.message.engine_id in self._owed:
             return
         self._news.append(news)
-        if len(self._news) > MAX_BACKLOG:
-            self._news.clear()
+        if len(self._news) > MAX_BACKLOG and not self._is_behind:
+            self._news = deque(each for each in self._news if each.message.gone)
+            self._owed.clear()
             self._is_behind = True
         self._has_news.set()
 
@@ -164,9 +174,22 @@ class FleetReader:
         if self._is_closed:
             return None
         self._has_news.clear()
+        news, self._news = list(self._news), deque()
         if self._is_behind:
             self._is_behind = False
-            return self._snapshots()
-        news = list(self._news)
-        self._news.clear()
+            self._owed = dict.fromkeys(self._known())
+        if self._owed:
+            news += await self._next_owed()
+        if self._owed or self._is_behind:
+            self._has_news.set()
         return news
+
+    async def _next_owed(self) -> list[News]:
+        """Return everything of the next engine, once others had their turn on the event loop."""
+        await asyncio.sleep(0)
+        if not self._owed:  # the last has gone meanwhile
+            return []
+        engine_id = next(iter(self._owed))
+        del self._owed[engine_id]
+        found = self._snapshot(engine_id)
+        return [] if found is None else [found]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
+    from loraplex_gateway.fleet.news import News
     from loraplex_gateway.fleet.watch import FleetReader
     from loraplex_gateway.openai.fleet_page import FleetPage
 
@@ -81,7 +82,7 @@ class FleetEvents:
                 following.result()  # a fault of ours, which is told
             if found is None:
                 break
-            parts = [*(_event("engine", as_json(news)) for news in found), *self._import_events()]
+            parts = [*await _engine_events(found), *self._import_events()]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _about(self) -> dict[str, Any]:
@@ -95,6 +96,15 @@ class FleetEvents:
     def _import_events(self) -> Sequence[bytes]:
         told = self._imports.take()
         return () if told is None else (_event("imports", told),)
+
+
+async def _engine_events(found: Sequence[News]) -> list[bytes]:
+    """Return the events of news, each made in a turn of its own: a whole pool takes milliseconds."""
+    events = []
+    for news in found:
+        events.append(_event("engine", as_json(news)))
+        await asyncio.sleep(0)
+    return events
 
 
 def _event(name: str, body: Any) -> bytes:
