@@ -182,8 +182,8 @@ def by_rank(samples: dict[str, list[tuple[str, float]]], name: str) -> dict[str,
 
 
 def test_each_rank_of_each_engine_is_measured_and_none_outlives_a_killed_serve(base: Path, tmp_path: Path) -> None:
-    flags = ("--engines", "2", "--tensor-parallel", "2", "--device", "cpu", "--num-threads", "1")
-    process = ServeProcess(tmp_path / "data", "--model", str(base), *flags, *POOL)
+    flags = ("--engines", "2", "--tensor-parallel", "2", "--adapter-split", "divided", "--device", "cpu")
+    process = ServeProcess(tmp_path / "data", "--model", str(base), *flags, "--num-threads", "1", *POOL)
     ranks = [rank for engine in process.engine_pids() for rank in children_of(engine)]
     with Client(process.grpc, store_target=process.store) as client:
         client.adapters.upload("one", write_adapter(tmp_path / "one", base, Recipe(rank=8)))
@@ -208,6 +208,9 @@ def test_each_rank_of_each_engine_is_measured_and_none_outlives_a_killed_serve(b
     assert min(by_rank(served, "resident_bytes").values()) > 50e6
     for rank, spent_s in by_rank(served, "collective_seconds_total").items():
         assert 0 < spent_s < by_rank(served, "step_seconds_sum")[rank], rank
+    splits = dict(served["loraplex_engine_adapter_splits_total"])
+    assert splits.keys() == {'split="whole"', 'split="divided"'}
+    assert splits['split="whole"'] == 0 < splits['split="divided"']
     everyone = [*ranks, *children_of(process.pid)]
     process.kill()
     assert len(everyone) == 2 + 5

@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
 import numpy as np
@@ -87,25 +87,33 @@ class RankTally:
         return not self.wrong and has_few_ties and self.logit_error < MAX_LOGIT_ERROR
 
 
+class GroupFlags(NamedTuple):
+    """An engine's ranks: how many, and how they divide adapters' pairs (``--adapter-split``)."""
+
+    degree: int
+    split: str = "auto"
+
+
 class Round:
     """One stack and its adapters.
 
     Args:
         folder: Empty; for everything that is written.
-        degree: Tensor-parallel ranks.
+        group: The engine's tensor-parallel ranks.
         rng: Source of everything random.
         tally: Gets the results.
     """
 
-    def __init__(self, folder: Path, degree: int, rng: np.random.Generator, tally: RankTally) -> None:
-        self._folder, self._degree, self._rng, self._tally = folder, degree, rng, tally
+    def __init__(self, folder: Path, group: GroupFlags, rng: np.random.Generator, tally: RankTally) -> None:
+        self._folder, self._group, self._rng, self._tally = folder, group, rng, tally
         self._base = str(rng.choice(BASE_NAMES))
         self._truths: dict[str, tuple[str, AdapterOfMethod]] = {}  # revision -> method, and what PEFT makes of it
         self._sets = [write_adapters(folder / "adapters" / name, self._base, rng) for name in ("first", "second")]
 
     def run(self, num_requests: int) -> None:
         """Serve random requests while adapters change, then compare each with PEFT."""
-        flags = StackFlags(engine=("--tensor-parallel", str(self._degree), *SIZES))
+        group = ("--tensor-parallel", str(self._group.degree), "--adapter-split", self._group.split)
+        flags = StackFlags(engine=(*group, *SIZES))
         logs = self._folder / "stack"
         logs.mkdir()
         with running_stack(logs, base_dir(self._base), self._folder / "adapters", flags) as stack:
@@ -200,12 +208,14 @@ async def _evict_one(engine: Any, rng: np.random.Generator) -> None:
             raise
 
 
-def run_rank_campaign(directory: Path, *, degree: int, num_rounds: int, num_requests: int, seed: int) -> RankTally:
+def run_rank_campaign(
+    directory: Path, *, group: GroupFlags, num_rounds: int, num_requests: int, seed: int
+) -> RankTally:
     """Run rounds; faults are in the tally.
 
     Args:
         directory: Gets all files.
-        degree: Tensor-parallel ranks of the engines.
+        group: Tensor-parallel ranks of the engines.
         num_rounds: Rounds, each with a stack and adapters of its own.
         num_requests: Requests of a round.
         seed: Seed of everything random.
@@ -215,7 +225,7 @@ def run_rank_campaign(directory: Path, *, degree: int, num_rounds: int, num_requ
     for number in range(num_rounds):
         folder = directory / str(number)
         folder.mkdir()
-        Round(folder, degree, np.random.default_rng([seed, number]), tally).run(num_requests)
+        Round(folder, group, np.random.default_rng([seed, number]), tally).run(num_requests)
         shutil.rmtree(folder)
         tally.num_rounds += 1
     tally.seconds = round(time.monotonic() - began_s, 1)
@@ -226,6 +236,7 @@ def main() -> int:
     """Run a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--degree", type=int, default=2)
+    parser.add_argument("--split", choices=("auto", "whole", "divided"), default="auto")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--requests", type=int, default=60, help="requests of a round")
     parser.add_argument("--seed", type=int, default=None, help="default: from the clock")
@@ -235,16 +246,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         tally = run_rank_campaign(
             Path(directory),
-            degree=arguments.degree,
+            group=GroupFlags(arguments.degree, arguments.split),
             num_rounds=arguments.rounds,
             num_requests=arguments.requests,
             seed=seed,
         )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    text = json.dumps({"commit": commit, "degree": arguments.degree, **asdict(tally)}, indent=2)
+    text = json.dumps(
+        {"commit": commit, "degree": arguments.degree, "split": arguments.split, **asdict(tally)}, indent=2
+    )
     print(text)
     if arguments.results is not None:
-        (arguments.results / f"ranks_{commit[:12]}_{arguments.degree}_{seed}.json").write_text(text + "\n")
+        (arguments.results / f"ranks_{commit[:12]}_{arguments.degree}_{arguments.split}_{seed}.json").write_text(
+            text + "\n"
+        )
     return 0 if tally.is_good else 1
 
 

@@ -33,6 +33,7 @@ class Numerics:
         kv: What keys and values are stored as, e.g. ``fp8``; empty: in the type computed in.
         rope: Which of several tables of positions is used, e.g. ``long``; empty where a model has one.
         tp_degree: Tensor-parallel ranks, whose partial sums are added in an order of their own.
+        pairs: How these divide an adapter's pairs, ``whole`` or ``divided``; empty: as the faster way is.
     """
 
     compute: str
@@ -40,9 +41,10 @@ class Numerics:
     kv: str = ""
     rope: str = ""
     tp_degree: int = 1
+    pairs: str = ""
 
     def __post_init__(self) -> None:
-        for part in (self.compute, self.weights, *filter(None, (self.kv, self.rope))):
+        for part in (self.compute, self.weights, *filter(None, (self.kv, self.rope, self.pairs))):
             if not _PART.fullmatch(part):
                 raise ValueError(f"{part!r} is no part of numerics: lower-case letters, digits and . _ : - are")
         if len(str(self)) > MAX_CHARS:
@@ -54,6 +56,7 @@ class Numerics:
         parts += [f"kv:{self.kv}"] if self.kv else []
         parts += [f"rope:{self.rope}"] if self.rope else []
         parts += [f"tp:{self.tp_degree}"] if self.tp_degree > 1 else []
+        parts += [f"pairs:{self.pairs}"] if self.pairs else []
         return "+".join(parts)
 
 

@@ -20,10 +20,11 @@ from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
-from loraplex_engine.model.numerics import numerics_of
+from loraplex_engine.model.numerics import RankForm, numerics_of
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.model.weights import DTYPES, WeightLayout, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
+from loraplex_engine.rank_split import choice_named
 from loraplex_engine.ranks.degree import RankHost as RankHost
 from loraplex_engine.ranks.degree import checked_degree, for_each
 from loraplex_engine.ranks.figures import RankBook as RankBook
@@ -99,7 +100,8 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
     model, weights = model_config(info.config), weight_choice(config, info, device).numerics
-    numerics = numerics_of(model, weights, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype, tp_degree=degree)
+    ranks = RankForm(degree, config.adapter_split)
+    numerics = numerics_of(model, weights, ranks, dtype=pool.dtype, max_model_len=max_model_len, kv=kv_dtype)
     return EngineLimits(
         pool=pool,
         num_pages=num_pages,
@@ -215,7 +217,8 @@ def runner_factory(
     choice = weight_choice(config, info, device)
 
     def make(limits: EngineLimits) -> ModelRunner:
-        runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device), weight_form=choice.form)
+        split, name = choice_named(config.adapter_split), _torch_name(device)
+        runner_config = RunnerConfig(info=info, limits=limits, device=name, weight_form=choice.form, pair_split=split)
         layout, dtype = WeightLayout(tp_degree=config.tensor_parallel), DTYPES[limits.pool.dtype]
         weights = WeightReader(config.model, dtype=dtype, device=device, layout=layout, form=choice.form)
         choice.tell()

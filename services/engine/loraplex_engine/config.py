@@ -33,6 +33,7 @@ KvCacheDtypeName = Literal["auto", "fp8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
 QuantizationName = Literal["auto", "fp8", "none"]
+AdapterSplitName = Literal["auto", "whole", "divided"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
 _CHOICES: Final[dict[str, Any]] = {
     "dtype": DtypeName,
@@ -40,6 +41,7 @@ _CHOICES: Final[dict[str, Any]] = {
     "kv_cache_dtype": KvCacheDtypeName,
     "device": DeviceName,
     "backend": BackendName,
+    "adapter_split": AdapterSplitName,
 }
 
 
@@ -116,6 +118,11 @@ class EngineConfig(ServiceSettings):
     tensor_parallel: int = setting(
         1, help="processes that compute the model together, each with a part of every weight (docs/tensor_parallel.md)"
     )
+    adapter_split: AdapterSplitName = setting(
+        "auto",
+        help="factor of an adapter's pair that each rank could have whole: whole, divided (a collective more), or auto, the "
+        "faster in each step (docs/tensor_parallel.md)",
+    )
     num_threads: int | None = setting(
         None,
         help="compute threads on a CPU, of each tensor-parallel rank (default: all cores, divided among the ranks)",
@@ -174,6 +181,10 @@ class EngineConfig(ServiceSettings):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         _require(self.tensor_parallel > 0, f"--tensor-parallel must be positive, not {self.tensor_parallel}")
+        _require(
+            self.adapter_split == "auto" or self.tensor_parallel > 1,
+            f"--adapter-split {self.adapter_split} needs --tensor-parallel 2 or more: one rank has all factors whole",
+        )
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         for name in (

@@ -54,6 +54,11 @@ They are constants, as the choice is part of the numerics: engines of one fleet 
 """
 
 
+def choice_named(name: str) -> PairSplit | RankRates:
+    """Return the choice that ``--adapter-split`` names: a `PairSplit`, or ``auto`` for the faster one."""
+    return CPU_RATES if name == "auto" else PairSplit(name)
+
+
 def choice_text(choice: PairSplit | RankRates) -> str:
     """Encode how ranks are to choose."""
     return choice.value if isinstance(choice, PairSplit) else json.dumps(asdict(choice))

@@ -189,6 +189,10 @@ class EngineOptions:
             help="Processes of an engine that compute the model together, each with a part of every weight.",
         ),
     ] = None
+    adapter_split: Annotated[
+        str | None,
+        typer.Option(help="How these divide adapters' pairs: auto, whole or divided; see docs/tensor_parallel.md."),
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None
@@ -221,6 +225,7 @@ class EngineOptions:
                 "--device": self.device,
                 "--num-threads": self.num_threads,
                 "--tensor-parallel": self.tensor_parallel,
+                "--adapter-split": self.adapter_split,
                 "--max-model-len": self.max_model_len,
                 "--max-num-seqs": self.max_num_seqs,
                 "--max-num-batched-tokens": self.max_num_batched_tokens,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from loraplex_engine.rank_split import PairSplit
 from loraplex_engine.ranks.figures import RankFigures, resident_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +51,18 @@ class RankCollector(Collector):
             waits.add_metric(label, rank.collective_s)
             pages.add_metric(label, rank.adapter_pages)
             memory.add_metric(label, rank.resident_bytes)
-        yield from (steps, waits, pages, memory)
+        yield from (steps, waits, pages, memory, self._splits())
+
+    def _splits(self) -> Metric:
+        splits = CounterMetricFamily(
+            "loraplex_engine_adapter_splits",
+            "Projections of steps whose adapters' pairs ranks computed with one factor whole, or with both divided.",
+            labels=["split"],
+        )
+        counts = self._book.pair_splits()
+        for split in PairSplit:
+            splits.add_metric([split.value], counts.get(split, 0))
+        return splits
 
     def _own(self) -> RankFigures:
         totals, load = self._engine.totals, self._engine.snapshot()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from loraplex_engine.rank_split import PairSplit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,9 @@ class RankBook:
     Attributes:
         others: Latest figures of every other rank; a rank is missing until it has said some.
         collective_s: Returns the seconds that rank 0's own steps have spent in collectives.
+        pair_splits: Returns how often pairs of a fused projection were computed each way; all ranks do the same.
     """
 
     others: dict[int, RankFigures] = field(default_factory=dict)
     collective_s: Callable[[], float] = lambda: 0.0
+    pair_splits: Callable[[], Mapping[PairSplit, int]] = dict

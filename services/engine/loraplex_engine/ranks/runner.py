@@ -89,6 +89,7 @@ class RankedRunner:
             self._group = GlooGroup.meet(self._meeting_fd, 0, plan.degree, timeout=COLLECTIVE_TIMEOUT)
             plan.book.collective_s = lambda: self._group.collective_s
             self._runner = TorchRunner(config, weights, self._group)
+            plan.book.pair_splits = lambda: self._runner.pair_splits
             self._processes.wait_ready()
         except BaseException:
             self._processes.close()

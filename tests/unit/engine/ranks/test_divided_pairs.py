@@ -135,15 +135,17 @@ def test_each_projection_of_a_step_is_divided_where_its_rates_say_so(
         sequence = rig.harness.add([1, 2, 3], adapter=index)
         rig.harness.generate([sequence], NUM_TOKENS)
         rig.harness.release([sequence])
+    counts = dict(rig.runner.runner.pair_splits)
     rig.runner.close()
 
+    assert counts == {
+        PairSplit.WHOLE: NUM_TOKENS * NUM_LAYERS * (2 * 4 + 3),
+        PairSplit.DIVIDED: NUM_TOKENS * NUM_LAYERS,
+    }
     chosen = [(each["projection"], each["split"]) for each in said]
     assert chosen == [
         *((op, "whole") for op in ("qkv", "o", "gate_up", "down")),
-        (
-            "qkv",
-            "divided",
-        ),  # of 51 stacked rank rows of 64 columns in fp32, half is more than 5,000 bytes
+        ("qkv", "divided"),  # of 51 stacked rank rows of 64 columns in fp32, half is more than 5,000 bytes
     ]
     assert said[-1]["factor_bytes"] == 3 * 17 * 64 * 4
     assert said[-1]["whole_us"] == pytest.approx(13.1)

@@ -70,11 +70,15 @@ class DividedPairs:
         group: This rank's end of the group.
         geometry: The geometry of adapter images.
         choice: What to do; a `RankRates` has the faster way chosen for each projection of each step.
+
+    Attributes:
+        counts: Projections of steps that were computed each way.
     """
 
     def __init__(self, group: RankGroup, geometry: Geometry, choice: PairSplit | RankRates) -> None:
         self._group, self._geometry, self._choice = group, geometry, choice
         self._logged: set[tuple[int, PairSplit]] = set()
+        self.counts = dict.fromkeys(PairSplit, 0)
 
     def deltas(self, terms: Sequence[Term], x: Tensor) -> Deltas | None:
         """Return what the pairs of a fused projection make of the step's rows; None if whole factors are to be used.
@@ -83,7 +87,11 @@ class DividedPairs:
             terms: Those of the step's segments that have pairs there.
             x: Its input, ``[T, in_features]``.
         """
-        if not terms or self._chosen(terms) is PairSplit.WHOLE:
+        if not terms:
+            return None
+        chosen = self._chosen(terms)
+        self.counts[chosen] += 1
+        if chosen is PairSplit.WHOLE:
             return None
         op = self._geometry.ops[terms[0].adapter.index]
         if op.projections[0].split is Split.INPUTS:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.model.weights import WeightSource
     from loraplex_engine.rank_group import RankGroup
+    from loraplex_engine.rank_split import PairSplit
     from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
@@ -103,6 +104,11 @@ class TorchRunner:
         self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears, self._rows, group)
         self._buffers: dict[int, Activations] = {}
         self._launched: deque[TorchStepHandle] = deque()
+
+    @property
+    def pair_splits(self) -> Mapping[PairSplit, int]:
+        """How many projections of steps had adapters' pairs computed each way; none where a rank is alone."""
+        return {} if self._divided is None else self._divided.counts
 
     @property
     def pipeline_depth(self) -> int:
