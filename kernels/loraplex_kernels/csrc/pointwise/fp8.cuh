@@ -94,6 +94,31 @@ __device__ __forceinline__ void store_group(const Vec& values, i64 row, int colu
     store_codes(values, largest, out.codes + row * width + column);
 }
 
+// The largest values of a thread's vectors -> with GROUPS of their groups, else the first is the row's, which row_max makes of the
+// thread's. All threads call it.
+template <int kVecs, class RowMax>
+__device__ __forceinline__ void find_largest(float (&largest)[kVecs], const RowMax& row_max) {
+    if constexpr (kGroups) {
+#pragma unroll
+        for (int i = 0; i < kVecs; ++i) largest[i] = fmaxf(group_max(largest[i]), kLeastScaled);
+    } else {
+#pragma unroll
+        for (int i = 1; i < kVecs; ++i) largest[0] = fmaxf(largest[0], largest[i]);
+        largest[0] = fmaxf(row_max(largest[0]), kLeastScaled);
+    }
+}
+
+// Vector i of a thread, behind find_largest.
+template <int kWidth, int kVecs>
+__device__ __forceinline__ void store_quantised(const Vec (&row)[kVecs], int i, i64 index, int column,
+                                                const float (&largest)[kVecs], const Quantised& out) {
+    if constexpr (kGroups) {
+        store_group(row[i], index, column, kWidth, largest[i], out);
+    } else {
+        store_codes(row[i], largest[0], out.codes + index * kWidth + column);
+    }
+}
+
 // All threads of a block call it with their vectors of the row, zeros where a vector lies behind the row's end: vector i of
 // thread t has the columns from (i * kThreads + t) * kVec on. scratch holds one float per warp and is free before the call.
 template <int kThreads, int kWidth, int kVecs>
@@ -101,23 +126,11 @@ __device__ __forceinline__ void quantise_row(const Vec (&row)[kVecs], i64 index,
     float largest[kVecs];
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) largest[i] = largest_of(row[i]);
-    if constexpr (kGroups) {
-#pragma unroll
-        for (int i = 0; i < kVecs; ++i) largest[i] = fmaxf(group_max(largest[i]), kLeastScaled);
-    } else {
-#pragma unroll
-        for (int i = 1; i < kVecs; ++i) largest[0] = fmaxf(largest[0], largest[i]);
-        largest[0] = fmaxf(block_max<kThreads>(largest[0], scratch), kLeastScaled);
-        if (threadIdx.x == 0) out.scales[index] = largest[0] / kLargestCode;
-    }
+    find_largest(largest, [&](float own) { return block_max<kThreads>(own, scratch); });
+    if (!kGroups && threadIdx.x == 0) out.scales[index] = largest[0] / kLargestCode;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
         const int column = (i * kThreads + static_cast<int>(threadIdx.x)) * kVec;
-        if (column >= kWidth) continue;
-        if constexpr (kGroups) {
-            store_group(row[i], index, column, kWidth, largest[i], out);
-        } else {
-            store_codes(row[i], largest[0], out.codes + index * kWidth + column);
-        }
+        if (column < kWidth) store_quantised<kWidth>(row, i, index, column, largest, out);
     }
 }

@@ -63,23 +63,11 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, 1024 / k
         largest[i] = largest_of(values[i]);
         if (at < end && p.out) store_vec(p.out + row * kWidth + at * kVec, values[i]);
     }
-    if constexpr (kGroups) {
-#pragma unroll
-        for (int i = 0; i < kVecs; ++i) largest[i] = fmaxf(group_max(largest[i]), kLeastScaled);
-    } else {
-#pragma unroll
-        for (int i = 1; i < kVecs; ++i) largest[0] = fmaxf(largest[0], largest[i]);
-        largest[0] = fmaxf(row_max(largest[0], shared, share), kLeastScaled);
-        if (threadIdx.x == 0 && share == 0) p.quantised.scales[row] = largest[0] / kLargestCode;
-    }
+    find_largest(largest, [&](float own) { return row_max(own, shared, share); });
+    if (!kGroups && threadIdx.x == 0 && share == 0) p.quantised.scales[row] = largest[0] / kLargestCode;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-        const int at = first + i * kThreads + static_cast<int>(threadIdx.x), column = at * kVec;
-        if (at >= end) continue;
-        if constexpr (kGroups) {
-            store_group(values[i], row, column, kWidth, largest[i], p.quantised);
-        } else {
-            store_codes(values[i], largest[0], p.quantised.codes + row * kWidth + column);
-        }
+        const int at = first + i * kThreads + static_cast<int>(threadIdx.x);
+        if (at < end) store_quantised<kWidth>(values, i, row, at * kVec, largest, p.quantised);
     }
 }
