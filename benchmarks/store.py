@@ -1,6 +1,6 @@
 """The adapter store's rates beside a copy of memory, a plain gRPC stream and redis-py's GET, all in one run.
 
-    python benchmarks/store.py [--smoke] [--adapters 8] [--dtype bfloat16] [--out benchmarks/results]
+    python benchmarks/store.py [--smoke] [--adapters 8] [--dtype bfloat16] [--pause-s 0] [--out benchmarks/results]
 
 A real Valkey, a store in a process of its own, and an engine's side of the protocol in this one, with a real arena in
 shared memory. Adapters are of Llama-3-8B, all seven projections, rank 16: 80 MiB. No GPU is needed: nothing is computed.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from loraplex_bench.results import Results, Row, head_commit
 from loraplex_bench.store.inputs import LLAMA3_8B, TINY, write_adapters, write_base
 from loraplex_bench.store.peers import get_rate, grpc_rate, hash_rate, memcpy_rate
-from loraplex_bench.store.rig import Inputs, cpu_seconds, engine, fetch, running_store
+from loraplex_bench.store.rig import Fetched, Inputs, cpu_seconds, engine, fetch, running_store
 from loraplex_bench.store.stages import stage_rates
 from loraplex_common.valkey import EmbeddedValkey, connect
 
@@ -55,6 +55,7 @@ class Bench:
         self.results = results
         self.num_bytes = (adapters[0] / "adapter_model.safetensors").stat().st_size
         self.digests: list[str] = []
+        self.pause_s = 0.0
 
     def add(self, case: str, gb_per_s: float, peer: str = "", peer_value: float | None = None) -> None:
         """Add a rate."""
@@ -118,7 +119,11 @@ class Bench:
         """
         singles, together = self.digests[: max(1, len(self.digests) - AT_ONCE)], self.digests[-AT_ONCE:]
         async with engine(client, self.inputs, "engine") as peer:
-            found = [await fetch(peer, [digest], pid) for digest in singles]
+            found: list[Fetched] = []
+            for digest in singles:
+                await asyncio.sleep(self.pause_s)
+                found.append(await fetch(peer, [digest], pid))
+            await asyncio.sleep(self.pause_s)
             self.add(f"{case}/first one", found[0].rate)
             rate = statistics.median(each.rate for each in found[1:] or found)
             self.add_beside(f"{case}/one", rate, beside[0], wanted)
@@ -186,13 +191,14 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the checkpoints")
     parser.add_argument("--engine-dtype", default="bfloat16", help="of the images")
+    parser.add_argument("--pause-s", type=float, default=0.0, help="between images, for what the store does meanwhile")
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     args = parser.parse_args()
     results = Results()
     results.print_head()
     results.note(
-        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before, checkpoints {args.dtype}, images {args.engine_dtype}"
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before, checkpoints {args.dtype}, images {args.engine_dtype}, {args.pause_s:g} s between images"
     )
     with tempfile.TemporaryDirectory() as name, EmbeddedValkey(Path(name) / "valkey") as valkey:
         folder = Path(name)
@@ -202,6 +208,7 @@ def main() -> None:
         num_slots = 60 * args.adapters * (1 if args.dtype != "float32" else 2)
         inputs = Inputs(folder=folder, base=base, valkey_url=valkey.url, dtype=args.engine_dtype, num_slots=num_slots)
         bench = Bench(inputs, adapters[: args.adapters], adapters[args.adapters :], results)
+        bench.pause_s = args.pause_s
         asyncio.run(measure(bench, inputs))
     if args.out is not None:
         results.write(args.out, "store", commit=args.commit)

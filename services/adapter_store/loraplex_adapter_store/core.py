@@ -12,7 +12,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.valkey_client import blocking_pool
 
-from loraplex_adapter_store.buffers import BufferPool
+from loraplex_adapter_store.buffers import NUM_AHEAD, BufferPool
 from loraplex_adapter_store.byte_budget import ByteBudget
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import Credentials
@@ -107,6 +107,7 @@ def make_images(core: Core, stack: AsyncExitStack) -> ImageCache:
         stack.push_async_callback(disk.close)
     budget = ByteBudget(config.image_work_bytes)
     leases = DerivationLeases(core.client)
-    buffers = BufferPool(max_idle_bytes=config.image_work_bytes)
+    buffers = BufferPool(max_idle_bytes=config.image_work_bytes, num_ahead=NUM_AHEAD)
+    stack.push_async_callback(asyncio.to_thread, buffers.close)
     sources = ImageSources(core.blobs, core.catalog, disk, budget, executor, leases, buffers)
     return ImageCache(sources, core.metrics, budget_bytes=config.image_cache_bytes)

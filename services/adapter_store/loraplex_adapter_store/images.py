@@ -103,7 +103,8 @@ class ImageSources:
         """
         async with self._leases.turn(key) as turn:
             if turn.pages is None or len(turn.pages) != num_pages:
-                image = await self._derived(key, manifest, num_pages, sink)
+                with self._buffers.busy():
+                    image = await self._derived(key, manifest, num_pages, sink)
                 turn.derived = (image.pages, image.tree_sha256)
                 return image
         image = Image(manifest.spec, manifest.base_fingerprint, turn.pages, turn.tree_sha256)
