@@ -135,7 +135,8 @@ def test_each_projection_of_a_step_is_divided_where_its_rates_say_so(
         sequence = rig.harness.add([1, 2, 3], adapter=index)
         rig.harness.generate([sequence], NUM_TOKENS)
         rig.harness.release([sequence])
-    counts = dict(rig.runner.runner.pair_splits)
+    ranked: Any = rig.runner
+    counts = dict(ranked.runner.pair_splits)
     rig.runner.close()
 
     assert counts == {
