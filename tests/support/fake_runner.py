@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from loraplex_common.errors import LoraplexError
-from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, SlotSetup, StepPlan, StepResult, TokenLogprobs
+from loraplex_engine.step import SlotSetup, StepPlan, StepResult, TokenLogprobs
 from numpy.typing import NDArray
 from support.fake_adapters import FakeAdapter, fake_geometry, fake_image
+from support.plan_checks import check_pages, check_shapes, indices_of, indices_of_row, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,16 +31,6 @@ Adapters = tuple[tuple[str, float], ...]
 """Digest and scale of each adapter that a row adds up, in order."""
 VOCAB_SIZE = 50
 NO_OWNER = -1
-
-
-class PlanError(AssertionError):
-    """A plan breaks the contract of step.py."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise PlanError unless the condition holds."""
-    if not condition:
-        raise PlanError(message)
 
 
 def draw(
@@ -87,7 +78,7 @@ class FakeStep:
         """Digests and scales of a row's adapters."""
         more = self.plan.more_adapters
         scales = [float(self.plan.adapter_scales[row]), *more.scales[more.rows == row].tolist()]
-        indices = _indices_of_row(self.plan, row)
+        indices = indices_of_row(self.plan, row)
         return tuple((self.adapters[each].spec.digest, scale) for each, scale in zip(indices, scales, strict=False))
 
     def allows(self, index: int, token: int) -> bool:
@@ -209,7 +200,7 @@ class FakeRunner:
         adapter = self.adapters.pop(index)
         require(adapter.is_loaded, f"index {index} is unbound while it is loaded")
         for step in self._launched:
-            require(index not in _indices_of(step.plan), f"index {index} is unbound while a step uses it")
+            require(index not in indices_of(step.plan), f"index {index} is unbound while a step uses it")
 
     # --- steps ---
 
@@ -220,10 +211,11 @@ class FakeRunner:
         require(plan.step_id == self._next_step, f"step {plan.step_id} follows {self._next_step - 1}")
         require(all(step.is_drawn for step in self._launched), "a step is launched before an earlier one was drawn")
         self._next_step += 1
-        self._check_shapes(plan)
-        self._check_pages(plan)
+        check_shapes(plan, self._max_num_batched_tokens)
+        launched, adapter_pages = [each.plan for each in self._launched], [a.pages for a in self.adapters.values()]
+        check_pages(plan, launched, adapter_pages, self._block_tokens)
         occupants = self._check_rows(plan)
-        for index in _indices_of(plan):
+        for index in indices_of(plan):
             require(index in self.adapters and self.adapters[index].is_loaded, f"adapter {index} is not loaded")
         step = FakeStep(self, plan, occupants, dict(self.adapters))
         self._launched.append(step)
@@ -246,62 +238,6 @@ class FakeRunner:
 
     def close(self) -> None:
         self.is_closed = True
-
-    def _check_shapes(self, plan: StepPlan) -> None:
-        num_rows = len(plan.slots)
-        require(num_rows > 0 and len(set(plan.slots.tolist())) == num_rows, f"slots {plan.slots} are empty or repeat")
-        for name in ("num_tokens", "starts", "adapters", "adapter_scales"):
-            require(len(getattr(plan, name)) == num_rows, f"{name} has another length than slots")
-        require(len(plan.block_tables) == num_rows, "block_tables has another length than slots")
-        for name in ("slots", "num_tokens", "starts", "token_ids", "block_tables", "adapters", "sample_rows"):
-            require(getattr(plan, name).dtype == np.int32, f"{name} is not int32")
-        require(int(plan.num_tokens.sum()) == len(plan.token_ids), "token_ids does not match num_tokens")
-        require(len(plan.token_ids) <= self._max_num_batched_tokens, f"{len(plan.token_ids)} tokens exceed the budget")
-        require(bool((plan.num_tokens > 0).all()), "a row computes nothing")
-        more = plan.more_adapters
-        require(len(more.rows) == len(more.adapters) == len(more.scales), "more_adapters differ in length")
-        require(bool((np.diff(more.rows) >= 0).all()), "rows of more_adapters do not rise")
-        require(bool((plan.adapters[more.rows] != NO_ADAPTER).all()), "a row without an adapter has more of them")
-        require(
-            all(len(set(i)) == len(i) for i in map(partial(_indices_of_row, plan), range(num_rows))), "one comes twice"
-        )
-        decode = plan.num_decode_rows
-        require(bool((plan.num_tokens[:decode] == 1).all()), "a decode row has not one token")
-        require(bool((plan.token_ids[:decode] == FROM_DEVICE).all()), "a decode row has a token of the host")
-        require(bool((plan.token_ids[decode:] >= 0).all()), "a prefill row lacks a token")
-        require(set(range(decode)) <= set(plan.sample_rows.tolist()), "a decode row is not sampled")
-        require(bool((plan.masked < len(plan.sample_rows)).all()), "a masked row does not sample")
-        for name in plan.sampling.__dataclass_fields__:
-            require(len(getattr(plan.sampling, name)) == len(plan.sample_rows), f"sampling.{name} has another length")
-
-    def _check_pages(self, plan: StepPlan) -> None:
-        used = plan.block_tables[plan.block_tables >= 0]
-        needed = -(-(plan.starts + plan.num_tokens) // self._block_tokens)
-        covered = (plan.block_tables >= 0).sum(axis=1)
-        require(bool((covered >= needed).all()), f"block tables cover {covered} blocks, {needed} are needed")
-        pages, counts = np.unique(used, return_counts=True)
-        shared = set(pages[counts > 1].tolist())
-        for page, _, is_read_only in self._uses(plan):
-            require(page not in shared or is_read_only, f"page {page} is in two rows and written by one")
-        for adapter in self.adapters.values():
-            require(not np.isin(used, adapter.pages).any(), "a KV page belongs to an adapter")
-        begun = {setup.slot for setup in plan.setups}
-        for step in self._launched:
-            readers = {page: (slot, is_read_only) for page, slot, is_read_only in self._uses(step.plan)}
-            for page, slot, is_read_only in self._uses(plan):
-                if page in readers:
-                    reader, was_read_only = readers[page]
-                    goes_on = reader == slot and slot not in begun
-                    both_read = is_read_only and was_read_only
-                    require(goes_on or both_read, f"page {page} is reused while a step reads it")
-
-    def _uses(self, plan: StepPlan) -> list[tuple[int, int, bool]]:
-        """Return (page, slot, whether the step only reads it) for all pages of a plan."""
-        uses = []
-        for slot, start, table in zip(plan.slots.tolist(), plan.starts.tolist(), plan.block_tables, strict=True):
-            for block, page in enumerate(table[table >= 0].tolist()):
-                uses.append((page, slot, (block + 1) * self._block_tokens <= start))
-        return uses
 
     def _check_rows(self, plan: StepPlan) -> NDArray[np.int64]:
         setups = {setup.slot: setup for setup in plan.setups}
@@ -355,7 +291,7 @@ class FakeRunner:
         pages = plan.block_tables[row, positions // self._block_tokens]
         owners = self._owners[pages, positions % self._block_tokens]
         require(bool((owners == self._identity(step, row)).all()), f"slot {plan.slots[row]} reads another's pages")
-        for index in _indices_of_row(plan, row):
+        for index in indices_of_row(plan, row):
             adapter = step.adapters[index]
             image = fake_image(adapter.spec.digest, len(adapter.pages), self._memory.shape[1])
             require(bool((self._memory[adapter.pages] == image).all()), f"adapter {index}'s pages were overwritten")
@@ -399,17 +335,6 @@ class FakeRunner:
                 first, count = int(step.plan.starts[row]), int(step.plan.num_tokens[row])
                 entries[slot] = [_logprobs(at, setup.prompt_logprobs) for at in range(max(1, first), first + count)]
         return {slot: listed for slot, listed in entries.items() if listed}
-
-
-def _indices_of_row(plan: StepPlan, row: int) -> list[int]:
-    if plan.adapters[row] == NO_ADAPTER:
-        return []
-    more: list[int] = plan.more_adapters.adapters[plan.more_adapters.rows == row].tolist()
-    return [int(plan.adapters[row]), *more]
-
-
-def _indices_of(plan: StepPlan) -> set[int]:
-    return {*plan.adapters.tolist(), *plan.more_adapters.adapters.tolist()} - {NO_ADAPTER}
 
 
 def _logprobs(token: int, num: int) -> TokenLogprobs:
