@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from loraplex_engine.__main__ import prepare_process
 from loraplex_engine.config import EngineConfig
+from support.base_models import write_base_model
 
 if TYPE_CHECKING:
     import pytest
@@ -68,3 +71,25 @@ def test_compute_threads_are_the_process_s_and_set_before_anything_is_built(monk
 
     setters = {str(path.relative_to(ENGINE)) for path in ENGINE.rglob("*.py") if "set_num_threads(" in path.read_text()}
     assert (chosen, setters) == ([3], {"__main__.py", "ranks/__main__.py"})
+
+
+def test_a_group_of_one_is_the_engine_without_a_group(tmp_path: Path) -> None:
+    """In a process of its own: what other tests have imported says nothing."""
+    model = write_base_model(tmp_path)
+    script = f"""
+import sys, torch
+from pathlib import Path
+from loraplex_engine import build
+from loraplex_engine.config import EngineConfig
+config = EngineConfig(
+    model=Path({str(model)!r}), tensor_parallel=1, device="cpu", pool_bytes=2**22, arena_bytes=2**22
+)
+info, files = build.read_base_model(config)
+device = torch.device("cpu")
+runner = build.runner_factory(config, info, device, files=files)(build.engine_limits(config, info, device))
+print(type(runner).__qualname__, runner._group, "loraplex_engine.ranks.runner" in sys.modules)
+runner.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.split() == ["TorchRunner", "None", "False"], done.stderr
