@@ -143,7 +143,7 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
 
 .PHONY: campaign
-campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer; kills: REPLICA_ARGS="--seconds 60", STORE_KILL_ARGS="--kills 200", RANK_KILL_ARGS="--kills 50"; a rolling upgrade: UPGRADE_ARGS="--streams 50"; gateways restarted behind proxies: RESTART_ARGS="--streams 200"; silent waits behind proxies: WAIT_ARGS="--seconds 310"
+campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port, PUSH_ARGS="--pushes 200" from a trainer; kills: REPLICA_ARGS="--seconds 60", STORE_KILL_ARGS="--kills 200", RANK_KILL_ARGS="--kills 50"; adapters that change under tensor-parallel ranks: RANK_ARGS="--degree 4 --split divided"; a rolling upgrade: UPGRADE_ARGS="--streams 50"; gateways restarted behind proxies: RESTART_ARGS="--streams 200"; silent waits behind proxies: WAIT_ARGS="--seconds 310"
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
 	@$(BIN)/python -m support.push_campaign --results benchmarks/results $(PUSH_ARGS)
@@ -153,6 +153,7 @@ campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS
 	@$(BIN)/python -m support.rolling_restart --results benchmarks/results $(RESTART_ARGS)
 	@$(BIN)/python -m support.proxy_waits --results benchmarks/results $(WAIT_ARGS)
 	@$(BIN)/python -m support.rank_kills --results benchmarks/results $(RANK_KILL_ARGS)
+	@$(BIN)/python -m support.rank_campaign --results benchmarks/results $(RANK_ARGS)
 
 .PHONY: structured-campaign
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
