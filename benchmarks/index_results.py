@@ -44,6 +44,7 @@ WHAT: Final = {
     "pushes": "a trainer's pushes under streams, every token compared with peft's of its revision",
     "quotas": "a gateway with limits on everything beside one without",
     "rank-kills": "ranks of a tensor-parallel engine killed during decode, loads, start and idleness",
+    "ranks": "adapters evicted, replaced and pushed under load of tensor-parallel ranks, every token compared with peft's",
     "replicas": "two stores, one of which is killed every few seconds under streams",
     "request_campaign": "random requests against one engine",
     "rolling-restart": "gateways restarted one after another behind proxies, under streams that know the proxy alone",
