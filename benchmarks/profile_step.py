@@ -13,8 +13,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from loraplex_bench.base_shapes import BF16_SHAPES, FP8_SHAPES
 from loraplex_bench.results import Results, Row, head_commit
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily
+from loraplex_bench.shapes import LLAMA2_7B, TARGETS, AdapterFamily, Shape
 from loraplex_bench.steps.kernel_table import markdown, rows
 from loraplex_bench.steps.plan import StepSize
 from loraplex_bench.steps.step_bench import StepBench
@@ -36,8 +37,13 @@ def steps(num_adapters: int, batch: int) -> dict[str, tuple[StepSize, int]]:
     return found
 
 
+def name_of(shape: Shape) -> str:
+    """Return what the command line calls a shape."""
+    return f"{shape.name} {shape.form}".strip().replace(" ", "-").lower()
+
+
 def main() -> None:
-    shapes = {shape.name: shape for shape in (LLAMA2_7B, LLAMA3_8B)}
+    shapes = {name_of(shape): shape for shape in (LLAMA2_7B, *BF16_SHAPES, *FP8_SHAPES)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(shapes), default="llama2-7b")
     parser.add_argument("--targets", choices=list(TARGETS), default="qkvo")
