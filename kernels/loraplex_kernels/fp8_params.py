@@ -49,7 +49,7 @@ class SiluMulFp8Params(ctypes.Structure):
 class QuantiseFp8Params(ctypes.Structure):
     """csrc/pointwise/quantise_fp8.cu."""
 
-    _fields_: ClassVar[_Fields] = [("x", c_void_p), ("quantised", Quantised)]
+    _fields_: ClassVar[_Fields] = [("x", c_void_p), ("maxima", c_void_p), ("quantised", Quantised)]
 
 
 class TensorMap(ctypes.Structure):
@@ -73,5 +73,6 @@ class Fp8ProductParams(ctypes.Structure):
         ("steps", c_int),
         ("x_scale_stride", c_int),
         ("accumulates", c_int),
-        ("reserved", c_int * 3),
+        ("reserved", c_int),
+        ("maxima", c_void_p),
     ]

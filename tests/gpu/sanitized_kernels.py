@@ -22,6 +22,12 @@ def fp8_products() -> list[str]:
             numbers, cut = ProductNumbers(case, library.device), choose_cuts(case.outputs, num_sms)[0]
             if not relative_error(numbers.launched(library, cut), numbers.expected()) < 4e-3:
                 failures.append(f"fp8_product, {cut}, groups {has_groups}")
+            if (
+                cut.can_gate
+                and not has_groups
+                and not torch.equal(numbers.gated(library, cut)[0], numbers.gated_apart(library, cut))
+            ):
+                failures.append(f"fp8_product with a gate, {cut}")
     return failures
 
 

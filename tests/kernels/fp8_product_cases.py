@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from loraplex_kernels import reference
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 from loraplex_kernels.products.fp8_product import Fp8Product
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class ProductCase:
     has_groups: bool = False
     has_bias: bool = False
     accumulates: bool = False
+
+
+def maxima_of(y: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return the largest absolute value of each row's parts of so many columns, fp32."""
+    sizes = torch.nn.functional.pad(y.float().abs(), (0, -y.shape[1] % columns))
+    return sizes.view(len(y), -1, columns).amax(2)
 
 
 class ProductNumbers:
@@ -82,4 +89,30 @@ class ProductNumbers:
             bias=self.bias,
             accumulates=case.accumulates,
         )
+        return y
+
+    def gated(
+        self, library: KernelLibrary, cut: Cut, gate: type[SiluMul] = SiluMul
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what a gate's kernel makes of it, ``[rows, outputs / 2]``, and the largest of each row's parts, unless in groups."""
+        case, width = self.case, self.case.outputs // 2
+        product = Fp8Product(library, cut, has_groups=case.has_groups, gate=gate.macros)
+        y = torch.full((case.rows, width), float("nan"), dtype=torch.bfloat16).to(self.x.device)
+        maxima = torch.full((case.rows, -(-width // product.columns)), float("nan")).to(self.x.device)
+        product.launch(
+            product.input_map(self.x),
+            self.x_scales,
+            product.weight_map(self.weight),
+            self.weight_scales,
+            y,
+            inputs=case.inputs,
+            bias=self.bias,
+            maxima=None if case.has_groups else maxima,
+        )
+        return y, None if case.has_groups else maxima
+
+    def gated_apart(self, library: KernelLibrary, cut: Cut, gate: type[SiluMul] = SiluMul) -> torch.Tensor:
+        """Return what a product and a gate's own kernel make of it."""
+        y = torch.full((self.case.rows, self.case.outputs // 2), float("nan"), dtype=torch.bfloat16).to(self.x.device)
+        gate(library, y.shape[1]).launch(self.launched(library, cut), y)
         return y

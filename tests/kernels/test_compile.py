@@ -17,6 +17,7 @@ from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
 from loraplex_kernels.pointwise.fp8 import GROUPS_MACRO
+from loraplex_kernels.pointwise.silu_mul import GeluMul, SiluMul
 from loraplex_kernels.products.fp8_cut import choose_cuts
 from loraplex_kernels.sampling import sample as sampling
 
@@ -69,11 +70,19 @@ BUILDS = [
     ("silu_mul_fp8_many", ("WIDTH=14336",), 40),
     ("silu_mul_fp8_many", ("WIDTH=53248", "GELU_TANH"), 40),
     ("silu_mul_fp8_many", ("WIDTH=1536", FP32), 40),
-    ("quantise_fp8", ("WIDTH=4096", "THREADS=256"), None),
-    ("quantise_fp8", ("WIDTH=28672", "THREADS=1024", GROUPS_MACRO), None),
-    ("quantise_fp8", ("WIDTH=576", "THREADS=96", FP32), None),
+    ("quantise_fp8", ("WIDTH=4096", "THREADS=256", "SHARES=1"), None),
+    ("quantise_fp8", ("WIDTH=28672", "THREADS=1024", "SHARES=1"), None),
+    ("quantise_fp8", ("WIDTH=28672", "THREADS=224", "SHARES=8", GROUPS_MACRO), None),
+    ("quantise_fp8", ("WIDTH=14336", "THREADS=224", "SHARES=4", "MAXIMA=224"), None),
+    ("quantise_fp8", ("WIDTH=576", "THREADS=96", "SHARES=1", FP32), None),
     *(("fp8_product", cut.defines(has_groups=False), None) for cut in sorted(CUTS, key=repr)),
     *(("fp8_product", cut.defines(has_groups=True), None) for cut in sorted(CUTS, key=repr)),
+    *(
+        ("fp8_product", cut.defines(has_groups=has_groups, gate=gate), None)
+        for cut in sorted(CUTS, key=repr)
+        for has_groups, gate in ((False, SiluMul.macros), (False, GeluMul.macros), (True, SiluMul.macros))
+        if cut.can_gate
+    ),
     ("embedding", ("HIDDEN=4096",), None),
     ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
     ("embedding", ("HIDDEN=2560", "SCALED"), None),

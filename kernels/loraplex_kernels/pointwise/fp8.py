@@ -25,6 +25,8 @@ MOST_VECTORS: Final = 4
 SHARES: Final = 2
 """CTAs of a gate's row with one scale, where there are clusters, and their threads at most."""
 SHARE_THREADS: Final = 512
+QUANTISE_VECTORS: Final = 448
+"""Vectors of 16 bytes of a CTA that quantises a share of a row."""
 GROUP_THREADS: Final = 256
 """Threads of a gate's CTA where rows have several scales, and vectors of each at most."""
 GROUP_VECTORS: Final = 2
@@ -211,20 +213,39 @@ class SiluMulFp8(_Quantising):
 
 
 class QuantiseFp8(_Quantising):
-    """Activations in e4m3, as they are."""
+    """Activations in e4m3, as they are.
 
-    def __init__(self, library: KernelLibrary, width: int, *, has_groups: bool) -> None:
+    Args:
+        library: Kernels.
+        width: Columns of a row.
+        has_groups: Whether each 128 columns have a scale.
+        maxima: Parts of a row whose largest absolute values are known; 0 if none are.
+    """
+
+    def __init__(self, library: KernelLibrary, width: int, *, has_groups: bool, maxima: int = 0) -> None:
         super().__init__(library, width, has_groups=has_groups)
-        defines, block = row_build(width, library.dtype, has_groups=has_groups)
+        self._maxima = maxima
+        vectors = width * library.dtype.itemsize // 16
+        self._shares = -(-vectors // QUANTISE_VECTORS) if has_groups or maxima else 1
+        defines, block = row_build(-(-width // self._shares), library.dtype, has_groups=has_groups)
+        defines = (f"WIDTH={width}", *defines[1:], f"SHARES={self._shares}", *(f"MAXIMA={maxima}",) * (maxima > 0))
         self._kernel = library.load("quantise_fp8", QuantiseFp8Params(), block, defines=defines)
 
-    def launch(self, x: torch.Tensor, quantised: Fp8Rows) -> None:
+    def launch(self, x: torch.Tensor, quantised: Fp8Rows, *, maxima: torch.Tensor | None = None) -> None:
         """Quantise each row of ``x``, ``[tokens, width]``; the first rows of ``quantised`` are written.
+
+        Args:
+            x: Rows.
+            quantised: Where they go.
+            maxima: fp32 ``[tokens or more, maxima]``; given if, and only if, the kernel was made for them.
 
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
-        params = self._kernel.params
-        params.x = self._library.check("x", x, self._library.dtype, -1, self._width)
+        params, check = self._kernel.params, self._library.check
+        if (maxima is None) != (self._maxima == 0):
+            raise ValueError(f"a kernel of {self._maxima} maxima of a row")
+        params.x = check("x", x, self._library.dtype, -1, self._width)
+        params.maxima = None if maxima is None else check("maxima", maxima, torch.float32, -1, self._maxima)
         self._set(params.quantised, quantised, x.shape[0])
-        self._kernel.launch(x.shape[0])
+        self._kernel.launch(x.shape[0] * self._shares)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 GROUPS_MACRO: Final = "GROUPS"
+GATED_MACRO: Final = "GATED"
 STEP: Final = 128
 """Inputs of a step of the ring, and of a group that has a scale."""
 GROUP_OUTPUTS: Final = 64  # of a warpgroup
@@ -73,8 +74,13 @@ class Cut:
         scales = 4 * (self.rows * (self.stages + 1) + 2 * self.outputs)
         return -(-(max(ring, sums) + scales + 16 * self.stages) // 1024) * 1024
 
-    def defines(self, *, has_groups: bool) -> tuple[str, ...]:
-        """Return the kernel's macros; ``has_groups`` as of `Fp8Product`."""
+    @property
+    def can_gate(self) -> bool:
+        """Whether a CTA has warpgroups for gate and for up, and a warp a row's results."""
+        return self.warpgroups in (2, 4)
+
+    def defines(self, *, has_groups: bool, gate: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """Return the kernel's macros; arguments as of `Fp8Product`."""
         sizes = (
             f"ROWS={self.rows}",
             f"WARPGROUPS={self.warpgroups}",
@@ -83,7 +89,8 @@ class Cut:
             f"STAGES={self.stages}",
             f"CTAS={self.ctas}",
         )
-        return (*sizes, *(GROUPS_MACRO,) * has_groups)
+        gated = () if gate is None else (GATED_MACRO, *gate)
+        return (*sizes, *(GROUPS_MACRO,) * has_groups, *gated)
 
 
 def choose_cuts(outputs: int, num_sms: int) -> tuple[Cut, ...]:

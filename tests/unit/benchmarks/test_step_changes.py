@@ -10,12 +10,13 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from kernels.host_kernels import HostLibrary
-from loraplex_bench.steps.step_changes import GATE_CUTS, LEFT_OUT, OTHERWISE, changed
+from loraplex_bench.steps.step_changes import LEFT_OUT, OTHERWISE, QUANTISE_VECTORS, changed
 from loraplex_engine.runners.cuda.decoder import LlamaDecoder
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
+from loraplex_engine.runners.cuda.gate_products import GateProducts
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_kernels.attention.rope_kv import RopeKv
-from loraplex_kernels.pointwise.fp8 import GateCut, QuantiseFp8, RmsNormFp8, SiluMulFp8
+from loraplex_kernels.pointwise.fp8 import QuantiseFp8, RmsNormFp8
 from loraplex_kernels.products import fp8_cut
 from loraplex_kernels.sampling.greedy import Greedy
 
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
 KERNELS: dict[str, Any] = {
     "norms": RmsNormFp8,
-    "gate": SiluMulFp8,
     "RoPE and KV": RopeKv,
-    "quantising attention's output": QuantiseFp8,
+    "quantising inputs of o and down": QuantiseFp8,
     "greedy rows": Greedy,
 }
 
@@ -45,18 +45,28 @@ def test_a_kernel_that_is_left_out_launches_nothing_and_then_does_again(name: st
         unready.launch(None, None, rows=None)
 
 
-def test_gates_are_cut_as_their_names_say(tmp_path: Path) -> None:
+def test_downs_input_is_quantised_by_as_many_ctas_as_names_say(tmp_path: Path) -> None:
     library = HostLibrary(torch.bfloat16, tmp_path)
-    own = GateCut.of(library, 14336, has_groups=False)
-    found = []
 
-    for shares, threads in GATE_CUTS:
-        with OTHERWISE[f"gate on {shares} CTAs of at most {threads}"]():
-            cut = GateCut.of(library, 14336, has_groups=False)
-        found.append((cut.shares, cut.block))
+    def shares() -> int:
+        return QuantiseFp8(library, 14336, has_groups=False, maxima=224)._shares
 
-    assert found == [(1, 896), (4, 448), (4, 128), (2, 224)]
-    assert GateCut.of(library, 14336, has_groups=False) == own == GateCut(shares=2, block=448, vectors=2)
+    own, found = shares(), []
+    for vectors in QUANTISE_VECTORS:
+        with OTHERWISE[f"down's input quantised by CTAs of {vectors} vectors"]():
+            found.append(shares())
+
+    assert found == [8, 2]
+    assert shares() == own == 4
+
+
+def test_a_gate_behind_the_product_is_in_no_product() -> None:
+    launch = GateProducts.launch
+
+    with OTHERWISE["gate behind gate_up's product"]():
+        assert not GateProducts.launch(*[None] * 6)  # type: ignore[arg-type]
+
+    assert GateProducts.launch is launch
 
 
 def test_only_wide_products_are_cut_otherwise() -> None:
@@ -81,5 +91,5 @@ def test_inputs_have_memory_while_bf16_is_written_too() -> None:
 
 
 def test_what_is_not_there_is_not_changed() -> None:
-    with pytest.raises(AttributeError), changed(GateCut, no_such_name=1):
+    with pytest.raises(AttributeError), changed(QuantiseFp8, no_such_name=1):
         pass

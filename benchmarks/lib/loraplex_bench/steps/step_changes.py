@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from loraplex_engine.runners.cuda.decoder import CudaDecoder
+from loraplex_engine.runners.cuda.gate_products import GateProducts
 from loraplex_kernels.attention.rope_kv import RopeKv
 from loraplex_kernels.pointwise import fp8
 from loraplex_kernels.products import fp8_cut
@@ -43,6 +44,11 @@ def _nothing(*_: object, **__: object) -> None:
     """Launch no kernel."""
 
 
+def _not_there(*_: object) -> bool:
+    """Compute no gate within a product; in the place of `GateProducts.launch`."""
+    return False
+
+
 def _buffer(_: object, __: object, ___: object, buffer: Any) -> Any:
     """Return where an input is written in bf16, whatever reads it; in the place of `CudaDecoder._input`."""
     return buffer
@@ -58,19 +64,19 @@ def _cuts_of_four(outputs: int, num_sms: int) -> tuple[Cut, ...]:
 
 LEFT_OUT: Final[Mapping[str, Change]] = {
     "norms": partial(changed, fp8.RmsNormFp8, launch=_nothing),
-    "gate": partial(changed, fp8.SiluMulFp8, launch=_nothing),
     "RoPE and KV": partial(changed, RopeKv, launch=_nothing),
-    "quantising attention's output": partial(changed, fp8.QuantiseFp8, launch=_nothing),
+    "quantising inputs of o and down": partial(changed, fp8.QuantiseFp8, launch=_nothing),
     "greedy rows": partial(changed, Greedy, launch=_nothing),
 }
 """By what is left out."""
-GATE_CUTS: Final = ((1, 1024), (4, 512), (4, 128), (2, 224))
-"""CTAs of a gate's row, and their threads at most; the engine's are `fp8.SHARES` and `fp8.SHARE_THREADS`."""
+QUANTISE_VECTORS: Final = (224, 896)
+"""Vectors of a CTA that quantises down's input; the engine's are `fp8.QUANTISE_VECTORS`."""
 OTHERWISE: Final[Mapping[str, Change]] = {
     "bf16 of norm and gate, too": partial(changed, CudaDecoder, _input=_buffer),
+    "gate behind gate_up's product": partial(changed, GateProducts, launch=_not_there),
     "gate_up of four warpgroups a CTA": partial(changed, fp8_cut, choose_cuts=_cuts_of_four),
 } | {
-    f"gate on {shares} CTAs of at most {threads}": partial(changed, fp8, SHARES=shares, SHARE_THREADS=threads)
-    for shares, threads in GATE_CUTS
+    f"down's input quantised by CTAs of {vectors} vectors": partial(changed, fp8, QUANTISE_VECTORS=vectors)
+    for vectors in QUANTISE_VECTORS
 }
-"""By what is otherwise; those of the gate change one scale a row alone."""
+"""By what is otherwise."""

@@ -9,67 +9,17 @@
 // A row's result depends on its own numbers, on the weight, on CLUSTER and PARTS alone: neither on other rows nor on ROWS.
 // Scales: of each row and each output, applied at the end; or, with GROUPS, of each 128 inputs of a row and each 128 x 128
 // numbers of the weight, applied to each step's sums.
+// With GATED the weight is an MLP's gate over its up, and y what silu_mul.cu would make of the product: a CTA has as many outputs of
+// one as of the other, rounds both as if they were written, and never writes them. Without GROUPS it says what the largest of its
+// results is in each row, so that whoever quantises rows need not look first.
 // Alignment: inputs % 16 == 0, outputs % 8 == 0; x's and W's rows on 16 bytes, scales of a group on 16.
 // Shared memory: STAGES * (WARPGROUPS * 64 + ROWS) * 128 bytes, and some more; the sums at the end lie in the ring.
 // Registers: CTAS CTAs of WARPGROUPS * PARTS * 128 + 32 threads per SM: at 128 rows, a CTA of 288, hence at most 168.
 // Architectures: sm_90a.
 // Measured on one H200, Llama-3-8B, weights not in L2, a copy at 4.2 TB/s: at 64 rows qkv 8.8, o 8.2, gate_up 32.9 and down
 // 17.7 us (2.9, 2.0, 3.6 and 3.3 TB/s of weights), at 8 rows 7.6, 6.6, 30.4 and 15.9 (docs/adr/0046-fp8-products-of-few-rows.md).
-// Source: swapped operands as in CUTLASS's and DeepGEMM's kernels of small M.
-#include "products/fp8_wgmma.cuh"
-
-constexpr u32 kGroups = WARPGROUPS;
-constexpr u32 kOutputs = kGroups * 64;
-constexpr u32 kParts = PARTS;
-constexpr u32 kCluster = CLUSTER;
-constexpr u32 kStages = STAGES;
-constexpr u32 kMultipliers = kGroups * kParts * 128;  // threads; the warp behind them copies
-constexpr u32 kThreads = kMultipliers + kWarp;
-constexpr u32 kWeightBytes = kOutputs * kStep, kStageBytes = kWeightBytes + kRows * kStep;
-constexpr u32 kSumStride = kOutputs + 4;  // a quarter warp's sums lie in 32 banks
-#ifdef GROUPS
-constexpr bool kBlocks = true;
-#else
-constexpr bool kBlocks = false;
-#endif
-static_assert(kCluster >= 1 && kCluster <= 8, "larger clusters need an attribute");
-// Copies land in any order, and a parity tells a slot's turn only from the next: who awaits a turn must have seen the one before.
-static_assert(kParts >= 1 && kParts <= 4 && kStages % kParts == 0, "a slot is always the same part's");
-
-struct Params {
-    TensorMap weight;            // e4m3 [outputs, inputs] in boxes of kOutputs x 128
-    TensorMap x;                 // e4m3 [rows, inputs] in boxes of ROWS x 128
-    const float* weight_scales;  // [outputs]; with GROUPS [ceil(outputs / 128), steps]
-    const float* x_scales;       // [rows]; with GROUPS [steps, x_scale_stride]
-    const elem* bias;            // [outputs]; or null
-    elem* y;                     // [rows, outputs]
-    int rows, outputs;
-    int steps;           // ceil(inputs / 128)
-    int x_scale_stride;  // a multiple of 4, at most ROWS
-    int accumulates;     // whether y is added to
-    int reserved[3];
-};
-static_assert(sizeof(Params) == 320, "fp8_params.py mirrors it");
-
-struct Shared {
-    union {
-        u8 ring[kStages][kStageBytes];
-        float sums[kParts][kRows][kSumStride];  // of this CTA's inputs, once the ring is through
-    };
-    float x_scales[kStages][kRows];
-    float row_scales[kRows], output_scales[kOutputs], bias[kOutputs];
-    u64 full[kStages], empty[kStages];
-};
-static_assert(kStageBytes % 1024 == 0, "so that all of wgmma's operands start where the swizzle does");
-
-// A CTA's share of its cluster's outputs: steps [first, last).
-struct Share {
-    u32 first_output, rank, first, last;
-};
-__device__ __forceinline__ Share share_of(const Params& p) {
-    const u32 rank = blockIdx.x % kCluster, steps = p.steps;
-    return {blockIdx.x / kCluster * kOutputs, rank, steps * rank / kCluster, steps * (rank + 1) / kCluster};
-}
+// Sources: silu_mul.cu; swapped operands as in CUTLASS's and DeepGEMM's kernels of small M.
+#include "products/fp8_results.cuh"
 
 // Where in the ring a step lies; the parity of a slot's turn.
 struct Slot {
@@ -95,7 +45,10 @@ __device__ __forceinline__ void copy_x(const Params& p, Shared& shared, u32 slot
 __device__ __forceinline__ void copy_weight(const Params& p, const Share& share, Shared& shared, u32 slot, u32 step) {
     const SharedAddress landed = address_of(&shared.full[slot]);
     arrive_expecting(landed, step_bytes(p));
-    copy_box(address_of(shared.ring[slot]), p.weight, step * kStep, share.first_output, landed, read_once());
+#pragma unroll
+    for (u32 side = 0; side < kSides; ++side)
+        copy_box(address_of(shared.ring[slot]) + side * kColumns * kStep, p.weight, step * kStep,
+                 share.first_column + side * p.outputs, landed, read_once());
 }
 
 // One thread's work: all copies. Weights, which no kernel writes, do not wait for the kernel before.
@@ -125,7 +78,7 @@ struct BlockScales {
     }
 };
 __device__ __forceinline__ BlockScales block_scales(const Params& p, const Share& share, u32 group) {
-    const u32 block = min(share.first_output + group * 64, static_cast<u32>(p.outputs) - 1) / kStep;
+    const u32 block = weight_row(p, share, group * 64) / kStep;
     return {p.weight_scales + static_cast<i64>(block) * p.steps, share.last, 0.f};
 }
 
@@ -173,7 +126,7 @@ __device__ __forceinline__ void multiply_steps(const Params& p, const Share& sha
 // Factors that are applied at the end: requested at the start, so that none is waited for.
 __device__ __forceinline__ void load_factors(const Params& p, const Share& share, Shared& shared) {
     for (u32 i = threadIdx.x; i < kOutputs; i += kMultipliers) {
-        const u32 output = min(share.first_output + i, static_cast<u32>(p.outputs) - 1);
+        const u32 output = weight_row(p, share, i);
         shared.output_scales[i] = kBlocks ? 1.f : p.weight_scales[output];
         shared.bias[i] = p.bias == nullptr ? 0.f : to_float(p.bias[output]);
     }
@@ -189,56 +142,6 @@ __device__ __forceinline__ void store_sums(const Sums& sums, Shared& shared) {
     for (u32 n = 0; n < kRows / 8; ++n) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) shared.sums[part][8 * n + row + i % 2][output + i / 2 * 8] = sums[n][i];
-    }
-}
-
-// This CTA's share of the cluster's results: four neighbouring outputs of a row a thread and turn.
-constexpr u32 kQuads = kOutputs / 4;
-constexpr u32 kTurns = (kRows * kQuads + kCluster * kThreads - 1) / (kCluster * kThreads);
-struct Place {
-    u32 row, column;
-    bool live;
-};
-__device__ __forceinline__ Place place_of(const Params& p, const Share& share, u32 turn) {
-    const u32 index = (turn * kCluster + share.rank) * kThreads + threadIdx.x, row = index / kQuads,
-              column = index % kQuads * 4;
-    return {row, column, row < p.rows && share.first_output + column < p.outputs};
-}
-
-// All reads of other CTAs' memory are on their way before the first is waited for.
-__device__ __forceinline__ void read_sums(const Params& p, const Share& share, const Shared& shared, float (&v)[kTurns][4]) {
-#pragma unroll
-    for (u32 turn = 0; turn < kTurns; ++turn) {
-        const Place at = place_of(p, share, turn);
-        if (!at.live) continue;
-#pragma unroll
-        for (u32 rank = 0; rank < kCluster; ++rank) {
-#pragma unroll
-            for (u32 part = 0; part < kParts; ++part) {
-                const Quad q = load_peer<kCluster>(address_of(&shared.sums[part][at.row][at.column]), rank);
-                v[turn][0] += __uint_as_float(q.x), v[turn][1] += __uint_as_float(q.y);
-                v[turn][2] += __uint_as_float(q.z), v[turn][3] += __uint_as_float(q.w);
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void write_results(const Params& p, const Share& share, const Shared& shared,
-                                              const float (&v)[kTurns][4]) {
-#pragma unroll
-    for (u32 turn = 0; turn < kTurns; ++turn) {
-        const Place at = place_of(p, share, turn);
-        if (!at.live) continue;
-        Pair& y = *reinterpret_cast<Pair*>(p.y + static_cast<i64>(at.row) * p.outputs + share.first_output + at.column);
-        const Pair before = p.accumulates ? y : Pair{0, 0};
-        const float old[4] = {low_float(before.x), high_float(before.x), low_float(before.y), high_float(before.y)};
-        float result[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const float factor = shared.row_scales[at.row] * shared.output_scales[at.column + i];
-            result[i] = v[turn][i] * factor + shared.bias[at.column + i] + old[i];
-        }
-        y = Pair{pack_bf16(result[0], result[1]), pack_bf16(result[2], result[3])};
     }
 }
 
@@ -268,7 +171,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     if (!copies) store_sums(sums, shared);
     cluster_release<kCluster>();
     cluster_acquire<kCluster>();
-    float results[kTurns][4] = {};
+    Results results = {};
     read_sums(p, share, shared, results);
     cluster_release<kCluster>();
     write_results(p, share, shared, results);

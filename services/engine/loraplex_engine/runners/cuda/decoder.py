@@ -21,6 +21,7 @@ from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.followers import Followers, NormShape
 from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
 from loraplex_engine.runners.cuda.fp8_linear import read_codes_alone
+from loraplex_engine.runners.cuda.gate_products import GateProducts
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
 from loraplex_engine.runners.cuda.workspace import Workspace
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.model.decoder_model import DecoderModel
+    from loraplex_engine.model.linear import Linear
     from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
@@ -122,7 +124,8 @@ class CudaDecoder(ABC, Generic[ModelT]):
         """Return the kernels behind qkv's and gate_up's products; windows do not matter to them."""
         config, table = self._model.config, rotary_rows(self._model.rope)
         rope = RopeKv(library, layout, self._pool, table, norm_eps=config.rms_norm_eps)
-        return Followers(rope, self._make_gate(library, SiluMul), self._inputs, self._norm_behind_branches())
+        norm, gate = self._norm_behind_branches(), self._make_gate(library, SiluMul)
+        return Followers(rope, gate, self._inputs, norm, self._make_gate_products(SiluMul))
 
     def _norm_behind_branches(self) -> NormShape | None:
         """Return the norm that `forward` asks its path for behind o and down, if it does."""
@@ -133,6 +136,12 @@ class CudaDecoder(ABC, Generic[ModelT]):
         width = self._model.config.intermediate_size
         return gate(library, width) if self._inputs is None else QuantisingGate(library, width, gate, self._inputs)
 
+    def _make_gate_products(self, gate: type[SiluMul]) -> GateProducts | None:
+        """Return gate_up's products with the gate in them, if products are in FP8."""
+        if self._inputs is None:
+            return None
+        return GateProducts(self._inputs, [layer.gate_up for layer in self._model.layers], gate.macros)
+
     def _make_norm(self, library: KernelLibrary) -> RmsNorm:
         """Return what norms the inputs of qkv and gate_up, in e4m3, too, if FP8 products read them, and of lm_head."""
         config, inputs = self._model.config, self._inputs
@@ -140,6 +149,25 @@ class CudaDecoder(ABC, Generic[ModelT]):
         if inputs is None:
             return RmsNorm(library, width, eps, unit_offset=offset)
         return QuantisingNorm(library, width, eps, inputs, unit_offset=offset)
+
+    def _gate_up(
+        self, path: LayerPath, layer: int, linear: Linear, x: Tensor, gate_up: Tensor, act: Tensor, step: StepInputs
+    ) -> None:
+        """Compute gate_up's product and its gate, at once where no LoRA comes between and there is a kernel.
+
+        Args:
+            path: How projections are computed.
+            layer: Decoder layer.
+            linear: gate_up.
+            x: ``[T, hidden]``.
+            gate_up: ``[T, 2 * width]``; the product, if it is written.
+            act: ``[T, width]``; the gate times up.
+            step: The step's inputs.
+        """
+        products = None if path.reads_input("gate_up") else self.followers.gate_products
+        if products is None or not products.launch(layer, linear, x, gate_up, act):
+            path.project(layer, "gate_up", linear, x, gate_up, step)
+            path.finish_gate_up(layer, gate_up, act, step)
 
     @property
     def embedding(self) -> Tensor:
@@ -247,7 +275,6 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
             rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
             path.norm(self._norm, rest, layer.post_norm.weight, hidden, of_mlp, step)
-            path.project(index, "gate_up", layer.gate_up, of_mlp, gate_up, step)
-            path.finish_gate_up(index, gate_up, act, step)
+            self._gate_up(path, index, layer.gate_up, of_mlp, gate_up, act, step)
             rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
         return rest

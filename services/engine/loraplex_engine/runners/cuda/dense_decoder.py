@@ -112,7 +112,8 @@ class DenseDecoder(CudaDecoder[DenseModel]):
         kinds = [config.rope_of(layer) for layer in range(config.num_layers)]
         kernels = {kind: self._make_rope(library, layout, kind) for kind in dict.fromkeys(kinds)}
         rope: FinishesQkv = kernels[kinds[0]] if len(kernels) == 1 else RopeOfLayer([kernels[kind] for kind in kinds])
-        return Followers(rope, self._make_gate(library, GATES[config.traits.activation]), self._inputs)
+        gate, inputs = GATES[config.traits.activation], self._inputs
+        return Followers(rope, self._make_gate(library, gate), inputs, gate_products=self._make_gate_products(gate))
 
     def _make_rope(self, library: KernelLibrary, layout: KvLayout, kind: int | None) -> RopeKv:
         """Return the kernel of layers with one of the model's RoPEs, or with None."""
@@ -150,8 +151,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
             rest = self._branch(path, index, "o", layer.o, attended, hidden, scratch, step)
             self._join(rest, layer.after_attention, hidden, layer.before_mlp, of_mlp)
-            path.project(index, "gate_up", layer.gate_up, of_mlp, gate_up, step)
-            path.finish_gate_up(index, gate_up, act, step)
+            self._gate_up(path, index, layer.gate_up, of_mlp, gate_up, act, step)
             rest = self._branch(path, index, "down", layer.down, act, hidden, scratch, step)
             joining = layer.after_mlp
         return rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+from loraplex_kernels.pointwise.fp8 import GROUP
 from loraplex_kernels.products import fp8_cut
 from loraplex_kernels.products.fp8_product import Fp8Product
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 ARCH: Final = "sm_90a"
 INPUT_STEP: Final = 16
 OUTPUT_STEP: Final = 8
+Gate = tuple[str, ...] | None
+"""Macros of the gate that a product's kernel computes; None if it computes none."""
 
 
 class FewRowProducts:
@@ -31,7 +34,7 @@ class FewRowProducts:
 
     def __init__(self, library: KernelLibrary) -> None:
         self._library = library
-        self._kernels: dict[tuple[Cut, bool], Fp8Product] = {}
+        self._kernels: dict[tuple[Cut, bool, Gate], Fp8Product] = {}
         self._maps: dict[tuple[int, int, int, int], TensorMap] = {}
 
     def of(self, weight: Fp8Weight) -> FewRowProduct | None:
@@ -40,13 +43,31 @@ class FewRowProducts:
         fits = weight.in_features % INPUT_STEP == weight.out_features % OUTPUT_STEP == 0
         if self._library.arch != ARCH or not is_bf16 or not fits:
             return None
-        cuts = fp8_cut.choose_cuts(weight.out_features, self._library.num_multiprocessors)
-        return FewRowProduct(self, weight, tuple(self._kernel(cut, has_groups=weight.is_blocked) for cut in cuts))
+        return self._product(weight, self._cuts(weight), None)
 
-    def _kernel(self, cut: Cut, *, has_groups: bool) -> Fp8Product:
-        key = cut, has_groups
+    def gated(self, weight: Fp8Weight, gate: tuple[str, ...]) -> FewRowProduct | None:
+        """Return products that compute a gate of gate_up's, compiled; None if there are none.
+
+        Args:
+            weight: Gate's over up's.
+            gate: The gate's macros.
+        """
+        step = GROUP if weight.is_blocked else OUTPUT_STEP  # up's blocks begin with its first output
+        cuts = self._cuts(weight)
+        if self.of(weight) is None or weight.out_features % (2 * step) or not all(cut.can_gate for cut in cuts):
+            return None
+        return self._product(weight, cuts, gate)
+
+    def _cuts(self, weight: Fp8Weight) -> tuple[Cut, ...]:
+        return fp8_cut.choose_cuts(weight.out_features, self._library.num_multiprocessors)
+
+    def _product(self, weight: Fp8Weight, cuts: tuple[Cut, ...], gate: Gate) -> FewRowProduct:
+        return FewRowProduct(self, weight, tuple(self._kernel(cut, weight.is_blocked, gate) for cut in cuts))
+
+    def _kernel(self, *key: *tuple[Cut, bool, Gate]) -> Fp8Product:
         if key not in self._kernels:
-            self._kernels[key] = Fp8Product(self._library, cut, has_groups=has_groups)
+            cut, has_groups, gate = key
+            self._kernels[key] = Fp8Product(self._library, cut, has_groups=has_groups, gate=gate)
         return self._kernels[key]
 
     def input_map(self, kernel: Fp8Product, codes: Tensor) -> TensorMap:
@@ -74,16 +95,25 @@ class FewRowProduct:
 
     Attributes:
         max_rows: Most rows.
+        columns: Columns of the output of which a gate's kernel says the largest value.
     """
 
     def __init__(self, products: FewRowProducts, weight: Fp8Weight, kernels: tuple[Fp8Product, ...]) -> None:
         self._products, self._in_features = products, weight.in_features
         self._scales = weight.scales.contiguous() if weight.is_blocked else weight.scales.reshape(-1)
-        maps = {each.cut.outputs: each.weight_map(weight.codes) for each in kernels}
-        self._kernels = [_Kernel(each, maps[each.cut.outputs]) for each in kernels]
-        self.max_rows = kernels[-1].cut.rows
+        maps = {each.columns: each.weight_map(weight.codes) for each in kernels}
+        self._kernels = [_Kernel(each, maps[each.columns]) for each in kernels]
+        self.max_rows, self.columns = kernels[-1].cut.rows, kernels[-1].columns
 
-    def launch(self, rows: Fp8Rows, y: Tensor, *, bias: Tensor | None, accumulates: bool = False) -> None:
+    def launch(
+        self,
+        rows: Fp8Rows,
+        y: Tensor,
+        *,
+        bias: Tensor | None,
+        accumulates: bool = False,
+        maxima: Tensor | None = None,
+    ) -> None:
         """Compute ``y``, at most `max_rows` rows, or add to it.
 
         Args:
@@ -91,6 +121,7 @@ class FewRowProduct:
             y: bf16 ``[rows, out_features]``; no others are written.
             bias: ``[out_features]`` or None.
             accumulates: Whether ``y`` is added to.
+            maxima: Where a gate's kernel writes the largest values, see `Fp8Product.launch`.
         """
         kernel = next(each for each in self._kernels if len(y) <= each.product.cut.rows)
         kernel.product.launch(
@@ -102,4 +133,5 @@ class FewRowProduct:
             inputs=self._in_features,
             bias=bias,
             accumulates=accumulates,
+            maxima=maxima,
         )
