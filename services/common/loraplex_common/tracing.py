@@ -2,23 +2,23 @@
 
 One span for a request in each service, with events, and none for a message. As with logs, it is the process that traces:
 `configure` at its start, `start` wherever a span begins, which is None while tracing is off. The SDK is imported only when it is
-on (extra ``tracing``).
+on (extra ``tracing``), and only to send: a span is this module's own, as the SDK's costs a request many times more.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Tracer
+    from loraplex_common.trace_export import Batches
 
 Attribute = str | bool | int | float | list[str]
 
@@ -27,8 +27,10 @@ EXPORT_TIMEOUT_S: Final = 5.0
 FLUSH_TIMEOUT_S: Final = 2.0
 
 _NO_TRACE: Final = "0" * 32
-_provider: TracerProvider | None = None
-_tracer: Tracer | None = None
+_NO_SPAN: Final = "0" * 16
+_ONE: Final = 1 << 64  # a trace is kept if the lower half of its id is below its share of this, as other SDKs have it
+_batches: Batches | None = None
+_bound = _ONE
 
 
 class TracingError(ValueError):
@@ -37,10 +39,15 @@ class TracingError(ValueError):
 
 def ids_of(traceparent: str) -> tuple[str, str]:
     """Return trace id and span id of a W3C trace context; two empty texts if it is none."""
+    match = _sound(traceparent)
+    return ("", "") if match is None else (match[2], match[3])
+
+
+def _sound(traceparent: str) -> re.Match[str] | None:
     match = TRACEPARENT.fullmatch(traceparent)
     if match is None or match[1] == "ff" or match[2] == _NO_TRACE or (match[1] == "00" and match[5]):
-        return "", ""
-    return match[2], match[3]
+        return None
+    return match
 
 
 def configure(service: str, endpoint: str | None, sample_ratio: float = 1.0) -> None:
@@ -54,108 +61,112 @@ def configure(service: str, endpoint: str | None, sample_ratio: float = 1.0) -> 
     Raises:
         TracingError: If the SDK is not installed.
     """
-    global _provider, _tracer
+    global _batches, _bound
     shut_down()
     if endpoint is None:
         return
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+        from loraplex_common.trace_export import Batches, SpanExporter
     except ImportError as error:
         raise TracingError(
             f"--otlp-endpoint needs {error.name}: install 'loraplex[tracing]', or leave the flag out"
         ) from error
-    resource = Resource.create(
-        {
-            "service.name": f"loraplex-{service.replace('_', '-')}",
-            "service.version": package_version(),
-            "service.instance.id": uuid.uuid4().hex,
-        }
-    )
-    _provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(sample_ratio)))
-    _provider.add_span_processor(
-        BatchSpanProcessor(
-            OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=EXPORT_TIMEOUT_S)
-        )
-    )
-    _tracer = _provider.get_tracer("loraplex", package_version())
+    resource: dict[str, Attribute] = {
+        "service.name": f"loraplex-{service.replace('_', '-')}",
+        "service.version": package_version(),
+        "service.instance.id": uuid.uuid4().hex,
+    }
+    _bound = round(sample_ratio * _ONE)
+    _batches = Batches(SpanExporter(endpoint, timeout_s=EXPORT_TIMEOUT_S, resource=resource, version=package_version()))
 
 
 def flush() -> None:
     """Send what has gathered; waits a while at most."""
-    if _provider is not None:
-        _provider.force_flush(int(FLUSH_TIMEOUT_S * 1000))
+    if _batches is not None:
+        _batches.flush(FLUSH_TIMEOUT_S)
 
 
 def shut_down() -> None:
     """Send what has gathered, and turn tracing off."""
-    global _provider, _tracer
-    provider, _provider, _tracer = _provider, None, None
-    if provider is not None:
-        provider.force_flush(int(FLUSH_TIMEOUT_S * 1000))
-        provider.shutdown()
+    global _batches
+    gathered, _batches = _batches, None
+    if gathered is not None:
+        gathered.flush(FLUSH_TIMEOUT_S)
+        gathered.close()
 
 
 class Span:
     """One request in one service.
 
+    Args:
+        name: Its name.
+        trace_id: 32 hexadecimal digits.
+        parent_id: Span that it belongs to, 16 digits; empty for the first of a trace.
+        is_recording: Whether it is kept; what is set on it costs nothing else.
+
     Attributes:
         traceparent: W3C trace context that makes spans elsewhere its children.
+        attributes: What has become of it, once it has ended; None stands for none.
+        events: What happened, and when, in ns since 1970.
+        error: Reason of the failure; None if it is none.
+        began_ns, ended_ns: Begin and end, in ns since 1970.
     """
 
-    def __init__(self, span: Any) -> None:
-        self._span = span
-        context = span.get_span_context()
-        self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
-        self._began_at, self._began_ns = time.monotonic(), time.time_ns()
+    __slots__ = (
+        "_began_at",
+        "attributes",
+        "began_ns",
+        "context",
+        "ended_ns",
+        "error",
+        "events",
+        "is_recording",
+        "name",
+        "parent_id",
+        "span_id",
+        "trace_id",
+        "traceparent",
+    )
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether the span is kept; what is set on it costs nothing else."""
-        return bool(self._span.is_recording())
+    def __init__(self, name: str, trace_id: str, parent_id: str, *, is_recording: bool) -> None:
+        self.name, self.trace_id, self.parent_id, self.is_recording = name, trace_id, parent_id, is_recording
+        self.span_id = f"{random.getrandbits(64) or 1:016x}"
+        self.traceparent = f"00-{trace_id}-{self.span_id}-{is_recording:02x}"
+        self.attributes: Mapping[str, Attribute | None] = {}
+        self.events: list[tuple[str, int]] = []
+        self.error: str | None = None
+        self.context: object = None  # what batches of the SDK ask about
+        self._began_at, self.began_ns, self.ended_ns = time.monotonic(), time.time_ns(), 0
 
     def event(self, name: str, at: float) -> None:
         """Note something that happened at a moment of `time.monotonic`."""
-        self._span.add_event(name, timestamp=self._began_ns + int((at - self._began_at) * 1e9))
+        self.events.append((name, self.began_ns + int((at - self._began_at) * 1e9)))
 
     def end(self, attributes: Mapping[str, Attribute | None], *, error: str | None = None) -> None:
         """End the span.
 
         Args:
-            attributes: What has become of it; None is left out.
+            attributes: What has become of it; None is left out. Must not change any more.
             error: Reason of the failure; None if it is none.
         """
-        if self.is_recording:
-            self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
-            if error is not None:
-                from opentelemetry.trace import StatusCode
-
-                self._span.set_status(StatusCode.ERROR, error)
-        self._span.end()
+        if not self.is_recording or self.ended_ns or _batches is None:
+            return
+        self.attributes, self.error = attributes, error
+        self.ended_ns = max(self.began_ns, time.time_ns())  # clocks are set back at times
+        _batches.add(self)
 
 
-def start(name: str, *, parent: str = "", is_server: bool = True) -> Span | None:
+def start(name: str, *, parent: str = "") -> Span | None:
     """Begin a span; None while tracing is off.
 
     Args:
         name: Its name.
         parent: W3C trace context of the span that it belongs to; anything else begins a trace.
-        is_server: Whether it answers a call.
     """
-    if _tracer is None:
+    if _batches is None:
         return None
-    from opentelemetry import trace
-    from opentelemetry.context import Context
-
-    context: Context | None = None
-    trace_id, span_id = ids_of(parent)
-    if trace_id:
-        flags = trace.TraceFlags(int(TRACEPARENT.fullmatch(parent)[4], 16) & trace.TraceFlags.SAMPLED)  # type: ignore[index]
-        above = trace.SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=flags)
-        if above.is_valid:
-            context = trace.set_span_in_context(trace.NonRecordingSpan(above))
-    kind = trace.SpanKind.SERVER if is_server else trace.SpanKind.INTERNAL
-    return Span(_tracer.start_span(name, context=context if context is not None else Context(), kind=kind))
+    match = _sound(parent) if parent else None
+    if match is not None and match[3] != _NO_SPAN:
+        return Span(name, match[2], match[3], is_recording=bool(int(match[4], 16) & 1))
+    trace_id = random.getrandbits(128) or 1
+    return Span(name, f"{trace_id:032x}", "", is_recording=trace_id % _ONE < _bound)

@@ -33,6 +33,7 @@ def test_while_it_is_off_no_span_begins_and_no_sdk_is_imported() -> None:
 
 
 def test_without_the_sdk_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "loraplex_common.trace_export", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
 
     with pytest.raises(tracing.TracingError, match=r"loraplex\[tracing\]"):
@@ -99,6 +100,90 @@ def test_what_the_caller_has_decided_about_sampling_is_kept_to(collector: Collec
     tracing.flush()
 
     assert [span.name for span in collector.spans] == [f"00-{TRACE}-{SPAN}-01"]
+
+
+def test_every_kind_of_attribute_arrives_as_it_was(collector: Collector) -> None:
+    attributes: dict[str, tracing.Attribute | None] = {
+        "text": "grüße",
+        "empty": "",
+        "yes": True,
+        "zero": 0,
+        "below": -(2**40),
+        "part": 0.25,
+        "list": ["stop", "length"],
+        "empty_list": [],
+        "none": None,
+    }
+    tracing.configure("engine", collector.target)
+    span = tracing.start("x")
+    assert span is not None
+    span.end(attributes)
+    tracing.flush()
+
+    assert collector.spans[0].attributes == {name: value for name, value in attributes.items() if value is not None}
+
+
+def test_what_the_protocol_cannot_hold_loses_no_other_span(collector: Collector) -> None:
+    tracing.configure("engine", collector.target)
+    for name, value in (("first", 1), ("lone \ud800", "\udfff!"), ("huge", 10**30), ("last", 2)):
+        span = tracing.start(name)
+        assert span is not None
+        span.end({"a": value}, error=name)
+    tracing.flush()
+
+    found = {span.name: span.attributes["a"] for span in collector.spans}
+    assert found == {"first": 1, "lone ?": "?!", "huge": "1" + "0" * 30, "last": 2}
+
+
+def test_a_span_that_ends_twice_is_sent_once(collector: Collector) -> None:
+    tracing.configure("engine", collector.target)
+    span = tracing.start("x")
+    assert span is not None
+    span.end({"a": 1})
+    span.end({"a": 2})
+    tracing.flush()
+
+    assert [span.attributes for span in collector.spans] == [{"a": 1}]
+
+
+def test_a_span_that_outlives_tracing_ends_in_silence(collector: Collector) -> None:
+    tracing.configure("engine", collector.target)
+    span = tracing.start("x")
+    assert span is not None
+    tracing.shut_down()
+    span.end({})
+
+    assert collector.spans == []
+
+
+def test_the_part_of_traces_that_is_asked_for_is_kept(collector: Collector) -> None:
+    tracing.configure("engine", collector.target, sample_ratio=0.25)
+    spans = [tracing.start("x") for _ in range(4000)]
+
+    num_kept = sum(span is not None and span.is_recording for span in spans)
+    assert 800 < num_kept < 1200  # seven standard deviations to each side
+
+
+def test_two_spans_have_nothing_in_common_unless_one_is_the_others_child(collector: Collector) -> None:
+    tracing.configure("engine", collector.target)
+    spans = [tracing.start("x") for _ in range(1000)]
+    traces = {tracing.ids_of(span.traceparent)[0] for span in spans if span is not None}
+
+    assert len(traces) == 1000
+
+
+def test_the_environment_adds_to_the_facts_of_a_process_as_with_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=other,deployment.environment.name=test")
+    from loraplex_common.trace_export import SpanExporter
+
+    exporter = SpanExporter("http://127.0.0.1:1", timeout_s=1, resource={"service.name": "ours"}, version="1")
+    (head,) = exporter.message([]).resource_spans
+    facts = {each.key: each.value.string_value for each in head.resource.attributes}
+    exporter.shutdown()
+
+    assert facts["service.name"] == "ours"
+    assert facts["deployment.environment.name"] == "test"
+    assert facts["telemetry.sdk.name"] == "opentelemetry"
 
 
 def test_a_collector_that_is_away_costs_no_request_anything() -> None:

@@ -1,0 +1,138 @@
+"""Sends ended spans to a collector: OpenTelemetry's batches and exporter, with an encoder of our own.
+
+The SDK makes objects for each span, attribute and event, and copies them once more for the protocol. A span of ours is written
+into the protocol's message once, on the exporter's thread. Only this module imports the SDK.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanContext, TraceFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from opentelemetry.proto.common.v1 import common_pb2
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from loraplex_common.tracing import Attribute, Span
+
+SCOPE: Final = "loraplex"
+# The context of any span that is sent, as far as the SDK's batches ask: that it is sampled.
+_KEPT: Final = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+_MAX_INT: Final = 2**63 - 1
+_HAS_PARENTAGE: Final = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
+_IS_REMOTE: Final = trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+
+
+class SpanExporter(OTLPSpanExporter):
+    """Sends spans of ours, with the SDK's connection, retries and settings from the environment.
+
+    Args:
+        endpoint: ``http://HOST:PORT`` or ``https://HOST:PORT`` of the collector.
+        timeout_s: How long one batch may take.
+        resource: Facts of this process, which go with each batch.
+        version: Version of this package.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_s: float, resource: dict[str, Attribute], version: str) -> None:
+        super().__init__(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=timeout_s)
+        self._frame = ExportTraceServiceRequest()
+        facts = Resource.create(dict(resource))  # adds what OTEL_RESOURCE_ATTRIBUTES says
+        head = self._frame.resource_spans.add(schema_url=facts.schema_url)
+        for name, value in facts.attributes.items():
+            write_value(head.resource.attributes.add(key=name).value, value)
+        scope = head.scope_spans.add()
+        scope.scope.name, scope.scope.version = SCOPE, version
+
+    def message(self, spans: Iterable[Span]) -> ExportTraceServiceRequest:
+        """Return the protocol's message of a batch."""
+        request = ExportTraceServiceRequest()
+        request.CopyFrom(self._frame)
+        written = request.resource_spans[0].scope_spans[0].spans
+        for span in spans:
+            write_span(written.add(), span)
+        return request
+
+    def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
+        """Encode a batch; the SDK calls this for each attempt."""
+        return self.message(data)  # type: ignore[arg-type] # the batches hold spans of ours
+
+
+class Batches:
+    """Ended spans on their way to an exporter; OTEL_BSP_* variables set the bounds.
+
+    Args:
+        exporter: Where they go.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._processor = BatchSpanProcessor(exporter)
+
+    def add(self, span: Span) -> None:
+        """Take an ended span, which does not change any more; never waits."""
+        span.context = _KEPT
+        self._processor.on_end(span)  # type: ignore[arg-type] # all it asks of a span is its context
+
+    def flush(self, timeout_s: float) -> None:
+        """Send all spans that are here."""
+        self._processor.force_flush(int(timeout_s * 1000))
+
+    def close(self) -> None:
+        """Take no more spans, and end the thread that sends."""
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+
+def write_span(message: trace_pb2.Span, span: Span) -> None:
+    """Write an ended span into the protocol's message."""
+    message.trace_id, message.span_id = bytes.fromhex(span.trace_id), bytes.fromhex(span.span_id)
+    message.flags = _HAS_PARENTAGE
+    if span.parent_id:
+        message.parent_span_id = bytes.fromhex(span.parent_id)
+        message.flags |= _IS_REMOTE
+    message.name = sound_text(span.name)
+    message.kind = trace_pb2.Span.SPAN_KIND_SERVER
+    message.start_time_unix_nano, message.end_time_unix_nano = span.began_ns, span.ended_ns
+    attributes = message.attributes
+    for name, value in span.attributes.items():
+        if value is not None:
+            write_value(attributes.add(key=name).value, value)
+    for event, at_ns in span.events:
+        message.events.add(name=event, time_unix_nano=at_ns)
+    if span.error is not None:
+        message.status.code = trace_pb2.Status.STATUS_CODE_ERROR
+        message.status.message = sound_text(span.error)
+
+
+def write_value(message: common_pb2.AnyValue, value: object) -> None:
+    """Write an attribute's value; a number that the protocol has no room for is written as text."""
+    if isinstance(value, str):
+        message.string_value = sound_text(value)
+    elif isinstance(value, bool):
+        message.bool_value = value
+    elif isinstance(value, int) and -_MAX_INT <= value <= _MAX_INT:
+        message.int_value = value
+    elif isinstance(value, float):
+        message.double_value = value
+    elif isinstance(value, list | tuple):
+        write_values(message.array_value, value)
+    else:
+        message.string_value = sound_text(str(value))
+
+
+def write_values(message: common_pb2.ArrayValue, values: Iterable[object]) -> None:
+    """Write the values of a list; an empty one is a value, too."""
+    message.SetInParent()
+    for value in values:
+        write_value(message.values.add(), value)
+
+
+def sound_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: one lone surrogate of a caller's must not lose a whole batch."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
