@@ -96,7 +96,7 @@ class AdapterClient:
         self._was_told_away = False
         callbacks = TransferCallbacks(grant=self._grant, decline=self._decline, fail=self._fail)
         self._transfers = ImageTransfers(engine, attachment.max_image_pages, callbacks)
-        self._outgoing: asyncio.Queue[_Request] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[_Request | None] = asyncio.Queue()  # None ends a stream
 
     @property
     def is_attached(self) -> bool:
@@ -136,10 +136,11 @@ class AdapterClient:
 
     async def _attach_once(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub) -> bool:
         """Keep one stream to its end; return whether the store ever welcomed it."""
-        self._outgoing = asyncio.Queue()
+        outgoing: asyncio.Queue[_Request | None] = asyncio.Queue()
+        self._outgoing = outgoing
         position = self._feed.sequence
         self._outgoing.put_nowait(_Request(hello=self._hello(position)))
-        call = stub.AttachEngine(self._requests(self._outgoing))
+        call = stub.AttachEngine(self._requests(outgoing))
         kept = KeptStatus(call)  # the store refuses while the first message is on its way to it
         reporter = asyncio.create_task(self._report(position), name="residency-reporter")
         was_welcomed = False
@@ -166,14 +167,15 @@ class AdapterClient:
             self._call = None
             self._silence.disconnected()
             call.cancel()
+            outgoing.put_nowait(None)  # grpc.aio leaves its reader of them waiting, once the store has ended the call
             await cancel_and_wait(reporter)
             await self._transfers.abandon_all()
         return was_welcomed
 
     @staticmethod
-    async def _requests(queue: asyncio.Queue[_Request]) -> AsyncIterator[_Request]:
-        while True:
-            yield await queue.get()
+    async def _requests(queue: asyncio.Queue[_Request | None]) -> AsyncIterator[_Request]:
+        while (request := await queue.get()) is not None:
+            yield request
 
     def _hello(self, sequence: int) -> _Request.Hello:
         arena = self._engine.arena

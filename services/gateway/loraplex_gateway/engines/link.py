@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -60,13 +61,11 @@ class EngineLink:
         silence_s: float = SILENCE_S,
         dial: Callable[[str], grpc.aio.Channel] = open_channel,
     ) -> None:
-        self._dial = dial
-        self._refusal = ""
+        self._dial, self._refusal = dial, ""
         self.record = record
         self.resident: set[str] = set()
         self.state = LinkState.CONNECTING
-        self._gateway_id = gateway_id
-        self._max_buffered_tokens = max_buffered_tokens
+        self._gateway_id, self._max_buffered_tokens = gateway_id, max_buffered_tokens
         self._on_change = on_change
         self._least_silence_s = self._silence_s = silence_s
         self._num_messages = 0
@@ -74,8 +73,7 @@ class EngineLink:
         self._load = engine_pb2.LoadReport()
         self._in_flight_at_report = 0
         self._liveness = Liveness(time.monotonic)
-        self._slots = Slots()
-        self._outgoing = Outgoing()
+        self._slots, self._outgoing = Slots(), Outgoing()
 
     @property
     def engine_id(self) -> str:
@@ -194,6 +192,8 @@ class EngineLink:
                     task.cancel()
                 await asyncio.gather(writer, reader, listener, return_exceptions=True)
                 call.cancel()
+                with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    await call.done_writing()  # with a key, grpc.aio leaves its reader of our writes waiting
 
     async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> str:
         """Take in all that the engine says; return why it says no more."""
