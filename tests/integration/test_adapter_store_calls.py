@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import crc32c
 import pytest
@@ -154,6 +154,23 @@ async def test_a_filter_by_time_lists_the_newest_operations_first(client: StoreC
     for other in ("done = false", 'create_time >= "yesterday at about noon"', 'create_time >= "2026-99-01T00:00:00Z"'):
         with refused(InvalidParameterError, "no filter that is served"), translated():
             await listed(other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"name": "projects/p"}, "no operations of its own"),
+        ({"filter": 'create_time >= "2026-01-01T00:00:00Z"', "page_token": "YQ=="}, "one page"),
+        ({"page_token": "?"}, "not a page_token"),
+        ({"page_token": "/w=="}, "not a page_token"),
+        ({"page_size": -1}, "negative"),
+    ],
+)
+async def test_what_a_list_of_operations_cannot_serve_is_refused(
+    client: StoreClient, asked: dict[str, Any], why: str
+) -> None:
+    with refused(InvalidParameterError, why), translated():
+        await client.operations.ListOperations(operations_pb2.ListOperationsRequest(**asked))
 
 
 async def test_watchers_of_two_replicas_see_every_change(client: StoreClient, redis_url: str) -> None:

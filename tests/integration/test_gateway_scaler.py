@@ -154,6 +154,8 @@ async def test_targets_are_the_triggers(valkey_url: str) -> None:
         ({"queueTokens": "many"}, "scalerMetadata.queueTokens"),
         ({"queueTokens": "inf"}, "scalerMetadata.queueTokens"),
         ({"queueTokens": ""}, "scalerMetadata.queueTokens"),
+        ({"queueTokens": "1e19"}, "scalerMetadata.queueTokens"),  # more than the protocol's whole numbers hold
+        ({"queueTokens": "-1"}, "scalerMetadata.queueTokens"),
         ({"pageUsage": "1.5"}, "scalerMetadata.pageUsage"),
         ({"pageUsage": "nan"}, "scalerMetadata.pageUsage"),
         ({"queueTokenz": "10"}, "scalerMetadata.queueTokenz"),

@@ -52,6 +52,10 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):  # type: ignor
         self, request: operations_pb2.ListOperationsRequest, context: Context
     ) -> operations_pb2.ListOperationsResponse:
         """Page through operations; with a filter, return the newest of those that began since its time."""
+        if request.name not in ("", PREFIX.rstrip("/")):
+            raise InvalidParameterError(f"{request.name[:80]!r} has no operations of its own", field="name")
+        if request.filter and request.page_token:
+            raise InvalidParameterError("a filter's list has one page: ask for more by page_size", field="page_token")
         if request.filter:
             newest = await self._operations.newest(
                 since=_since(request.filter), num_most=paging.page_size(request.page_size)

@@ -58,6 +58,7 @@ def test_a_section_that_is_null_is_refused_by_its_name(path: str) -> None:
         ({"gateway": {"podDisruptionBudget": {"maxUnavailable": "x"}}}, "maxUnavailable"),
         ({"engines": {"a": {"autoscaling": {"enabled": True, "minReplicas": 5}}}}, "is more than maxReplicas 4"),
         ({"credentials": {"secrets": {"engine": ""}}}, r"credentials\.secrets\.engine is empty"),
+        ({"engines": {"a": {"autoscaling": {"queueTokens": 1e19}}}}, "queueTokens"),
         ({"model": {"path": "../llama"}}, "model/path"),
         ({"model": {"path": "a: b"}}, "model/path"),
         ({"model": {"aliases": ["a,b"]}}, "model/aliases"),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 QUEUE_TOKENS: Final = 8192.0
+MAX_QUEUE_TOKENS: Final = 1e15
+"""Beyond any queue, and exact as a whole number, as KEDA has targets, too."""
 PAGE_USAGE: Final = 0.9
 _OF_KEDA: Final = frozenset(
     {"scalerAddress", "caCert", "tlsCertFile", "tlsClientCert", "tlsClientKey", "unsafeSsl", "enableTLS"}
@@ -25,7 +27,8 @@ class ScalerSettings:
 
     Attributes:
         model: Name or alias of the base model; empty means the only one.
-        queue_tokens: Prompt tokens that wait for each engine at most, from ``queueTokens``.
+        queue_tokens: Prompt tokens that wait for each engine at most, from ``queueTokens``; above 0, at most
+            `MAX_QUEUE_TOKENS`.
         page_usage: Share of each engine's pages that sequences and leased adapters take, above 0, at most 1, from
             ``pageUsage``.
     """
@@ -49,7 +52,7 @@ class ScalerSettings:
                 )
         return cls(
             model=metadata.get("model", ""),
-            queue_tokens=_number(metadata, "queueTokens", QUEUE_TOKENS, math.inf),
+            queue_tokens=_number(metadata, "queueTokens", QUEUE_TOKENS, MAX_QUEUE_TOKENS),
             page_usage=_number(metadata, "pageUsage", PAGE_USAGE, 1.0),
         )
 
@@ -62,9 +65,9 @@ def _number(metadata: Mapping[str, str], key: str, default: float, most: float) 
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= most or math.isinf(value):
-        bound = "" if math.isinf(most) else f", at most {most:g}"
+    if not 0 < value <= most:
         raise InvalidParameterError(
-            f"scalerMetadata.{key} is {text!r}: expected a number greater than 0{bound}", field=f"scalerMetadata.{key}"
+            f"scalerMetadata.{key} is {text!r}: expected a number greater than 0, at most {most:g}",
+            field=f"scalerMetadata.{key}",
         )
     return value
