@@ -86,7 +86,7 @@ class PoolView:
     def requests_per_s(self, holder: int) -> float:
         """Return how often an adapter on the device is asked for, faded up to now."""
         adapter = self.adapters[holder]
-        half_life_s = adapter.half_life.ToNanoseconds() * 1e-9
+        half_life_s = adapter.half_life.seconds + adapter.half_life.nanos * 1e-9
         age_s = self._clock() - self._told_at[holder]
         return adapter.requests_per_s * 2.0 ** (-age_s / half_life_s) if half_life_s > 0 else adapter.requests_per_s
 
@@ -138,7 +138,7 @@ class PoolView:
         change.requests_left_out, change.adapters_left_out = self._left_out
         put_runs(change, self._cells, np.zeros_like(self._cells))
         change.requests.extend(self.requests.values())
-        for holder, adapter in self.adapters.items():
-            change.adapters.add().CopyFrom(adapter)
-            change.adapters[-1].requests_per_s = self.requests_per_s(holder)
+        change.adapters.extend(self.adapters.values())
+        for adapter in change.adapters:
+            adapter.requests_per_s = self.requests_per_s(adapter.holder)
         return change

@@ -103,5 +103,5 @@ def _adapter(adapter: engine_pb2.PoolAdapter) -> dict[str, Any]:
         "pinned": held.pinned,
         "leases": held.num_leases,
         "rate": adapter.requests_per_s,
-        "half_life_s": adapter.half_life.ToNanoseconds() * 1e-9,
+        "half_life_s": adapter.half_life.seconds + adapter.half_life.nanos * 1e-9,
     }

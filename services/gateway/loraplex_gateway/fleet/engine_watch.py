@@ -64,16 +64,16 @@ class EngineWatch:
         """Whether it is known how the engine fares: it has told, or cannot be reached."""
         return self._view is not None or self._error is not None
 
-    def snapshot(self) -> News:
-        """Return all that is known; `is_known` says whether that is anything."""
+    async def snapshot(self) -> News:
+        """Return all that is known now, in turns of the event loop; `is_known` says whether that is anything."""
         message = self._message()
         if self._view is None:
-            assert self._error is not None
-            message.error.CopyFrom(to_status(self._error))
-            return News(message)
+            return self._failed(message)
         message.info.CopyFrom(self._info)
+        message.load.CopyFrom(self._load)
         message.change.CopyFrom(self._view.snapshot())
-        return News(self._filled(message, self._load))
+        await asyncio.sleep(0)
+        return News(self._filled(message))
 
     def farewell(self) -> News:
         """Return that the engine is gone."""
@@ -119,25 +119,27 @@ class EngineWatch:
             message.info.CopyFrom(self._info)
         self._view.apply(response.change)
         self._load = response.load
+        message.load.CopyFrom(response.load)
         message.change.CopyFrom(response.change)
-        self._tell(News(self._filled(message, response.load)))
+        self._tell(News(self._filled(message)))
 
     def _lost(self, error: LoraplexError) -> None:
         self._view, self._error = None, error
-        self._tell(self.snapshot())
+        self._tell(self._failed(self._message()))
+
+    def _failed(self, message: fleet_pb2.WatchFleetResponse) -> News:
+        assert self._error is not None
+        message.error.CopyFrom(to_status(self._error))
+        return News(message)
 
     def _message(self) -> fleet_pb2.WatchFleetResponse:
         return fleet_pb2.WatchFleetResponse(engine_id=self._record.engine_id, target=self._record.target)
 
-    def _filled(
-        self, message: fleet_pb2.WatchFleetResponse, load: engine_pb2.LoadReport
-    ) -> fleet_pb2.WatchFleetResponse:
-        """Add load and names to a message with a change."""
-        message.load.CopyFrom(load)
+    def _filled(self, message: fleet_pb2.WatchFleetResponse) -> fleet_pb2.WatchFleetResponse:
+        """Add to a message with a change what the gateway knows of it."""
         message.passed_over = self._passed_over(self._record)
         digests = {held.adapter.digest for held in message.change.adapters}
         digests.update(digest for request in message.change.requests for digest in request.adapter_digests)
-        for digest in digests:
-            if names := self._names.of(digest):
-                message.adapter_names[digest] = names[0]
+        found = {digest: names[0] for digest in digests if (names := self._names.of(digest))}
+        message.MergeFrom(fleet_pb2.WatchFleetResponse(adapter_names=found))  # one by one takes five times as long
         return message

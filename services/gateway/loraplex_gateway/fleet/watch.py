@@ -13,7 +13,7 @@ from loraplex_common.tasks import cancel_and_wait
 from loraplex_gateway.fleet.engine_watch import EngineWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     import grpc
     from loraplex_common.adapter_names import AdapterNames
@@ -122,9 +122,9 @@ class FleetWatch:
     def _known(self) -> list[str]:
         return sorted(engine_id for engine_id, engine in self._engines.items() if engine.is_known)
 
-    def _snapshot(self, engine_id: str) -> News | None:
+    async def _snapshot(self, engine_id: str) -> News | None:
         engine = self._engines.get(engine_id)
-        return engine.snapshot() if engine is not None and engine.is_known else None
+        return await engine.snapshot() if engine is not None and engine.is_known else None
 
 
 class FleetReader:
@@ -137,7 +137,7 @@ class FleetReader:
         snapshot: Returns all that is known of an engine; None if it is gone.
     """
 
-    def __init__(self, known: Callable[[], list[str]], snapshot: Callable[[str], News | None]) -> None:
+    def __init__(self, known: Callable[[], list[str]], snapshot: Callable[[str], Awaitable[News | None]]) -> None:
         self._known, self._snapshot = known, snapshot
         self._news: deque[News] = deque()
         self._owed: dict[str, None] = {}  # a set in order: engines to be told of anew
@@ -191,5 +191,5 @@ class FleetReader:
             return []
         engine_id = next(iter(self._owed))
         del self._owed[engine_id]
-        found = self._snapshot(engine_id)
+        found = await self._snapshot(engine_id)
         return [] if found is None else [found]

@@ -24,7 +24,7 @@ class Fleet:
         self.asked: list[str] = []
         self.reader = FleetReader(lambda: list(self.engine_ids), self._snapshot)
 
-    def _snapshot(self, engine_id: str) -> News | None:
+    async def _snapshot(self, engine_id: str) -> News | None:
         self.asked.append(engine_id)
         return news(engine_id, passed_over="all") if engine_id in self.engine_ids else None
 
@@ -64,6 +64,28 @@ async def test_a_change_of_an_engine_that_is_still_to_be_told_of_is_not_told_twi
 
     assert await fleet.take() == [("a", "later"), ("b", "all")]
     assert await fleet.reader.take(0.01) == []
+
+
+async def test_what_happens_while_all_of_an_engine_is_collected_is_told_behind_it() -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slowly(engine_id: str) -> News:
+        begun.set()
+        await may_end.wait()
+        return news(engine_id, passed_over="all")
+
+    reader = FleetReader(lambda: ["a"], slowly)
+    taking = asyncio.create_task(reader.take(SOON_S))
+    await begun.wait()
+    reader.put(news("a", passed_over="later"))
+    reader.put(news("a", gone=True))
+    may_end.set()
+
+    first, second = await taking, await reader.take(SOON_S)
+    assert first is not None
+    assert second is not None
+    assert [each.message.passed_over for each in first] == ["all"]
+    assert [(each.message.passed_over, each.message.gone) for each in second] == [("later", False), ("", True)]
 
 
 async def test_an_engine_that_goes_before_it_was_told_of_is_only_said_to_be_gone() -> None:

@@ -99,11 +99,13 @@ class FleetEvents:
 
 
 async def _engine_events(found: Sequence[News]) -> list[bytes]:
-    """Return the events of news, each made in a turn of its own: a whole pool takes milliseconds."""
+    """Return the events of news, in turns of their own: a whole pool takes milliseconds to collect and to convert."""
     events = []
     for news in found:
-        events.append(_event("engine", as_json(news)))
         await asyncio.sleep(0)
+        body = as_json(news)
+        await asyncio.sleep(0)
+        events.append(_event("engine", body))
     return events
 
 
