@@ -159,7 +159,8 @@ def gate_up_of(followers: Followers, path: BasePath, linear: Any, step: Any) -> 
     """Have a decoder without weights compute a layer's gate_up."""
     decoder = object.__new__(LlamaDecoder)
     decoder.followers = followers
-    decoder._gate_up(path, 0, linear, *[None] * 3, step)  # type: ignore[arg-type]
+    x = gate_up = act = torch.empty(0)
+    decoder._gate_up(path, 0, linear, x, gate_up, act, step)
 
 
 @pytest.mark.parametrize(
