@@ -38,6 +38,10 @@ class NameOrder:
             order.update((key(name), name) for name in names)
             yield
 
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names in order; the set must not change meanwhile."""
+        return (name for _, name in self._orders[0])
+
     def __contains__(self, name: str) -> bool:
         """Whether the name is one of them."""
         return (name, name) in self._orders[0]

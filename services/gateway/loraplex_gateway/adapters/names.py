@@ -117,7 +117,7 @@ class NameTable:
         order = NameOrder()
         for _ in order.adding(wanted):
             yield
-        self._entries, self._order, self._blocks = wanted, order, NameBlocks(wanted)
+        self._entries, self._order, self._blocks = wanted, order, NameBlocks(order)
         yield
 
     def _forget(self, names: Iterable[str]) -> None:

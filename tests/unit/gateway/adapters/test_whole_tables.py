@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.adapter_names import AdapterNames
@@ -12,11 +14,11 @@ from loraplex_common.alias_feed import SLICE_NAMES, AdapterEntry
 from loraplex_gateway.adapters.names import NameTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 NUM = 100_000
-# 4 ms, but for the few steps in which a dictionary of so many names grows: 30 to 110 ms on slow memory. At once it took 700 ms.
-LONGEST_S = 0.25
+# Shares of the processor time of all steps, which hold on slow machines too. The first table is sorted three ways, a step each.
+FIRST_SHARE, NEXT_SHARE = 0.6, 0.15
 
 
 def entries(num: int, *, revision: int = 0, prefix: str = "adapter") -> list[AdapterEntry]:
@@ -27,21 +29,39 @@ def entries(num: int, *, revision: int = 0, prefix: str = "adapter") -> list[Ada
     ]
 
 
-def longest_step_s(table: NameTable | AdapterNames, whole: Iterable[AdapterEntry]) -> float:
-    """Take a table in; return the processor time of its longest step, and of what is left at the end."""
+@pytest.fixture
+def _without_collections() -> Iterator[None]:
+    """Leave out what the collector does with the objects of other tests."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def longest_share(table: NameTable | AdapterNames, whole: Iterable[AdapterEntry]) -> float:
+    """Take a table in; return the share of the processor time that its longest step had, or what is left at the end."""
     steps, began_s = [], time.thread_time()
     for _ in table.replacing(whole):
         steps.append(time.thread_time() - began_s)
         began_s = time.thread_time()
-    return max(*steps, time.thread_time() - began_s)
+    steps.append(time.thread_time() - began_s)
+    return max(steps) / sum(steps)
 
 
-def test_no_step_of_a_hundred_thousand_names_takes_long() -> None:
+@pytest.mark.usefixtures("_without_collections")
+@pytest.mark.parametrize("make", [NameTable, AdapterNames])
+def test_no_step_of_a_hundred_thousand_names_takes_long(make: type[NameTable] | type[AdapterNames]) -> None:
     first, again = entries(NUM), entries(NUM)
+    shares = []
 
-    for table in (NameTable(), AdapterNames()):
-        for whole in (first, again, first[: NUM - 1000]):
-            assert longest_step_s(table, whole) < LONGEST_S
+    for _ in range(3):
+        table = make()
+        shares.append([longest_share(table, whole) for whole in (first, again, first[: NUM - 1000])])
+
+    # The best of three: what else runs on the machine makes single steps longer, never shorter.
+    best = [min(each) for each in zip(*shares, strict=True)]
+    assert best[0] < FIRST_SHARE
+    assert max(best[1:]) < NEXT_SHARE
 
 
 def test_what_is_as_it_was_is_not_worked_out_again() -> None:
