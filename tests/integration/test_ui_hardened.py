@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ async def test_a_key_that_no_header_can_have_is_refused_by_name(
         await expect(page.locator("#key-dialog")).to_be_visible()
 
 
-async def test_the_names_are_read_once_more_at_most_however_many_engines_come(
+async def test_the_names_are_read_once_a_second_at_most_however_many_engines_come(
     browser: Browser, valkey_url: str
 ) -> None:
     lists: list[str] = []
@@ -108,11 +109,14 @@ async def test_the_names_are_read_once_more_at_most_however_many_engines_come(
         opened(browser, "about:blank") as (page, complaints),
     ):
         page.on("request", lambda request: lists.append(request.url) if "/v1/models" in request.url else None)
+        started_s = time.monotonic()
         await page.goto(f"{rig.http}/ui")
         await expect(page.locator("article.engine")).to_have_count(20)
         await expect(page.locator("#adapter")).to_have_attribute("placeholder", re.compile("names"))
+        num_reads = len(lists)
+        taken_s = time.monotonic() - started_s
 
-    assert 1 <= len(lists) <= 6, lists
+    assert 1 <= num_reads <= 1 + taken_s, lists
     assert complaints == []
 
 

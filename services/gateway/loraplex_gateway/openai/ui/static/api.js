@@ -84,6 +84,10 @@ function parsed(part) {
   return data.length ? { event, data: data.join("\n") } : null;
 }
 
+export function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
 function within(promise, milliseconds) {
   if (!milliseconds) return promise;
   return new Promise((resolve, reject) => {

@@ -1,5 +1,5 @@
 // Follows the gateway's events and shows them; the parts of the page are in the modules beside this one.
-import { ApiError, call, events, key } from "./api.js";
+import { ApiError, call, events, key, pause } from "./api.js";
 import { onThemeChange } from "./colors.js";
 import { EngineCards, LABELS, SHOWN } from "./engines.js";
 import { Fleet, OWNERS } from "./fleet.js";
@@ -37,10 +37,6 @@ const legend = Object.fromEntries(
     return [name, value];
   }),
 );
-
-function pause(milliseconds) {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
 
 function state(name, text) {
   node("status").dataset.state = name;

@@ -1,5 +1,5 @@
 // One prompt through several adapters side by side: a streamed request of the OpenAI API for each.
-import { ApiError, call, events, key } from "./api.js";
+import { ApiError, call, events, key, pause } from "./api.js";
 import { count, element, rate, seconds, setText } from "./format.js";
 
 const MOST_COLUMNS = 8;
@@ -7,6 +7,7 @@ const FIRST_CHOICES = 3;
 const MOST_SUGGESTIONS = 50;
 const PAGE = 1000;
 const OLD_MS = 10000;
+const REST_MS = 1000;
 
 export class Playground {
   constructor() {
@@ -39,19 +40,22 @@ export class Playground {
     });
   }
 
-  // Reads all names. However often that is asked for meanwhile (each engine that comes does), it is done once more at most.
+  // Reads all names. However often that is asked for (each engine that comes does), a key's are read once a second at most.
   async loadModels() {
     this.isStale = true;
     while (this.isStale && !this.loading) {
       this.isStale = false;
+      const asKey = key.get();
       this.loading = this.#load();
       await this.loading;
+      if (asKey === key.get()) await Promise.race([pause(REST_MS), new Promise((resolve) => (this.wake = resolve))]);
       this.loading = null;
     }
   }
 
-  // Forgets what was shown to another key.
+  // Forgets what was shown to another key, whose names are read without a rest.
   forget() {
+    this.wake?.();
     this.names = [];
     this.#suggest();
     if (!this.hasChosen) this.picked = [];
