@@ -199,14 +199,12 @@ class RequestRecord:
         if seen_at is None:
             wait_s = (times.first_token_at or times.last_token_at) - times.arrived_at
             if self._num_resumed:  # the first token was another stream's
-                meter.further_tokens(num_new, wait_s / max(num_new, 1))
+                meter.gaps.resumed(num_new, wait_s / max(num_new, 1))
             else:
                 self._metrics.ttft.observe(wait_s)
                 meter.first_tokens(num_new, wait_s)
         elif num_new > 0:
-            gap_s = (times.last_token_at - seen_at) / num_new
-            self._metrics.itl.observe(gap_s)
-            meter.further_tokens(num_new, gap_s)
+            meter.gaps.further(num_new, (times.last_token_at - seen_at) / num_new)
         self._seen_at = times.last_token_at
         self._num_tokens = num_tokens
 
