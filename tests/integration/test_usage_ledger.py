@@ -208,7 +208,7 @@ async def test_the_command_names_an_entry_that_is_no_record_and_sums_the_others(
     assert spoilt.exit_code == 1
     assert spoilt.stdout == mended.stdout
     assert json.loads(spoilt.stdout)["requests"] == 1
-    assert f"1 of the entries of {USAGE_KEY} are no usage records" in spoilt.stderr
+    assert f"the sums are without 1 of the entries of {USAGE_KEY}" in spoilt.stderr
     assert f"{entry}: input_tokens is null, not a number" in spoilt.stderr
     assert f"XDEL {USAGE_KEY} {entry}" in spoilt.stderr
     assert (mended.exit_code, mended.stderr) == (0, "")

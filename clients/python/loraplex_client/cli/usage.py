@@ -77,7 +77,7 @@ class Unreadable:
         """Return what to say of them."""
         entry = self._newest.partition(":")[0]
         return (
-            f"error: {self.num_entries} of the entries of {USAGE_KEY} are no usage records, and the sums are without them; "
+            f"error: the sums are without {self.num_entries} of the entries of {USAGE_KEY}, as no usage records; the newest, "
             f"{self._newest}. Take it out: XDEL {USAGE_KEY} {entry}"
         )
 
