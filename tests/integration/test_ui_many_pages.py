@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex.v1 import engine_pb2
@@ -49,12 +49,14 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 @asynccontextmanager
-async def shown(browser: Browser, valkey_url: str, pools: list[PoolDouble]) -> AsyncIterator[tuple[Page, list[str]]]:
+async def shown(
+    browser: Browser, valkey_url: str, pools: list[PoolDouble], **options: Any
+) -> AsyncIterator[tuple[Page, list[str]]]:
     """Yield the page over a gateway with an engine for each pool; what it draws is counted."""
     async with (
         running_gateway(valkey_url, num_engines=len(pools), ui=True) as rig,
         telling(rig, pools),
-        opened(browser, "about:blank") as (page, complaints),
+        opened(browser, "about:blank", **options) as (page, complaints),
     ):
         await page.add_init_script(COUNTING)
         await page.goto(f"{rig.http}/ui")
@@ -102,6 +104,35 @@ async def test_each_page_has_its_owners_colour_and_a_gap_beside_it(browser: Brow
     shown_colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue, _, _ in (adapter, kv, free)]
     assert shown_colors == colors
     assert [pixel[3:] for pixel in (adapter, kv, free)] == [[255, 0]] * 3
+    assert complaints == []
+
+
+async def test_the_colours_follow_the_readers_wish_while_nothing_else_changes(
+    browser: Browser, valkey_url: str
+) -> None:
+    seen = []
+    async with shown(browser, valkey_url, [pool()]) as (page, _):
+        for scheme in ("light", "dark", "light"):
+            await page.emulate_media(color_scheme=scheme)
+            await page.evaluate(SETTLED)
+            seen.append(await page.evaluate(PIXELS, [0, 3, [0]]))
+
+    assert seen[0] == seen[2] != seen[1]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.25, 2.0])
+async def test_all_pages_are_drawn_at_any_size_of_a_pixel(browser: Browser, valkey_url: str, ratio: float) -> None:
+    async with shown(browser, valkey_url, [pool()], device_scale_factor=ratio) as (page, complaints):
+        rows = await page.evaluate(
+            """() => { const { canvas } = document.querySelector('article.engine canvas').getContext('2d');
+            const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', { willReadFrequently: true });
+            copy.drawImage(canvas, 0, 0);
+            const { data, width, height } = copy.getImageData(0, 0, canvas.width, canvas.height);
+            const filled = (row) => { for (let x = 3; x < 4 * width; x += 4) if (data[4 * row * width + x]) return true; return false; };
+            return [...Array(height).keys()].filter(filled).length / height; }"""
+        )
+
+    assert 0.4 < rows <= 1
     assert complaints == []
 
 
