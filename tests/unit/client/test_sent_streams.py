@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_client import AsyncClient, Client, ImportProgress
 from loraplex_common.errors import CancelledRequestError, InvalidParameterError
 from support.gateway_double import StoreDouble, serving
@@ -13,6 +14,8 @@ from support.gateway_double import StoreDouble, serving
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    import grpc
 
 TIMEOUT_S = 30.0
 
@@ -25,9 +28,21 @@ class MyExit(BaseException):
     """The caller's own, and no `Exception`: like that of Ctrl-C."""
 
 
+class Reader(StoreDouble):
+    """A store that reads pushes to their end, and keeps those that come whole."""
+
+    def PushAdapter(  # noqa: N802
+        self, request_iterator: Iterator[pb.PushAdapterRequest], context: grpc.ServicerContext
+    ) -> pb.PushAdapterResponse:
+        requests = list(request_iterator)
+        if requests and requests[-1].HasField("finish"):  # else cancelled, which looks like the end here
+            self.uploads["mine"] = {"": b"".join(request.data for request in requests)}
+        return pb.PushAdapterResponse()
+
+
 @pytest.fixture
 def store() -> StoreDouble:
-    return StoreDouble()
+    return Reader()
 
 
 @pytest.fixture
@@ -147,6 +162,10 @@ async def push(target: str, state_dict: dict[str, Any], *, is_async: bool) -> No
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_what_reading_a_tensor_raises_is_what_the_push_raises(target: str, *, is_async: bool) -> None:
+async def test_what_reading_a_tensor_raises_is_what_the_push_raises(
+    target: str, store: StoreDouble, *, is_async: bool
+) -> None:
     with pytest.raises(MyError, match="the device is lost"):
         await push(target, {"a": Unreadable()}, is_async=is_async)
+
+    assert store.uploads == {}
