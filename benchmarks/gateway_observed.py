@@ -18,6 +18,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,8 +63,10 @@ async def load(target: str, num_requests: int, num_tokens: int) -> None:
         await asyncio.gather(*(one() for _ in range(num_requests)))
 
 
-async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, list[float]]:
-    """Return the gateways' CPU time for a request, in ms, of each round."""
+async def measure(
+    arguments: argparse.Namespace, folder: Path, stack: ExitStack
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the gateways' CPU time for a request, in ms, of each round, and what each part takes by itself, in us."""
     from loraplex_common import valkey
     from loraplex_common.base_model import load_base_model
     from loraplex_common.valkey import EmbeddedValkey
@@ -88,6 +91,7 @@ async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack)
         with environment(settings):
             gateways[name] = await asyncio.to_thread(Gateway, str(model), tree=tree, workers=0, module=module)
         stack.callback(gateways[name].close)
+    parts = await asyncio.to_thread(parts_us, collector.target, arguments.tokens)
     for gateway in gateways.values():
         await load(gateway.addresses["grpc"], 100, arguments.tokens)  # warm
     found = await take_turns(arguments, gateways)
@@ -96,7 +100,14 @@ async def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack)
         raise SystemExit("no span came: tracing was not on")
     await engine.kill()
     await client.aclose()
-    return found
+    return found, parts
+
+
+def parts_us(collector: str, num_tokens: int) -> dict[str, float]:
+    """Return what each part takes for a request by itself, in us."""
+    command = [sys.executable, "-m", "loraplex_bench.observed_parts", "--collector", collector]
+    done = subprocess.run([*command, "--tokens", str(num_tokens)], stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def variants(arguments: argparse.Namespace, collector: str) -> dict[str, dict[str, str]]:
@@ -180,16 +191,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="written into the results")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name, ExitStack() as stack:
-        found = asyncio.run(measure(arguments, Path(name), stack))
+        found, parts = asyncio.run(measure(arguments, Path(name), stack))
     medians = {name: statistics.median(values) for name, values in found.items()}
     added = added_to_off(found)
     for name, (middle, low, high) in added.items():
         print(f"{name:<9} {medians[name]:.3f} ms a request, {middle:+.1%} (95 % interval {low:+.1%} to {high:+.1%})")
+    share = sum(parts.values()) / (medians["off"] * 1e3)
+    print(" ".join(f"{name} {us:.1f}" for name, us in parts.items()), f"us a request by themselves: {share:.1%} of off")
     if arguments.out:
         report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": arguments.commit}
         report |= {"machine": f"CPU, {os.cpu_count()} cores", "python": sys.version.split()[0]}
         report |= {"command": " ".join(["python", "benchmarks/gateway_observed.py", *sys.argv[1:]])}
         report |= {"tokens": arguments.tokens, "cpu_ms_per_request": found, "medians": medians, "added": added}
+        report |= {"parts_us": parts, "share": share}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -9,12 +9,17 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.valkey import fresh_database, running_server
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from loraplex_common.valkey import EmbeddedValkey
+
+# By default an example that takes more than 200 ms fails its test, and on a busy machine any process is left waiting for longer.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 @functools.cache

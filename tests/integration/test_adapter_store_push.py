@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_client import AsyncClient
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
+    CancelledRequestError,
     ConflictError,
     InvalidParameterError,
 )
@@ -35,7 +37,7 @@ from support.store_rig import (
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from loraplex_adapter_store.service import RunningStore
     from loraplex_client import AsyncAdapters
@@ -208,6 +210,48 @@ async def test_a_client_that_dies_in_the_middle_leaves_nothing(
         for message in messages[:count]:
             await call.write(message)
         call.cancel()
+
+    await eventually(lambda: rig[0].importer.budget.held_bytes == 0, what="the push's memory is given back")
+    assert await client.names() == []
+    await assert_no_blob(redis_url)
+
+
+class Lost:
+    """A tensor of some shape that cannot be read when its turn comes."""
+
+    def __init__(self, tensor: Any, during: Callable[[], object] = lambda: None) -> None:
+        self.dtype, self.shape, self._during = tensor.dtype, tensor.shape, during
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        self._during()
+        raise ZeroDivisionError("the device is lost")
+
+
+async def test_a_push_whose_tensor_cannot_be_read_raises_why_and_leaves_nothing(
+    client: StoreClient, adapters: AsyncAdapters, rig: tuple[RunningStore, StoreClient], redis_url: str
+) -> None:
+    tensors, config = tensors_of(1)
+    for name in (next(iter(tensors)), list(tensors)[-1]):
+        with pytest.raises(ZeroDivisionError, match="the device is lost"):
+            await adapters.push("a", tensors | {name: Lost(tensors[name])}, config)
+
+    await eventually(lambda: rig[0].importer.budget.held_bytes == 0, what="the push's memory is given back")
+    assert await client.names() == []
+    await assert_no_blob(redis_url)
+    await adapters.push("a", tensors, config)
+
+
+async def test_a_push_whose_client_is_closed_says_so_and_leaves_nothing(
+    client: StoreClient, rig: tuple[RunningStore, StoreClient], redis_url: str
+) -> None:
+    tensors, config = tensors_of(1)
+    closing = AsyncClient("127.0.0.1:1", store_target=f"127.0.0.1:{rig[0].grpc_port}")
+    loop = asyncio.get_running_loop()
+    last = list(tensors)[-1]
+    lost = Lost(tensors[last], lambda: asyncio.run_coroutine_threadsafe(closing.close(), loop).result(30))
+
+    with pytest.raises((CancelledRequestError, ZeroDivisionError)):
+        await closing.adapters.push("a", tensors | {last: lost}, config)
 
     await eventually(lambda: rig[0].importer.budget.held_bytes == 0, what="the push's memory is given back")
     assert await client.names() == []

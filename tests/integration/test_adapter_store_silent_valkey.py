@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,19 +28,17 @@ async def test_an_import_while_valkey_is_stopped_is_unavailable_within_its_deadl
             assert server.pid is not None
             os.kill(server.pid, signal.SIGSTOP)
             try:
-                calls: list[Any] = [
+                calls: list[Any] = [  # at once; one that is not refused by its deadline fails with another error
                     client.stub.ImportAdapter(
                         pb.ImportAdapterRequest(name="a", uri=folder.as_uri(), request_id=id_), timeout=2.0
                     )
                     for id_ in (new_id(), "")
                 ]
                 calls.append(client.stub.UploadAdapter(upload_parts("a", files), timeout=2.0))
-                began = time.monotonic()
                 for call in calls:
                     with pytest.raises(StoreUnavailableError, match="Valkey") as refused, translated():
                         await call
                     assert refused.value.retry_after_s == 1.0
-                assert time.monotonic() - began < 2.5
             finally:
                 os.kill(server.pid, signal.SIGCONT)
 

@@ -182,6 +182,9 @@ async def test_a_pair_that_does_not_fit_is_refused_by_name(rig: Rig, name: str, 
 async def test_a_hundred_thousand_names_are_kept_ready_and_a_change_costs_one_block(rig: Rig) -> None:
     names = [f"team-{n % 977}/adapter-{n:06}" for n in range(100_000)]
     rig.app.names.replace_all(entry(rig, name, allowed="vip" if n % 20 == 0 else "") for n, name in enumerate(names))
+    began = time.process_time()
+    await rig.app._models.pieces(ANYBODY)
+    whole_cpu_s = time.process_time() - began
     whole = await listed(rig, "ops")
     pieces = {block: block.memo[_Rendered] for block in rig.app.names.blocks()}
 
@@ -196,7 +199,7 @@ async def test_a_hundred_thousand_names_are_kept_ready_and_a_change_costs_one_bl
     assert num_entries == 1 + 95_000 + 1
     changed = [block for block in rig.app.names.blocks() if pieces.get(block) is not block.memo[_Rendered]]
     assert len(changed) == 1
-    assert cpu_s < 0.1, "some milliseconds, on a machine that does nothing else"
+    assert cpu_s < whole_cpu_s / 4, "one block of many is made anew"
 
 
 async def test_a_client_that_does_not_read_a_long_list_is_given_up_and_holds_up_no_other(valkey_url: str) -> None:

@@ -131,16 +131,17 @@ async def test_a_gateway_that_says_nothing_is_named_in_the_answer_when_the_time_
         heard.close()
 
 
-async def test_a_gateway_that_has_gone_is_not_waited_for(redis_url: str) -> None:
+async def test_a_gateway_that_has_gone_is_not_waited_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((watchers, "LEASE_S"), (aliases, "FOLLOW_S")):
+        monkeypatch.setattr(module, name, 120.0)
     async with two_replicas(redis_url) as (first, second):
         gateway = Gateway(second, said_to=first)
         await gateway.read()
         upload = asyncio.create_task(first.upload_recipe("a", Recipe(seed=1)))
         await gateway.read()
-        began = time.monotonic()
         gateway.close()
-        assert not (await upload).visibility.late_gateways
-        assert time.monotonic() - began < 2.0
+        async with asyncio.timeout(30):  # a fraction of either wait
+            assert not (await upload).visibility.late_gateways
 
 
 async def test_a_gateway_that_comes_back_through_another_replica_keeps_its_lease_when_the_old_stream_ends(
@@ -171,9 +172,9 @@ async def test_the_lease_of_a_gateway_ends_soon_after_its_replica_has_died(
     watch = dead.watching("gateway-1")
     await watch.__aenter__()  # never ends, and nothing renews it
     began = time.monotonic()
-    visibility = await alive.wait(Position("history", 1), 5.0)
-    assert not visibility.late
-    assert 0.2 < time.monotonic() - began < 2.0
+    visibility = await alive.wait(Position("history", 1), 30.0)
+    assert not visibility.late, "it was waited for to the end"
+    assert time.monotonic() - began > 0.2
     await client.aclose()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
+from loraplex_client.cli.app import app
 from loraplex_common.usage_records import USAGE_KEY, UsageRecord, read_usage
 from loraplex_gateway.usage.ledger import UsageLedger
 from support.cut_streams import CUT, NUM_TOKENS, another_gateway, cut, long_text, read_all, read_up_to
@@ -186,6 +187,33 @@ async def test_what_is_not_written_when_the_gateway_ends_is_written_then(valkey_
         assert record.unmetered_attempts == 1
 
 
+async def test_the_command_names_an_entry_that_is_no_record_and_sums_the_others(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplex_common.valkey import connect
+
+    valkey = connect(valkey_url)
+    await valkey.xadd(USAGE_KEY, {"record": make_record("u1").to_json()})
+    text = make_record("u2").to_json().replace('"input_tokens":1', '"input_tokens":null')
+    added: Any = await valkey.xadd(USAGE_KEY, {"record": text})
+    entry = added.decode()
+    monkeypatch.setenv("LORAPLEX_REDIS_URL", valkey_url)
+    command = ["usage", "--json"]
+
+    spoilt = await asyncio.to_thread(CliRunner().invoke, app, command)
+    await valkey.xdel(USAGE_KEY, entry)
+    mended = await asyncio.to_thread(CliRunner().invoke, app, command)
+    await valkey.aclose()
+
+    assert spoilt.exit_code == 1
+    assert spoilt.stdout == mended.stdout
+    assert json.loads(spoilt.stdout)["requests"] == 1
+    assert f"the sums are without 1 of the entries of {USAGE_KEY}" in spoilt.stderr
+    assert f"{entry}: input_tokens is null, not a number" in spoilt.stderr
+    assert f"XDEL {USAGE_KEY} {entry}" in spoilt.stderr
+    assert (mended.exit_code, mended.stderr) == (0, "")
+
+
 def make_record(usage_id: str) -> UsageRecord:
     return UsageRecord(
         usage_id=usage_id,
@@ -256,8 +284,6 @@ async def records_of(stack: Stack) -> Any:
 
 
 def usage_lines(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    from loraplex_client.cli.app import app
-
     monkeypatch.setenv("LORAPLEX_REDIS_URL", stack.valkey.url)
     result = CliRunner().invoke(app, ["usage", "--since", "1h", "--by", "adapter", "--json"])
     assert result.exit_code == 0, result.output

@@ -168,6 +168,8 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
         header = next(request_iterator).header
         self.requests.append(header)
         data = b"".join(request.data for request in request_iterator)
+        if len(data) < sum(file.num_bytes for file in header.files):  # cancelled, which looks like the end here
+            return adapter_store_pb2.UploadAdapterResponse()
         files = {}
         for file in header.files:
             files[file.name], data = data[: file.num_bytes], data[file.num_bytes :]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import prometheus_client
+from loraplex_common.tally import Count, Tally
 from loraplex_gateway.__main__ import main
-from loraplex_gateway.metrics.tally import Tally
+from loraplex_gateway.metrics.gaps import Gaps
 from loraplex_gateway.metrics.top_usage import TopUsage
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ COUNTING: tuple[tuple[type, str], ...] = (
     (prometheus_client.Gauge, "dec"),
     (prometheus_client.Gauge, "set"),
     (prometheus_client.Histogram, "observe"),
+    (Count, "inc"),
     (Tally, "observe"),
+    (Gaps, "first"),
+    (Gaps, "further"),
+    (Gaps, "resumed"),
     (TopUsage, "add"),
 )
 

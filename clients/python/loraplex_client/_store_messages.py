@@ -244,23 +244,38 @@ def upload_header(
     )
     for file_name in names:
         path = directory / file_name
-        header.files.add(name=file_name, num_bytes=path.stat().st_size, sha256=_sha256(path))
+        try:
+            header.files.add(name=file_name, num_bytes=path.stat().st_size, sha256=_sha256(path))
+        except OSError as error:
+            raise InvalidParameterError(f"{path} cannot be read: {error.strerror}", field="directory") from error
     return header
 
 
 def upload_messages(
     header: adapter_store_pb2.UploadAdapterRequest.Header, directory: Path, progress: ProgressCallback | None
 ) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
-    """Yield the messages of an upload: the header, then the files' bytes."""
+    """Yield the messages of an upload: the header, then the files' bytes.
+
+    Raises:
+        InvalidParameterError: If a file can no longer be read.
+    """
     yield adapter_store_pb2.UploadAdapterRequest(header=header)
     done, total = 0, sum(file.num_bytes for file in header.files)
     for announced in header.files:
-        with (directory / announced.name).open("rb") as file:
+        for data in _chunks(directory / announced.name):
+            yield adapter_store_pb2.UploadAdapterRequest(data=data)
+            done += len(data)
+            if progress is not None:
+                progress(ImportProgress(stage=ImportStage.FETCHING, bytes_done=done, bytes_total=total))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
             while data := file.read(CHUNK_BYTES):
-                yield adapter_store_pb2.UploadAdapterRequest(data=data)
-                done += len(data)
-                if progress is not None:
-                    progress(ImportProgress(stage=ImportStage.FETCHING, bytes_done=done, bytes_total=total))
+                yield data
+    except OSError as error:
+        raise InvalidParameterError(f"{path} cannot be read: {error.strerror}", field="directory") from error
 
 
 def _sha256(path: Path) -> str:

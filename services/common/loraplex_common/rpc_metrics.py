@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from loraplex_common.tally import TallyCounter, TallyHistogram
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 # A66, "Buckets for histograms: latency", in seconds.
 LATENCY_BUCKETS: Final = (
@@ -22,13 +25,13 @@ class RpcMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._started = Counter(
+        self._started = TallyCounter(
             "grpc_server_call_started_total",
             "RPC attempts started, including those not completed (A66 grpc.server.call.started).",
             ["grpc_method"],
             registry=registry,
         )
-        self._duration = Histogram(
+        self._duration = TallyHistogram(
             "grpc_server_call_duration_seconds",
             "Time from a call's start to its status (A66 grpc.server.call.duration).",
             ["grpc_method", "grpc_status"],

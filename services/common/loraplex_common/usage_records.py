@@ -7,16 +7,19 @@ oldest records go first.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable
 
 USAGE_KEY: Final = "loraplex:usage"
 """Stream of records: field ``record`` of each entry is a `UsageRecord` as JSON."""
 RECORD_FIELD: Final = b"record"
 _PAGE: Final = 1000
+_MOST: Final = 2**53
+"""The greatest number in a record: sums of many are exact, and finite."""
+_MOST_SHOWN: Final = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,37 +82,110 @@ class UsageRecord:
         """Read a record; fields of later versions are left out.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If it is none; the message names the field.
         """
-        values: Any = json.loads(text)
         try:
-            return cls(**{name: value for name, value in values.items() if name in _NAMES})
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"no usage record: {error}") from error
+            found: Any = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        values: dict[str, Any] = {
+            name: _checked(name, found[name], kind) for name, kind in _KINDS.items() if name in found
+        }
+        lacking = [name for name in _REQUIRED if name not in values]
+        if lacking:
+            raise ValueError(f"{lacking[0]} is missing")
+        if not values["usage_id"]:
+            raise ValueError("usage_id is empty")
+        return cls(**values)
 
 
 _NAMES: Final = tuple(field.name for field in fields(UsageRecord))
+_KINDS: Final = {field.name: str(field.type) for field in fields(UsageRecord)}
+_REQUIRED: Final = tuple(field.name for field in fields(UsageRecord) if field.default is MISSING)
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-async def read_usage(valkey: Any, *, since: float = 0.0, until: float | None = None) -> AsyncIterator[UsageRecord]:
-    """Yield the records that were written between two moments, oldest first.
+def _checked(name: str, value: Any, kind: str) -> str | int | float:
+    """Return a field's value; Valkey's own JSON may write a whole number with an exponent.
 
-    A record of a request that came before is what became of it since, and takes that one's place.
+    Raises:
+        ValueError: If it is none of this kind.
+    """
+    if kind == "str":
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"{name} is {_shown(value)}, not a text")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} is {_shown(value)}, not a number from 0 to 2**53")
+    if kind == "float":
+        return float(value)
+    if value != int(value):
+        raise ValueError(f"{name} is {_shown(value)}, not a whole number")
+    return int(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, float) else json.dumps(value)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
+async def read_usage(
+    valkey: Any,
+    *,
+    since: float = 0.0,
+    until: float | None = None,
+    on_unreadable: Callable[[str, ValueError], None] | None = None,
+) -> AsyncIterator[UsageRecord]:
+    """Yield the records that were written between two moments, a page at a time: the newest first, each request once.
+
+    A record takes the place of the one of its request that came before. What is written meanwhile comes last, but for what
+    became since of requests that were yielded already.
 
     Args:
         valkey: A client of redis-py's interface.
         since: Unix seconds.
         until: Unix seconds; None for now.
+        on_unreadable: Told of each entry that is no record: its id, and why.
 
     Raises:
-        ValueError: If an entry is no record.
+        ValueError: If an entry is no record and `on_unreadable` is None.
     """
-    first = str(int(since * 1000))
-    last = "+" if until is None else str(int(until * 1000))
-    while entries := await valkey.xrange(USAGE_KEY, min=first, max=last, count=_PAGE):
-        for _, values in entries:
-            yield UsageRecord.from_json(values.get(RECORD_FIELD, b"null"))
+    seen: set[str] = set()  # a record moves to the newest end when its stream is resumed, also while it is read
+    async for entry, values in _entries(valkey, since, until):
+        try:
+            record = UsageRecord.from_json(values.get(RECORD_FIELD, b"null"))
+        except ValueError as error:
+            if on_unreadable is None:
+                raise ValueError(f"entry {entry} of {USAGE_KEY} is no usage record: {error}") from error
+            on_unreadable(entry, error)
+            continue
+        if record.usage_id not in seen:
+            seen.add(record.usage_id)
+            yield record
+
+
+async def _entries(valkey: Any, since: float, until: float | None) -> AsyncIterator[tuple[str, dict[bytes, bytes]]]:
+    """Yield entries from the newest to the oldest, then those that were written meanwhile, as they came.
+
+    An entry that moves while the pages before its own are read is met at its new place, and none is passed by.
+    """
+    first, last = str(int(since * 1000)), "+" if until is None else str(int(until * 1000))
+    newest = ""
+    while entries := await valkey.xrevrange(USAGE_KEY, max=last, min=first, count=_PAGE):
+        newest = newest or entries[0][0].decode()
+        for entry, values in entries:
+            yield entry.decode(), values
+        last = "(" + entries[-1][0].decode()
+    if until is not None:
+        return
+    first = "(" + newest if newest else first
+    while entries := await valkey.xrange(USAGE_KEY, min=first, max="+", count=_PAGE):
+        for entry, values in entries:
+            yield entry.decode(), values
+        if len(entries) < _PAGE:  # all that was there: under load there would always be more
+            return
         first = "(" + entries[-1][0].decode()
 
 
@@ -138,9 +214,21 @@ class UsageSum:
         self.queue_s += record.queue_s
 
 
-def sum_usage(records: Iterable[UsageRecord], by: tuple[str, ...]) -> dict[tuple[str, ...], UsageSum]:
-    """Return sums over records with equal values of the fields ``by``: values -> sum."""
-    sums: dict[tuple[str, ...], UsageSum] = {}
-    for record in {record.usage_id: record for record in records}.values():  # some were merged while they were read
-        sums.setdefault(tuple(str(getattr(record, name)) for name in by), UsageSum()).add(record)
-    return sums
+class UsageSums:
+    """Sums over records with equal values of some fields.
+
+    Args:
+        by: The fields' names.
+
+    Attributes:
+        sums: Values of the fields -> sum.
+    """
+
+    def __init__(self, by: tuple[str, ...]) -> None:
+        self._by = by
+        self.sums: dict[tuple[str, ...], UsageSum] = {}
+
+    def add(self, record: UsageRecord) -> None:
+        """Count a request."""
+        values = tuple(str(getattr(record, name)) for name in self._by)
+        self.sums.setdefault(values, UsageSum()).add(record)

@@ -11,7 +11,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_client import _push_messages as push_messages
 from loraplex_client import _store_messages as messages
 from loraplex_client._aio.labels import AsyncLabels
-from loraplex_client._aio.waiting import answer_of, in_thread, read_in_thread
+from loraplex_client._aio.waiting import Outgoing, answer_of, in_thread, read_in_thread, sending
 from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
@@ -127,9 +127,9 @@ class AsyncAdapters(AsyncLabels):
             stage=stage,
             also_base_models=also_base_models,
         )
-        stream = read_in_thread(messages.upload_messages(header, directory, progress))
-        with translated(self._connection.target):
-            response = await answer_of(self._stub.UploadAdapter(stream, metadata=self._metadata))
+        sent = Outgoing(messages.upload_messages(header, directory, progress))
+        with sending(sent, self._connection.target):
+            response = await answer_of(self._stub.UploadAdapter(read_in_thread(sent), metadata=self._metadata))
         return messages.import_result(response)
 
     async def push(
@@ -175,9 +175,9 @@ class AsyncAdapters(AsyncLabels):
             ready_timeout_s=ready_timeout_s,
             base_model=base_model,
         )
-        stream = read_in_thread(push.messages())
-        with translated(self._connection.target):
-            response = await answer_of(self._stub.PushAdapter(stream, metadata=self._metadata))
+        sent = Outgoing(push.messages())
+        with sending(sent, self._connection.target):
+            response = await answer_of(self._stub.PushAdapter(read_in_thread(sent), metadata=self._metadata))
         return push_messages.push_result(response)
 
     async def list(self, *, prefix: str = "", show_deleted: bool = False) -> AsyncIterator[Adapter]:

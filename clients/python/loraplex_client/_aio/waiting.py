@@ -7,15 +7,28 @@ import contextlib
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from loraplex.v1 import gateway_pb2
-from loraplex_common.errors import CancelledRequestError
+from loraplex_common.errors import CancelledRequestError, LoraplexError
 from loraplex_common.kept_status import answer_of
+
+from loraplex_client._errors import translated
+from loraplex_client._outgoing import Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     import grpc
 
-__all__ = ["CallOwner", "Flag", "GenerateCall", "answer_of", "in_thread", "next_message", "read_in_thread"]
+__all__ = [
+    "CallOwner",
+    "Flag",
+    "GenerateCall",
+    "Outgoing",
+    "answer_of",
+    "in_thread",
+    "next_message",
+    "read_in_thread",
+    "sending",
+]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -56,6 +69,26 @@ async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
     """Yield what a generator that reads files yields; the event loop goes on meanwhile."""
     while (item := await asyncio.to_thread(next, items, None)) is not None:
         yield item
+
+
+@contextlib.contextmanager
+def sending(messages: Outgoing[T], target: str) -> Iterator[None]:
+    """Raise what a call that sends these messages failed with; if it failed because one could not be made, what that said.
+
+    Raises:
+        LoraplexError: For a failure of gRPC.
+        CancelledRequestError: If the call was ended by this process, but not by cancelling the task that waits for it.
+    """
+    try:
+        with translated(target):
+            yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise messages.error or CancelledRequestError("the call or its client was closed") from None
+    except LoraplexError as error:
+        raise messages.error or error from error.__cause__
 
 
 async def next_message(call: GenerateCall) -> gateway_pb2.GenerateResponse | None:

@@ -15,7 +15,7 @@ from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
 from loraplex_client._sync.labels import Labels
-from loraplex_client._sync.waiting import answer_of, in_thread, read_in_thread
+from loraplex_client._sync.waiting import Outgoing, answer_of, in_thread, read_in_thread, sending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -128,9 +128,9 @@ class Adapters(Labels):
             stage=stage,
             also_base_models=also_base_models,
         )
-        stream = read_in_thread(messages.upload_messages(header, directory, progress))
-        with translated(self._connection.target):
-            response = answer_of(self._stub.UploadAdapter(stream, metadata=self._metadata))
+        sent = Outgoing(messages.upload_messages(header, directory, progress))
+        with sending(sent, self._connection.target):
+            response = answer_of(self._stub.UploadAdapter(read_in_thread(sent), metadata=self._metadata))
         return messages.import_result(response)
 
     def push(
@@ -176,9 +176,9 @@ class Adapters(Labels):
             ready_timeout_s=ready_timeout_s,
             base_model=base_model,
         )
-        stream = read_in_thread(push.messages())
-        with translated(self._connection.target):
-            response = answer_of(self._stub.PushAdapter(stream, metadata=self._metadata))
+        sent = Outgoing(push.messages())
+        with sending(sent, self._connection.target):
+            response = answer_of(self._stub.PushAdapter(read_in_thread(sent), metadata=self._metadata))
         return push_messages.push_result(response)
 
     def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from threading import Event as Flag
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+
+from loraplex_common.errors import LoraplexError
+
+from loraplex_client._errors import translated
+from loraplex_client._outgoing import Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -11,7 +17,17 @@ if TYPE_CHECKING:
     import grpc
     from loraplex.v1 import gateway_pb2
 
-__all__ = ["CallOwner", "Flag", "GenerateCall", "answer_of", "in_thread", "next_message", "read_in_thread"]
+__all__ = [
+    "CallOwner",
+    "Flag",
+    "GenerateCall",
+    "Outgoing",
+    "answer_of",
+    "in_thread",
+    "next_message",
+    "read_in_thread",
+    "sending",
+]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -41,6 +57,20 @@ def read_in_thread(items: Iterator[T]) -> Iterator[T]:
 def answer_of(response: T) -> T:
     """Return the answer of a call with a stream of requests: a blocking call has waited for it, and keeps its status."""
     return response
+
+
+@contextlib.contextmanager
+def sending(messages: Outgoing[T], target: str) -> Iterator[None]:
+    """Raise what a call that sends these messages failed with; if it failed because one could not be made, what that said.
+
+    Raises:
+        LoraplexError: For a failure of gRPC.
+    """
+    try:
+        with translated(target):
+            yield
+    except LoraplexError as error:
+        raise messages.error or error from error.__cause__
 
 
 def next_message(call: GenerateCall) -> gateway_pb2.GenerateResponse | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import typer
 from loraplex_common.errors import LoraplexError
-from loraplex_common.usage_records import UsageRecord, UsageSum, read_usage, sum_usage
+from loraplex_common.usage_records import USAGE_KEY, UsageSum, UsageSums, read_usage
 from rich.table import Table
 
 from loraplex_client._connection import Connection
@@ -57,6 +57,31 @@ class UsageOptions:
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False
 
 
+class Unreadable:
+    """Entries that are no records, which sums leave out.
+
+    Attributes:
+        num_entries: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.num_entries = 0
+        self._newest = ""
+
+    def add(self, entry: str, error: ValueError) -> None:
+        """Note an entry, and why it is no record."""
+        self.num_entries += 1
+        self._newest = self._newest or f"{entry}: {error}"
+
+    def told(self) -> str:
+        """Return what to say of them."""
+        entry = self._newest.partition(":")[0]
+        return (
+            f"error: the sums are without {self.num_entries} of the entries of {USAGE_KEY}, as no usage records; the newest, "
+            f"{self._newest}. Take it out: XDEL {USAGE_KEY} {entry}"
+        )
+
+
 @grouped
 def usage(context: typer.Context, *, asked: UsageOptions) -> None:
     """Sum tokens and page-seconds of ended requests by tenant and adapter."""
@@ -64,17 +89,21 @@ def usage(context: typer.Context, *, asked: UsageOptions) -> None:
     since = time.time() - _seconds(asked.since)
     access = ValkeyAccess(url=asked.redis_url, password_file=asked.redis_password_file, tls_ca=asked.redis_tls_ca)
     by = tuple(dict.fromkeys(group.value for group in asked.by or (Group.tenant, Group.adapter)))
+    found, unreadable = UsageSums(by), Unreadable()
     try:
-        records = asyncio.run(_read(access, servers_of(context, None, None).engine(""), since))
+        asyncio.run(_read(access, servers_of(context, None, None).engine(""), since, found, unreadable))
     except ConnectionError as error:
         stderr.print(f"error: valkey: {error}", soft_wrap=True)
         raise typer.Exit(1) from error
-    sums = sorted(sum_usage(records, by).items(), key=lambda entry: -entry[1].kv_page_s - entry[1].adapter_page_s)
+    sums = sorted(found.sums.items(), key=lambda entry: -entry[1].kv_page_s - entry[1].adapter_page_s)
     if asked.as_json:
         for values, used in sums:
             print(json.dumps(dict(zip(by, values, strict=True)) | asdict(used), ensure_ascii=False))
     else:
         stdout.print(_table(by, sums))
+    if unreadable.num_entries:
+        stderr.print(unreadable.told(), soft_wrap=True, markup=False)
+        raise typer.Exit(1)
 
 
 def _seconds(text: str) -> float:
@@ -84,10 +113,13 @@ def _seconds(text: str) -> float:
     return float(match[1]) * _UNITS_S[match[2]]
 
 
-async def _read(access: ValkeyAccess, identity: Connection, since: float) -> list[UsageRecord]:
+async def _read(
+    access: ValkeyAccess, identity: Connection, since: float, found: UsageSums, unreadable: Unreadable
+) -> None:
     client = connect_valkey(access, identity)
     try:
-        return [record async for record in read_usage(client, since=max(0.0, since))]
+        async for record in read_usage(client, since=max(0.0, since), on_unreadable=unreadable.add):
+            found.add(record)
     except (LoraplexError, ValueError) as error:
         raise ConnectionError(str(error)) from error
     finally:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
 from loraplex_common.exposition import OTHER, private
-from prometheus_client import Counter, Gauge, Histogram
+from loraplex_common.tally import RisingGauge, TallyCounter, TallyHistogram
+from prometheus_client import Gauge
 
-from loraplex_gateway.metrics.tally import TallyHistogram
 from loraplex_gateway.metrics.top_usage import TopUsage
 from loraplex_gateway.metrics.vllm import VllmMetrics
 from loraplex_gateway.scaling.demand import Demand
@@ -28,9 +28,6 @@ OUTPUT_WEIGHT: Final = 2
 TTFT_BUCKETS: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-ITL_BUCKETS: Final = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5),
 )
 QUEUE_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -100,11 +97,11 @@ class GatewayMetrics:
         self._adapter_label, self._tenant_label, self.shares = LabelCap(), LabelCap(), ServiceShares()
         prefix = "loraplex_gateway_"
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(prefix + name, text, labels, registry=registry)
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> TallyCounter:
+            return TallyCounter(prefix + name, text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
-            return Histogram(prefix + name, text, labels, buckets=buckets, registry=registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> TallyHistogram:
+            return TallyHistogram(prefix + name, text, labels, buckets=buckets, registry=registry)
 
         self.requests = counter("requests_total", "Requests that ended.", ("model", "adapter", "code"))
         self.queue_size = Gauge(prefix + "queue_size", "Requests waiting here.", ["priority"], registry=registry)
@@ -112,13 +109,10 @@ class GatewayMetrics:
             "queue_duration_seconds", "Wait for a place on this gateway.", QUEUE_BUCKETS, ("outcome",)
         )
         self.ttft = histogram("ttft_seconds", "From the request's arrival to its first token.", TTFT_BUCKETS)
-        itl = "Mean time between the tokens of one chunk and the next."
-        self.itl = TallyHistogram(prefix + "itl_seconds", itl, (), buckets=ITL_BUCKETS, registry=registry)
         self.tokens = counter("tokens_total", "Tokens.", ("tenant", "kind"))
         # A gauge by type, so that its name stays as the contract has it: counters get the suffix _total.
-        self.fairness = Gauge(
-            prefix + "fairness_counter", "Service given: input tokens + 2 x output.", ["tenant"], registry=registry
-        )
+        text = "Service given: input tokens + 2 x output."
+        self.fairness = RisingGauge(prefix + "fairness_counter", text, ["tenant"], registry=registry)
         self.retries = counter("retries_total", "Submissions repeated on another engine.")
         self.resumes = counter("resumes_total", "Streams whose engine was lost after output began.", ("outcome",))
         self.client_resumes = counter("client_resumes_total", "Broken streams that clients resumed.", ("outcome",))

@@ -5,19 +5,17 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.tally import Tally, TallyCounter, TallyHistogram
 from loraplex_common.vllm_metrics import (
     FINISHED_REASONS,
     FINISHED_SPECS,
-    ITL,
     NUM_CHOICES,
-    TPOT,
     TTFT,
     FinishedRequest,
     HistogramSpec,
 )
-from prometheus_client import Counter, Histogram
 
-from loraplex_gateway.metrics.tally import TallyHistogram
+from loraplex_gateway.metrics.gaps import GapMetrics
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -34,27 +32,24 @@ class VllmMetrics:
 
     Attributes:
         num_waiting: Requests that wait for a place on this gateway, by base model.
+        gaps: Their tokens, and the gaps before them.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, ("model_name", *labels), registry=registry)
+        def counter(name: str, text: str, *labels: str) -> TallyCounter:
+            return TallyCounter(name, text, ("model_name", *labels), registry=registry)
 
         self.num_waiting: collections.Counter[str] = collections.Counter()
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started requests.")
         self.cached_tokens = counter("vllm:prompt_tokens_cached", "Of these, tokens that a cached prefix had.")
         self.queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.hits = counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.outcomes = counter("vllm:request_success", "Ended requests.", "finished_reason")
         self.histograms = {
-            spec: Histogram(spec.name, spec.text, ["model_name"], buckets=spec.buckets, registry=registry)
+            spec: TallyHistogram(spec.name, spec.text, ["model_name"], buckets=spec.buckets, registry=registry)
             for spec in (TTFT, NUM_CHOICES, *FINISHED_SPECS)
         }
-        self.gaps = [
-            TallyHistogram(spec.name, spec.text, ["model_name"], buckets=spec.buckets, registry=registry)
-            for spec in (ITL, TPOT)
-        ]
+        self.gaps = GapMetrics(registry)
         self._meters: dict[str, ModelMeter] = {}
 
     def of(self, model: str) -> ModelMeter:
@@ -66,22 +61,25 @@ class VllmMetrics:
 
 
 class ModelMeter:
-    """Counts the requests of one base model."""
+    """Counts the requests of one base model.
+
+    Attributes:
+        gaps: Counts their tokens.
+    """
 
     def __init__(self, metrics: VllmMetrics, model: str) -> None:
         self._prompt_tokens = metrics.prompt_tokens.labels(model)
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._queries = metrics.queries.labels(model)
         self._hits = metrics.hits.labels(model)
-        self._generation_tokens = metrics.generation_tokens.labels(model)
         self._model = model
         self._outcomes = metrics.outcomes
         for reason in FINISHED_REASONS:
             self._outcomes.labels(model, reason)
-        self._histograms: dict[HistogramSpec, Histogram] = {
+        self._histograms: dict[HistogramSpec, Tally] = {
             spec: histogram.labels(model) for spec, histogram in metrics.histograms.items()
         }
-        self._gaps = [histogram.labels(model) for histogram in metrics.gaps]
+        self.gaps = metrics.gaps.of(model)
 
     def started(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         """An engine has taken a request."""
@@ -92,14 +90,8 @@ class ModelMeter:
 
     def first_tokens(self, num_tokens: int, wait_s: float) -> None:
         """A request's first tokens came together, ``wait_s`` seconds after its arrival."""
-        self._generation_tokens.inc(num_tokens)
         self._histograms[TTFT].observe(wait_s)
-        self._observe_gaps(num_tokens - 1, 0.0)
-
-    def further_tokens(self, num_tokens: int, gap_s: float) -> None:
-        """Further tokens came, ``gap_s`` seconds apart."""
-        self._generation_tokens.inc(num_tokens)
-        self._observe_gaps(num_tokens, gap_s)
+        self.gaps.first(num_tokens)
 
     def finished(self, reason: str, request: FinishedRequest, *, num_choices: int) -> None:
         """A request ended well.
@@ -118,7 +110,3 @@ class ModelMeter:
     def ended(self, reason: str) -> None:
         """A request ended, with this value of ``finished_reason``."""
         self._outcomes.labels(self._model, reason).inc()
-
-    def _observe_gaps(self, count: int, gap_s: float) -> None:
-        for tally in self._gaps:
-            tally.observe(gap_s, count)

@@ -164,13 +164,14 @@ class RequestRecord:
             ttft_s=round(first_token_at - self.times.arrived_at, 4) if first_token_at is not None else None,
             duration_s=record.duration_s,
             usage_id=record.usage_id or None,
-            kv_page_s=round(page_seconds[0], 6) if page_seconds is not None else None,
-            adapter_page_s=round(page_seconds[1], 6) if page_seconds is not None else None,
+            kv_page_s=page_seconds[0] if page_seconds is not None else None,
+            adapter_page_s=page_seconds[1] if page_seconds is not None else None,
         )
 
     def _usage(self, code: str, reason: str, duration_s: float) -> UsageRecord:
-        """Return the request's record, but for what its engines report."""
+        """Return the request's record, with what its engines have reported so far."""
         account, started, prepared, finished = self.account, self._started, self._prepared, self._finished
+        kv_page_s, adapter_page_s = (account.page_seconds if account is not None else None) or (0.0, 0.0)
         return UsageRecord(
             usage_id=account.usage_id if account is not None else "",
             request_id=self.request.request_id,
@@ -185,7 +186,10 @@ class RequestRecord:
             generated_tokens=self._num_tokens - (self._num_resumed or 0),
             queue_s=round(finished.timings.queue_s, 4) if finished is not None else 0.0,
             duration_s=round(duration_s, 4),
+            kv_page_s=kv_page_s,
+            adapter_page_s=adapter_page_s,
             attempts=account.num_attempts if account is not None else 0,
+            unmetered_attempts=account.num_unmetered if account is not None else 0,
             code=code,
             reason=reason,
             ended_at=round(time.time(), 3),
@@ -199,14 +203,12 @@ class RequestRecord:
         if seen_at is None:
             wait_s = (times.first_token_at or times.last_token_at) - times.arrived_at
             if self._num_resumed:  # the first token was another stream's
-                meter.further_tokens(num_new, wait_s / max(num_new, 1))
+                meter.gaps.resumed(num_new, wait_s / max(num_new, 1))
             else:
                 self._metrics.ttft.observe(wait_s)
                 meter.first_tokens(num_new, wait_s)
         elif num_new > 0:
-            gap_s = (times.last_token_at - seen_at) / num_new
-            self._metrics.itl.observe(gap_s)
-            meter.further_tokens(num_new, gap_s)
+            meter.gaps.further(num_new, (times.last_token_at - seen_at) / num_new)
         self._seen_at = times.last_token_at
         self._num_tokens = num_tokens
 

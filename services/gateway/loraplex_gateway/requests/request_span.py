@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraplex_common import trace_names as names
@@ -18,12 +17,11 @@ if TYPE_CHECKING:
     from loraplex_gateway.types import Finished, GenerationRequest
 
 
-def begin_span(request: GenerationRequest) -> tuple[GenerationRequest, Span | None]:
-    """Begin a request's span, and return the request as its child elsewhere: both as they were while tracing is off."""
+def begin_span(request: GenerationRequest) -> Span | None:
+    """Begin a request's span; None while tracing is off. Elsewhere the request is its child: see `Span.traceparent`."""
     operation = names.OPERATION_CHAT if isinstance(request.prompt, ChatPrompt) else names.OPERATION_COMPLETION
     name = " ".join(filter(None, (operation, request.model or request.adapter)))
-    span = tracing.start(name, parent=request.traceparent)
-    return (request if span is None else replace(request, traceparent=span.traceparent)), span
+    return tracing.start(name, parent=request.traceparent)
 
 
 def end_span(

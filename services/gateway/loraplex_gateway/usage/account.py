@@ -61,13 +61,18 @@ class UsageAccount:
 
     @property
     def page_seconds(self) -> tuple[float, float] | None:
-        """Page-seconds of its sequence and of its adapters; None as long as an engine may still report."""
-        return None if self._num_open else (self._kv_page_s, self._adapter_page_s)
+        """Page-seconds of its sequence and of its adapters, to 1e-6; None as long as an engine may still report."""
+        return None if self._num_open else (round(self._kv_page_s, 6), round(self._adapter_page_s, 6))
 
     @property
     def num_attempts(self) -> int:
         """How often an engine was sent the request."""
         return self._num_attempts
+
+    @property
+    def num_unmetered(self) -> int:
+        """Attempts whose engine was lost before it said what was used."""
+        return self._num_unmetered
 
     def attempt(self) -> Attempt:
         """Note that an engine is sent the request."""
@@ -87,7 +92,7 @@ class UsageAccount:
         self._close_one()
 
     def finish(self, record: UsageRecord) -> None:
-        """Note the request's end; ``record`` has all but what engines report."""
+        """Note the request's end; ``record`` lacks at most what engines are still to report."""
         self._record = record
         self.is_late = self._num_open > 0
         self._hand_over()
@@ -107,13 +112,18 @@ class UsageAccount:
         if record is None or self._num_open:
             return
         self._record = None  # once
-        self._on_closed(
-            self,
-            replace(
-                record,
-                kv_page_s=round(self._kv_page_s, 6),
-                adapter_page_s=round(self._adapter_page_s, 6),
-                attempts=self._num_attempts,
-                unmetered_attempts=self._num_unmetered,
-            ),
+        self._on_closed(self, self._completed(record))
+
+    def _completed(self, record: UsageRecord) -> UsageRecord:
+        """Return the record with what the engines have said; mostly that is in it, and a copy takes longer than all else here."""
+        kv_page_s, adapter_page_s = round(self._kv_page_s, 6), round(self._adapter_page_s, 6)
+        known = (kv_page_s, adapter_page_s, self._num_attempts, self._num_unmetered)
+        if (record.kv_page_s, record.adapter_page_s, record.attempts, record.unmetered_attempts) == known:
+            return record
+        return replace(
+            record,
+            kv_page_s=kv_page_s,
+            adapter_page_s=adapter_page_s,
+            attempts=self._num_attempts,
+            unmetered_attempts=self._num_unmetered,
         )

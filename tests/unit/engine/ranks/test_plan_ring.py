@@ -86,9 +86,9 @@ def test_a_reader_without_work_sleeps(ring: tuple[RingWriter, list[RingReader]])
     used: list[float] = []
 
     def read() -> None:
-        began_s = time.thread_time()
+        began_s, began_at = time.thread_time(), time.monotonic()
         next(reader.records())
-        used.append(time.thread_time() - began_s)
+        used.append((time.thread_time() - began_s) / (time.monotonic() - began_at))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -97,7 +97,7 @@ def test_a_reader_without_work_sleeps(ring: tuple[RingWriter, list[RingReader]])
     writer.write(1, [b"x"], timeout_s=1)
     thread.join(20)
 
-    assert used[0] < 0.1, "it burned its core"
+    assert used[0] < 0.2, "it burned its core: on a busy machine, too, it would have had more of it"
 
 
 def test_a_reader_that_does_not_read_is_lost_and_not_waited_for(ring: tuple[RingWriter, list[RingReader]]) -> None:

@@ -290,7 +290,7 @@ async def test_what_a_killed_gateway_ran_is_free_within_seconds_and_its_tokens_c
             return (await other.admit(account, ONE)).is_admitted
 
         await eventually(is_admitted)
-        assert time.monotonic() - killed_at < script.LEASE_S + 1.0
+        assert time.monotonic() - killed_at < 2 * script.LEASE_S
 
 
 async def test_a_gateway_that_was_taken_for_dead_says_again_what_it_runs(valkey_url: str) -> None:
@@ -321,7 +321,9 @@ async def test_a_valkey_that_hangs_holds_up_nobody_and_each_gateway_counts_on_fr
                 waited_s = time.monotonic() - began
                 assert not a._is_reached
 
-            assert waited_s < 4 * module.TIMEOUT_S
+            assert waited_s < 5 * module.TIMEOUT_S, (
+                "one of the six waits for Valkey; if each did, it would be six times as long"
+            )
             # It knew of 6 of the 7: those of the other gateway since its own last word it cannot know.
             assert sum(verdict.is_admitted for verdict in alone) == 4
             await eventually(lambda: a._is_reached)

@@ -72,10 +72,10 @@ def test_a_template_beyond_its_share_ends_its_own_request_and_is_refused_for_a_w
             hostile.result()
 
     assert time.monotonic() - began < 20.0
-    began = time.monotonic()
+    pids = processes.pids
     with pytest.raises(InvalidParameterError, match="takes more than 2 s"):
         processes.render(name, template, {}, prompt("go"))
-    assert time.monotonic() - began < 0.5
+    assert processes.pids == pids, "it is refused without a child, which would have ended of it"
     assert processes.render("good", SAYS, {}, prompt("still")).text == "still"
 
 

@@ -10,11 +10,16 @@ export function onThemeChange(redraw) {
   dark.addEventListener("change", () => {
     style = getComputedStyle(document.documentElement);
     cache.clear();
+    packs.clear();
+    theme += 1;
     redraw();
   });
 }
 
+export let theme = 0; // how often the colours have changed
 const cache = new Map();
+const packs = new Map(); // by alpha, then by owner and shade
+const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const shades = new Map();
 let nextShade = 0;
 
@@ -27,6 +32,20 @@ export function pageColor(owner, shade) {
   if (owner === KV) return variable(`--kv-${shade % SHADES}`);
   if (owner === ADAPTER) return variable(`--adapter-${shade % SHADES}`);
   return variable(["--free", "", "", "--retiring", "--cached"][owner]);
+}
+
+// The colour of a page as a canvas keeps it, in one number.
+export function pagePixel(owner, shade, alpha) {
+  const kinds = packs.get(alpha) || [];
+  packs.set(alpha, kinds);
+  const kind = owner * SHADES + (shade % SHADES);
+  if (kinds[kind] === undefined) {
+    pixel.fillStyle = pageColor(owner, shade);
+    pixel.fillRect(0, 0, 1, 1);
+    const [red, green, blue] = pixel.getImageData(0, 0, 1, 1).data;
+    [kinds[kind]] = new Uint32Array(new Uint8Array([red, green, blue, Math.round(255 * alpha)]).buffer);
+  }
+  return kinds[kind];
 }
 
 // Sequences are numbered one by one, so that neighbours in time get different shades; an adapter keeps its shade on all engines.

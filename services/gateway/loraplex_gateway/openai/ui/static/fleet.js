@@ -7,6 +7,7 @@ const FEWEST_NAMES = 4000;
 
 export class Engine {
   constructor(id, target) {
+    this.version = 0; // changes with anything that is told of its pages
     this.id = id;
     this.target = target;
     this.info = {};
@@ -18,6 +19,7 @@ export class Engine {
   }
 
   clear(numPages) {
+    this.version += 1;
     this.owners = new Uint8Array(numPages);
     this.holders = new Uint32Array(numPages);
     this.requests = new Map();
@@ -30,9 +32,12 @@ export class Engine {
 
   // Pages of each owner, by its number.
   counts() {
-    const counts = [0, 0, 0, 0, 0];
-    for (const owner of this.owners) counts[owner] += 1;
-    return counts;
+    if (this.countedVersion !== this.version) {
+      this.counted = [0, 0, 0, 0, 0];
+      for (const owner of this.owners) this.counted[owner] += 1;
+      this.countedVersion = this.version;
+    }
+    return this.counted;
   }
 
   apply(news, now) {
@@ -50,6 +55,7 @@ export class Engine {
     this.passedOver = news.passed_over;
     this.leftOut = news.left_out;
     const runs = news.runs;
+    if (runs.length || news.adapters.length || news.left.length) this.version += 1;
     for (let at = 0; at < runs.length; at += 4) {
       this.owners.fill(runs[at + 2], runs[at], runs[at] + runs[at + 1]);
       this.holders.fill(runs[at + 3], runs[at], runs[at] + runs[at + 1]);
@@ -75,6 +81,7 @@ export class Fleet {
   constructor() {
     this.engines = new Map();
     this.names = new Map();
+    this.namesVersion = 0;
     this.heard = new Map();
     this.namesKept = FEWEST_NAMES;
   }
@@ -89,7 +96,10 @@ export class Fleet {
     }
     const isNew = !this.engines.has(news.engine);
     if (isNew) this.engines.set(news.engine, new Engine(news.engine, news.target));
-    for (const [digest, name] of Object.entries(news.names || {})) this.names.set(digest, name);
+    for (const [digest, name] of Object.entries(news.names || {})) {
+      if (this.names.get(digest) !== name) this.namesVersion += 1;
+      this.names.set(digest, name);
+    }
     this.heard.set(news.engine, now);
     this.engines.get(news.engine).apply(news, now);
     if (this.names.size > this.namesKept) this.#forgetNames();

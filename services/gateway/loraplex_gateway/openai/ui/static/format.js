@@ -1,7 +1,9 @@
 // How numbers, names and times are written.
 
+const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+
 export function count(value) {
-  return Math.round(value).toLocaleString("en-US");
+  return whole.format(Math.round(value));
 }
 
 export function rate(value) {

@@ -1,9 +1,12 @@
 // One engine's pages as a canvas: one cell for each page, neighbours of one holder joined, by pointer and by keyboard.
-import { pageColor, shadeOf, variable } from "./colors.js";
+import { pageColor, pagePixel, shadeOf, theme, variable } from "./colors.js";
 import { ADAPTER, KV, OWNERS } from "./fleet.js";
+import { Pixels } from "./pixels.js";
 
 const LARGEST = 26;
 const SMALLEST = 3;
+const PIXELS_UP_TO = 6;
+const DIMMED = 0.18;
 const NAMED_FROM = 13; // cells so high have the adapter's name in them
 
 let pointed = null; // the map under pointer or cursor, the last one of both
@@ -16,6 +19,8 @@ export class PoolMap {
     this.tell = tell;
     this.cursor = -1;
     this.size = { width: 0, height: 0, cell: LARGEST, columns: 1 };
+    this.pixels = new Pixels();
+    this.drawn = "";
     this.canvas = document.createElement("canvas");
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "application");
@@ -46,20 +51,39 @@ export class PoolMap {
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
     this.canvas.style.height = `${height}px`;
+    this.drawn = ""; // a canvas that gets a size is empty
     this.draw();
   }
 
+  // Draws what is told now, unless that is what is drawn.
   draw() {
-    const { columns, cell } = this.size;
     if (!this.engine.numPages) {
       this.cursor = -1;
       return;
     }
     this.cursor = Math.min(this.cursor, this.engine.numPages - 1);
+    const cursor = document.activeElement === this.canvas ? this.cursor : -1;
+    const drawn = [this.engine.version, this.spotlight.seenBy(this.engine), cursor, theme, this.fleet.namesVersion].join(" ");
+    if (drawn === this.drawn) return;
+    this.drawn = drawn;
     const context = this.canvas.getContext("2d");
     const ratio = devicePixelRatio || 1;
+    const { columns, cell, width, height } = this.size;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.clearRect(0, 0, this.size.width, this.size.height);
+    if (cell <= PIXELS_UP_TO) this.#paint(context, ratio);
+    else {
+      context.clearRect(0, 0, width, height);
+      this.#blocks((...block) => this.#block(context, ...block));
+    }
+    if (cursor < 0) return;
+    context.strokeStyle = variable("--focus");
+    context.lineWidth = 2;
+    context.strokeRect((cursor % columns) * cell, Math.floor(cursor / columns) * cell, cell, cell);
+  }
+
+  // Calls back with each block: neighbours in a row that one holder has, and each free page.
+  #blocks(each) {
+    const { columns } = this.size;
     const { owners, holders } = this.engine;
     for (let first = 0; first < owners.length; ) {
       const owner = owners[first];
@@ -67,26 +91,36 @@ export class PoolMap {
       const rowEnd = Math.min(owners.length, (Math.floor(first / columns) + 1) * columns);
       let end = first + 1;
       if (owner) while (end < rowEnd && owners[end] === owner && holders[end] === holder) end += 1;
-      this.#block(context, first, end, owner, holder);
+      each(first, end, owner, holder);
       first = end;
     }
-    if (this.cursor >= 0 && document.activeElement === this.canvas) {
-      context.strokeStyle = variable("--focus");
-      context.lineWidth = 2;
-      context.strokeRect((this.cursor % columns) * cell, Math.floor(this.cursor / columns) * cell, cell, cell);
-    }
+  }
+
+  #paint(context, ratio) {
+    const { columns, cell } = this.size;
+    const side = cell * ratio;
+    this.pixels.begin(context);
+    this.#blocks((first, end, owner, holder) => {
+      const color = pagePixel(owner, shadeOf(this.engine, owner, holder), this.#alpha(owner, holder));
+      const [x, y] = [(first % columns) * side, Math.floor(first / columns) * side];
+      this.pixels.fill(x, y, (end - first) * side - ratio, side - ratio, color);
+    });
+    this.pixels.end(context);
+  }
+
+  #alpha(owner, holder) {
+    return this.spotlight.dims(this.engine, owner, holder) ? DIMMED : 1;
   }
 
   #block(context, first, end, owner, holder) {
     const { columns, cell } = this.size;
-    const gap = cell > 6 ? 2 : 1;
     const x = (first % columns) * cell;
     const y = Math.floor(first / columns) * cell;
-    const width = (end - first) * cell - gap;
-    context.globalAlpha = this.spotlight.dims(this.engine, owner, holder) ? 0.18 : 1;
+    const width = (end - first) * cell - 2;
+    context.globalAlpha = this.#alpha(owner, holder);
     context.fillStyle = pageColor(owner, shadeOf(this.engine, owner, holder));
     context.beginPath();
-    context.roundRect(x, y, width, cell - gap, cell > 8 ? 3 : 1);
+    context.roundRect(x, y, width, cell - 2, cell > 8 ? 3 : 1);
     context.fill();
     if (owner === ADAPTER && cell >= NAMED_FROM) this.#name(context, holder, x, y, width);
     context.globalAlpha = 1;

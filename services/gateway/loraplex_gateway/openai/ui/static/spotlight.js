@@ -29,6 +29,15 @@ export class Spotlight {
     return engine !== lit.engine || owner !== lit.owner || holder !== lit.holder;
   }
 
+  // What decides which pages of an engine are dimmed: as long as it is the same, they are.
+  seenBy(engine) {
+    const lit = this.target;
+    if (!lit) return "all";
+    if (!lit.digest) return engine === lit.engine ? `${lit.owner} ${lit.holder}` : "none";
+    for (const held of engine.adapters.values()) if (held.digest === lit.digest) return lit.digest;
+    return "none";
+  }
+
   #set(target) {
     const same = target && this.target && ["engine", "owner", "holder", "digest"].every((part) => target[part] === this.target[part]);
     if (same) return;
