@@ -1,4 +1,4 @@
-"""Products of few rows with FP8 weights, beside fp32's: on the CPU and on a GPU."""
+"""Products of few rows with FP8 and bf16 weights, beside fp32's: on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from loraplex_kernels import reference
 from loraplex_kernels.pointwise.silu_mul import SiluMul
+from loraplex_kernels.products.dense_product import DenseProduct
 from loraplex_kernels.products.fp8_product import Fp8Product
 
 if TYPE_CHECKING:
@@ -116,3 +117,52 @@ class ProductNumbers:
         y = torch.full((self.case.rows, self.case.outputs // 2), float("nan"), dtype=torch.bfloat16).to(self.x.device)
         gate(library, y.shape[1]).launch(self.launched(library, cut), y)
         return y
+
+
+class DenseNumbers:
+    """A case's numbers in bf16 on a device, and its result in fp32."""
+
+    def __init__(self, case: ProductCase, device: torch.device) -> None:
+        self.case, generator = case, torch.Generator().manual_seed(case.rows)
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(torch.bfloat16).to(device)
+
+        self.x, self.weight = numbers(case.rows, case.inputs), numbers(case.outputs, case.inputs)
+        self.bias = numbers(case.outputs) if case.has_bias else None
+        self.before = numbers(case.rows, case.outputs)
+
+    def expected(self) -> torch.Tensor:
+        """Return the result in fp32."""
+        y = self.x.float() @ self.weight.float().t()
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y + self.before.float() if self.case.accumulates else y
+
+    def launched(self, library: KernelLibrary, cut: Cut) -> torch.Tensor:
+        """Return what the kernel makes of it: every number is written."""
+        y = self.before.clone() if self.case.accumulates else torch.full_like(self.before, float("nan"))
+        self._launch(DenseProduct(library, cut), y, accumulates=self.case.accumulates)
+        return y
+
+    def gated(self, library: KernelLibrary, cut: Cut, gate: type[SiluMul]) -> torch.Tensor:
+        """Return what a gate's kernel makes of it, ``[rows, outputs / 2]``."""
+        y = torch.full_like(self.before[:, : self.case.outputs // 2], float("nan")).contiguous()
+        self._launch(DenseProduct(library, cut, gate=gate.macros), y)
+        return y
+
+    def gated_apart(self, library: KernelLibrary, cut: Cut, gate: type[SiluMul]) -> torch.Tensor:
+        """Return what a product and a gate's own kernel make of it."""
+        y = torch.full_like(self.before[:, : self.case.outputs // 2], float("nan")).contiguous()
+        gate(library, y.shape[1]).launch(self.launched(library, cut), y)
+        return y
+
+    def _launch(self, product: DenseProduct, y: torch.Tensor, *, accumulates: bool = False) -> None:
+        product.launch(
+            product.input_map(self.x),
+            product.weight_map(self.weight),
+            y,
+            inputs=self.case.inputs,
+            bias=self.bias,
+            accumulates=accumulates,
+        )

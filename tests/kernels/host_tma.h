@@ -1,4 +1,4 @@
-// products/tma.cuh and products/fp8_wgmma.cuh on a CPU: boxes of matrices, mbarriers of any phase, and products of e4m3. A map
+// products/tma.cuh and products/fp8_wgmma.cuh on a CPU: boxes of matrices, mbarriers of any phase, and products. A map
 // is an address, rows, columns and a box's rows (host_kernels.py makes it); an mbarrier's 64 bits are those of Phase.
 #pragma once
 #include <functional>
@@ -41,6 +41,23 @@ inline float e4m3(unsigned char code) {
     const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
     return code & 128 ? -size : size;
 }
+// The number whose first byte lies at a row's byte.
+inline float input(const unsigned char* rows, size_t row, size_t byte) {
+    const unsigned char* at = rows + swizzled(row, byte);
+#ifdef DENSE
+    const unsigned bits = (at[0] | at[1] << 8) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+#else
+    return e4m3(*at);
+#endif
+}
+#ifdef DENSE
+constexpr unsigned input_bytes = 2;
+#else
+constexpr unsigned input_bytes = 1;
+#endif
 }  // namespace shim
 
 inline void init_barrier(SharedAddress barrier, unsigned arrivals) {
@@ -109,8 +126,7 @@ void multiply(float (&d)[kTiles][4], unsigned long long weight, unsigned long lo
         for (unsigned i = 0; i < 4; ++i) {
             const unsigned output = warp * 16 + lane / 4 + i / 2 * 8, row = 8 * n + 2 * (lane % 4) + i % 2;
             float sum = 0.f;
-            for (unsigned k = 0; k < 128; ++k)
-                sum += shim::e4m3(w[shim::swizzled(output, k)]) * shim::e4m3(rows[shim::swizzled(row, k)]);
+            for (unsigned k = 0; k < 128; k += shim::input_bytes) sum += shim::input(w, output, k) * shim::input(rows, row, k);
             d[n][i] = sum;
         }
 }

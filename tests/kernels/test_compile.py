@@ -18,7 +18,7 @@ from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
 from loraplex_kernels.pointwise.fp8 import GROUPS_MACRO
 from loraplex_kernels.pointwise.silu_mul import GeluMul, SiluMul
-from loraplex_kernels.products.fp8_cut import choose_cuts
+from loraplex_kernels.products.fp8_cut import DENSE_MACRO, choose_cuts
 from loraplex_kernels.sampling import sample as sampling
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ BUILDS = [
         for cut in sorted(CUTS, key=repr)
         for has_groups, gate in ((False, SiluMul.macros), (False, GeluMul.macros), (True, SiluMul.macros))
         if cut.can_gate
+    ),
+    *(
+        ("fp8_product", (DENSE_MACRO, *cut.defines(has_groups=False, gate=gate)), None)
+        for cut in sorted(CUTS, key=repr)
+        for gate in (None, SiluMul.macros, GeluMul.macros)
+        if gate is None or cut.can_gate
     ),
     ("embedding", ("HIDDEN=4096",), None),
     ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
@@ -209,8 +215,9 @@ def test_fp8_product_multiplies_by_warpgroup(cubins: CubinCache) -> None:
         if name == "fp8_product":
             ptx = cubins.get(Build(name=name, defines=(*defines, "LORAPLEX_PDL")), "compute_90a").image
             rows = min(next(int(each[5:]) for each in defines if each.startswith("ROWS=")), 64)
-            assert ptx.count(f"m64n{rows}k32.f32.e4m3.e4m3".encode()) % 4 == 0
-            assert f"m64n{rows}k32.f32.e4m3.e4m3".encode() in ptx
+            kind = f"m64n{rows}{'k16.f32.bf16.bf16' if DENSE_MACRO in defines else 'k32.f32.e4m3.e4m3'}".encode()
+            assert ptx.count(kind) % 4 == 0
+            assert kind in ptx
 
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:

@@ -1,4 +1,4 @@
-"""How products of few rows with FP8 weights are cut: the macros of csrc/products/fp8_product.cu."""
+"""How products of few rows are cut: the macros of csrc/products/fp8_product.cu."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Final
 
 GROUPS_MACRO: Final = "GROUPS"
 GATED_MACRO: Final = "GATED"
+DENSE_MACRO: Final = "DENSE"
 STEP: Final = 128
-"""Inputs of a step of the ring, and of a group that has a scale."""
+"""Bytes of a row's inputs in a step of the ring; inputs of a group that has a scale."""
 GROUP_OUTPUTS: Final = 64  # of a warpgroup
 ROW_CLASSES: Final = (8, 16, 32, 64, 128)
 """Rows that a kernel computes; a product takes the first class that holds its rows."""

@@ -1,8 +1,8 @@
-// y[row, output] = (y[row, output] +) sum over inputs of x[row, input] * W[output, input], times scales, (+ bias): e4m3 weights
-// for few rows, 128 at most, where a product takes as long as its weights take to be read.
+// y[row, output] = (y[row, output] +) sum over inputs of x[row, input] * W[output, input], times scales, (+ bias): weights in e4m3
+// or, with DENSE, in bf16 and without scales, for few rows, 128 at most, where a product takes as long as its weights take to be read.
 //
-// The weight is the side of 64, and rows the other one, of wgmma.m64nNk32: a step with 8 rows computes 8, not 64. A cluster
-// makes WARPGROUPS * 64 outputs of all rows; its CTAs share the inputs in equal runs of 128, and then add their sums, in order,
+// The weight is the side of 64, and rows the other one, of wgmma.m64nN: a step with 8 rows computes 8, not 64. A cluster
+// makes WARPGROUPS * 64 outputs of all rows; its CTAs share the inputs in equal runs of 128 bytes, and then add their sums, in order,
 // through distributed shared memory. The last warp of a CTA fills a ring of STAGES steps, the tensor memory
 // accelerator copying; each other warpgroup multiplies 64 outputs and each PARTS-th step. With dependent launch the ring fills with weights while the
 // kernel before this one still computes x.
@@ -10,9 +10,9 @@
 // Scales: of each row and each output, applied at the end; or, with GROUPS, of each 128 inputs of a row and each 128 x 128
 // numbers of the weight, applied to each step's sums.
 // With GATED the weight is an MLP's gate over its up, and y what silu_mul.cu would make of the product: a CTA has as many outputs of
-// one as of the other, rounds both as if they were written, and never writes them. Without GROUPS it says what the largest of its
-// results is in each row, so that whoever quantises rows need not look first.
-// Alignment: inputs % 16 == 0, outputs % 8 == 0; x's and W's rows on 16 bytes, scales of a group on 16.
+// one as of the other, rounds both as if they were written, and never writes them. Without GROUPS and DENSE it says what the largest of
+// its results is in each row, so that whoever quantises rows need not look first.
+// Alignment: bytes of a row's inputs % 16 == 0, outputs % 8 == 0; x's and W's rows on 16 bytes, scales of a group on 16.
 // Shared memory: STAGES * (WARPGROUPS * 64 + ROWS) * 128 bytes, and some more; the sums at the end lie in the ring.
 // Registers: CTAS CTAs of WARPGROUPS * PARTS * 128 + 32 threads per SM: at 128 rows, a CTA of 288, hence at most 168.
 // Architectures: sm_90a.
@@ -127,12 +127,12 @@ __device__ __forceinline__ void multiply_steps(const Params& p, const Share& sha
 __device__ __forceinline__ void load_factors(const Params& p, const Share& share, Shared& shared) {
     for (u32 i = threadIdx.x; i < kOutputs; i += kMultipliers) {
         const u32 output = weight_row(p, share, i);
-        shared.output_scales[i] = kBlocks ? 1.f : p.weight_scales[output];
+        shared.output_scales[i] = kBlocks || !kScaled ? 1.f : p.weight_scales[output];
         shared.bias[i] = p.bias == nullptr ? 0.f : to_float(p.bias[output]);
     }
     dependency_wait();
     for (u32 row = threadIdx.x; row < kRows; row += kMultipliers)
-        shared.row_scales[row] = kBlocks || row >= p.rows ? 1.f : p.x_scales[row];
+        shared.row_scales[row] = kBlocks || !kScaled || row >= p.rows ? 1.f : p.x_scales[row];
 }
 
 __device__ __forceinline__ void store_sums(const Sums& sums, Shared& shared) {

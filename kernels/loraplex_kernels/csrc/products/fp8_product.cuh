@@ -26,23 +26,29 @@ constexpr bool kBlocks = true;
 #else
 constexpr bool kBlocks = false;
 #endif
+#ifdef DENSE
+constexpr bool kScaled = false;
+static_assert(!kBlocks, "numbers in bf16 have no scales");
+#else
+constexpr bool kScaled = true;
+#endif
 static_assert(kCluster >= 1 && kCluster <= 8, "larger clusters need an attribute");
 // Copies land in any order, and a parity tells a slot's turn only from the next: who awaits a turn must have seen the one before.
 static_assert(kParts >= 1 && kParts <= 4 && kStages % kParts == 0, "a slot is always the same part's");
 
 struct Params {
-    TensorMap weight;            // e4m3 [kSides * outputs, inputs] in boxes of kColumns x 128
-    TensorMap x;                 // e4m3 [rows, inputs] in boxes of ROWS x 128
-    const float* weight_scales;  // [kSides * outputs]; with GROUPS [ceil(kSides * outputs / 128), steps]
-    const float* x_scales;       // [rows]; with GROUPS [steps, x_scale_stride]
+    TensorMap weight;            // e4m3 or bf16 [kSides * outputs, inputs] in boxes of kColumns x 128 bytes
+    TensorMap x;                 // e4m3 or bf16 [rows, inputs] in boxes of ROWS x 128 bytes
+    const float* weight_scales;  // [kSides * outputs]; with GROUPS [ceil(kSides * outputs / 128), steps]; not with DENSE
+    const float* x_scales;       // [rows]; with GROUPS [steps, x_scale_stride]; not with DENSE
     const elem* bias;            // [kSides * outputs]; or null
     elem* y;                     // [rows, outputs]
     int rows, outputs;
-    int steps;           // ceil(inputs / 128)
+    int steps;           // ceil(bytes of a row's inputs / 128)
     int x_scale_stride;  // a multiple of 4, at most ROWS
     int accumulates;     // whether y is added to; not with GATED
     int reserved;
-    float* maxima;  // [rows, ceil(outputs / kColumns)]: largest absolute values of y; with GATED and without GROUPS
+    float* maxima;  // [rows, ceil(outputs / kColumns)]: largest absolute values of y; with GATED, and not with GROUPS or DENSE
 };
 static_assert(sizeof(Params) == 320, "fp8_params.py mirrors it");
 

@@ -18,6 +18,7 @@ from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.runners.cuda.few_row_dense import DenseGateProducts
 from loraplex_engine.runners.cuda.followers import Followers, NormShape
 from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNorm
 from loraplex_engine.runners.cuda.fp8_linear import read_codes_alone
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.followers import ComputesGate
     from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
@@ -136,11 +138,12 @@ class CudaDecoder(ABC, Generic[ModelT]):
         width = self._model.config.intermediate_size
         return gate(library, width) if self._inputs is None else QuantisingGate(library, width, gate, self._inputs)
 
-    def _make_gate_products(self, gate: type[SiluMul]) -> GateProducts | None:
-        """Return gate_up's products with the gate in them, if products are in FP8."""
+    def _make_gate_products(self, gate: type[SiluMul]) -> ComputesGate:
+        """Return gate_up's products with the gate in them."""
+        linears = [layer.gate_up for layer in self._model.layers]
         if self._inputs is None:
-            return None
-        return GateProducts(self._inputs, [layer.gate_up for layer in self._model.layers], gate.macros)
+            return DenseGateProducts(linears, gate.macros)
+        return GateProducts(self._inputs, linears, gate.macros)
 
     def _make_norm(self, library: KernelLibrary) -> RmsNorm:
         """Return what norms the inputs of qkv and gate_up, in e4m3, too, if FP8 products read them, and of lm_head."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
-from loraplex_engine.runners.cuda.gate_products import GateProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.model.layers import RmsNorm
+    from loraplex_engine.model.linear import Linear
 
 
 class HasQkNorm(Protocol):
@@ -48,6 +48,14 @@ class FinishesQkv(Protocol):
         ...
 
 
+class ComputesGate(Protocol):
+    """gate_up's products with the gate in them: `GateProducts`, or `DenseGateProducts`."""
+
+    def launch(self, layer: int, linear: Linear, x: Tensor, gate_up: Tensor, out: Tensor) -> bool:
+        """See `GateProducts.launch`."""
+        ...
+
+
 class NormShape(NamedTuple):
     """An RMS norm of the residual stream."""
 
@@ -63,14 +71,14 @@ class Followers:
         inputs: Where inputs of FP8 products lie in e4m3; None if no product is. FP8 products do not accumulate: followers add
             LoRA's delta to qkv and gate_up, and the next norm adds o and down to the residual stream (ADR 35).
         norm: What follows o and down at once, `LayerPath.norm`; None if something else stands behind them.
-        gate_products: gate_up's products with the gate in them, for ops without LoRA; None if no product is in FP8.
+        gate_products: gate_up's products with the gate in them, for ops without LoRA.
     """
 
     rope: FinishesQkv
     silu_mul: SiluMul
     inputs: Fp8Inputs | None = None
     norm: NormShape | None = None
-    gate_products: GateProducts | None = None
+    gate_products: ComputesGate | None = None
 
     @property
     def can_accumulate(self) -> bool:

@@ -14,8 +14,8 @@ from torch.nn.functional import ScalingType
 
 from loraplex_engine.model.linear import LinearForms
 from loraplex_engine.model.weight_form import WeightForm
+from loraplex_engine.runners.cuda.few_row_dense import DenseProducts, FewRowDense
 from loraplex_engine.runners.cuda.fp8_inputs import Fp8Inputs
-from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -179,7 +179,8 @@ def linear_forms(
     form: WeightForm, library: KernelLibrary, config: ModelConfig, *, max_tokens: int
 ) -> tuple[LinearForms, Fp8Inputs | None]:
     """Return the linear layers of an engine, and where inputs of those in FP8 lie; None if weights are whole."""
+    dense = partial(FewRowDense, DenseProducts(library))
     if form is not WeightForm.FP8:
-        return CUDA_LINEARS, None
+        return LinearForms(dense=dense), None
     inputs = Fp8Inputs(library, config, max_tokens=max_tokens)
-    return LinearForms(dense=CUDA_LINEARS.dense, fp8=partial(ScaledMmLinear, inputs)), inputs
+    return LinearForms(dense=dense, fp8=partial(ScaledMmLinear, inputs)), inputs
