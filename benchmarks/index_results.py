@@ -24,6 +24,7 @@ WHAT: Final = {
     "adapters": "random mixtures of adapters of every method on one engine, compared with PEFT",
     "adapter-kinds": "kinds of adapters in a decode step: DoRA, (IA)3, SHiRA beside LoRA; loads beside steps",
     "cpu_vs_peft": "output rate beside transformers + peft",
+    "dense-products": "bf16 products of few rows by our kernel beside cuBLAS's, and whole decode steps with either",
     "engine": "the engine on whole workloads: bursts, traces, start",
     "fp8-kv": "decode attention over FP8 keys and values beside bf16",
     "fp8-products": "FP8 products and the kernels that quantise their inputs, beside bf16 products",

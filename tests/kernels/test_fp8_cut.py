@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_kernels.products.fp8_cut import ROW_CLASSES, SHARED_BYTES, WIDE_MAX_ROWS, choose_cuts
+from loraplex_kernels.products.fp8_cut import ROW_CLASSES, SHARED_BYTES, WIDE_MAX_ROWS, choose_cuts, dense_cuts
 
 
 @given(outputs=st.integers(1, 40_000).map(lambda eighth: 8 * eighth), num_sms=st.integers(2, 160))
@@ -27,3 +27,11 @@ def test_llama_3_8bs_products_fill_an_h200(outputs: int, most: int, ctas: int) -
     of_64 = next(cut for cut in cuts if cut.rows == 64)
     assert cuts[-1].rows == most
     assert -(-outputs // of_64.outputs) * of_64.cluster == ctas
+
+
+@pytest.mark.parametrize(("outputs", "rows"), [(8, 64), (66 * 64, 64), (66 * 64 + 8, 32), (28672, 32)])
+def test_dense_products_take_as_many_rows_as_they_are_faster_with(outputs: int, rows: int) -> None:
+    cuts = dense_cuts(outputs, 132)
+
+    assert [cut.rows for cut in cuts] == [each for each in ROW_CLASSES if each <= rows]
+    assert set(cuts) <= set(choose_cuts(outputs, 132))

@@ -15,6 +15,8 @@ ROW_CLASSES: Final = (8, 16, 32, 64, 128)
 """Rows that a kernel computes; a product takes the first class that holds its rows."""
 WIDE_MAX_ROWS: Final = 64
 """Most rows of products so wide that tensor cores are what is short above; torch's are as fast there."""
+DENSE_MAX_ROWS: Final = 64
+"""Most rows of bf16 products whose tiles two CTAs share; of others half as many."""
 SHARED_BYTES: Final = {1: 227 * 1024, 2: 113 * 1024}
 """Shared memory of a CTA of sm_90, by the CTAs of a multiprocessor."""
 MAX_STAGES: Final = 24  # enough for any latency
@@ -92,6 +94,12 @@ class Cut:
         )
         gated = () if gate is None else (GATED_MACRO, *gate)
         return (*sizes, *(GROUPS_MACRO,) * has_groups, *gated)
+
+
+def dense_cuts(outputs: int, num_sms: int) -> tuple[Cut, ...]:
+    """Return the cuts of a bf16 weight's products, as `choose_cuts`: with fewer rows, where cuBLAS is as fast above (ADR 57)."""
+    most = DENSE_MAX_ROWS if -(-outputs // GROUP_OUTPUTS) <= num_sms // 2 else DENSE_MAX_ROWS // 2
+    return tuple(cut for cut in choose_cuts(outputs, num_sms) if cut.rows <= most)
 
 
 def choose_cuts(outputs: int, num_sms: int) -> tuple[Cut, ...]:

@@ -70,7 +70,8 @@ __device__ __forceinline__ void write_results(const Params& p, const Share& shar
 #pragma unroll
         for (u32 mask = kQuads / 2; mask > 0; mask >>= 1) largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, mask));
         const i64 tiles = (p.outputs + kColumns - 1) / kColumns;
-        if (!kBlocks && kScaled && at.column == 0 && at.live) p.maxima[at.row * tiles + share.first_column / kColumns] = largest;
+        if (!kBlocks && kScaled && at.column == 0 && at.live)
+            p.maxima[at.row * tiles + share.first_column / kColumns] = largest;
     }
 }
 #else

@@ -33,9 +33,7 @@ __device__ __forceinline__ u64 descriptor(SharedAddress tile) {
 #endif
 #define LORAPLEX_TILE(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 __device__ __forceinline__ void wgmma(float (&d)[1][4], u64 a, u64 b) {
-    asm volatile(LORAPLEX_WGMMA("8") "{%0, %1, %2, %3}, %4, %5" LORAPLEX_AS_THEY_LIE
-                 : LORAPLEX_TILE(d[0])
-                 : "l"(a), "l"(b));
+    asm volatile(LORAPLEX_WGMMA("8") "{%0, %1, %2, %3}, %4, %5" LORAPLEX_AS_THEY_LIE : LORAPLEX_TILE(d[0]) : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void wgmma(float (&d)[2][4], u64 a, u64 b) {
     asm volatile(LORAPLEX_WGMMA("16") "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9" LORAPLEX_AS_THEY_LIE

@@ -1,4 +1,4 @@
-"""Dense products of few rows by our kernel, where it exists: a step's weights are on their way before its inputs are there (ADR 59)."""
+"""Dense products of few rows by our kernel, where it exists: a step's weights are on their way before its inputs are there (ADR 57)."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class DenseProducts:
         fits = inputs % STEP == 0 and outputs % (STEP if gate is None else 2 * STEP) == 0 and outputs <= MAX_OUTPUTS
         if self._library.arch != ARCH or not (is_bf16 and fits and weight.is_contiguous()):
             return None
-        cuts = fp8_cut.choose_cuts(outputs, self._library.num_multiprocessors)
+        cuts = fp8_cut.dense_cuts(outputs, self._library.num_multiprocessors)
         if gate is not None and not all(cut.can_gate for cut in cuts):
             return None
-        return DenseRows(self, weight, [self._kernel(cut, gate) for cut in cuts if cut.rows <= fp8_cut.WIDE_MAX_ROWS])
+        return DenseRows(self, weight, [self._kernel(cut, gate) for cut in cuts])
 
     def _kernel(self, cut: Cut, gate: tuple[str, ...] | None) -> DenseProduct:
         if (cut, gate) not in self._kernels:
@@ -125,26 +125,29 @@ class FewRowDense(CublasDense):
         products: Kernels.
         weight: ``[out_features, in_features]``.
         bias: ``[out_features]`` or None.
+
+    Attributes:
+        few_rows: Our products; None if there is no kernel.
     """
 
     def __init__(self, products: DenseProducts, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self.products = products
-        self._few_rows = products.of(weight)
+        self.few_rows = products.of(weight)
 
     def multiply(self, x: Tensor, out: Tensor) -> None:
         """See `Linear`."""
-        if self._few_rows is None or not self._few_rows.launch(x, out, bias=None):
+        if self.few_rows is None or not self.few_rows.launch(x, out, bias=None):
             super().multiply(x, out)
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """See `Linear`."""
-        if self._few_rows is None or not self._few_rows.launch(x, out, bias=self.bias):
+        if self.few_rows is None or not self.few_rows.launch(x, out, bias=self.bias):
             super().into(x, out)
 
     def onto(self, x: Tensor, out: Tensor) -> None:
         """See `Linear`."""
-        if self._few_rows is None or not self._few_rows.launch(x, out, bias=self.bias, accumulates=True):
+        if self.few_rows is None or not self.few_rows.launch(x, out, bias=self.bias, accumulates=True):
             super().onto(x, out)
 
 
