@@ -177,16 +177,11 @@ class GatewayCore:
     def _record(self, request: GenerationRequest, caller: Principal, time_left_s: float | None) -> RequestRecord:
         """Return the record of a request that comes at this moment."""
         span = begin_span(request)
-        request = replace(  # once: it takes as long as making a span
-            request,
-            request_id=request.request_id
-            or ("" if request.resume is not None else new_request_id()),  # the token knows it
-            traceparent=request.traceparent if span is None else span.traceparent,
-        )
-        times, metrics, ledger = RequestTimes(), self._metrics, self.ledger
-        record = RequestRecord(
-            request, caller.name, metrics=metrics, times=times, time_left_s=time_left_s, ledger=ledger
-        )
+        request_id = request.request_id or (new_request_id() if request.resume is None else "")  # the token knows it
+        traceparent = request.traceparent if span is None else span.traceparent
+        request = replace(request, request_id=request_id, traceparent=traceparent)  # once: it takes as long as a span
+        make = partial(RequestRecord, metrics=self._metrics, times=RequestTimes(), ledger=self.ledger)
+        record = make(request, caller.name, time_left_s=time_left_s)
         record.span = span
         return record
 
