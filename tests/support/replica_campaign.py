@@ -173,9 +173,11 @@ class _Campaign:
         while True:
             try:
                 answer = await store.upload(name, files, request_id=request_id)
-            except (LoraplexError, grpc.aio.AioRpcError) as error:
+            except (LoraplexError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+                if _is_cancelled():
+                    raise  # else gRPC has cancelled a call whose store died while it was written to
                 if time.monotonic() > give_up_at:
-                    self._tally.wrong.append(f"{name} cannot be imported: {error}")
+                    self._tally.wrong.append(f"{name} cannot be imported: {error!r}")
                     return
                 self._tally.num_repeats += 1
                 await asyncio.sleep(0.05)
@@ -183,6 +185,12 @@ class _Campaign:
             if answer.visibility.late_gateways:
                 self._tally.wrong.append(f"{name} was answered before {answer.visibility.late_gateways}")
             return
+
+
+def _is_cancelled() -> bool:
+    """Tell whether the running task itself is to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _run(stack: Stack, tally: ReplicaTally) -> None:

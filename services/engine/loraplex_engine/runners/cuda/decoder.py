@@ -1,4 +1,4 @@
-"""The decoder on our kernels: cuBLAS for dense products, everything between them ours, all buffers allocated once.
+"""The decoder on our kernels: cuBLAS for dense products of more than few rows, the rest ours, all buffers allocated once.
 
 One sequence of launches serves eager steps and capture: nothing here reads the device or depends on values.
 
