@@ -1,6 +1,7 @@
 """What usage ledger, traces and metrics cost a gateway: CPU time of its process for each request, on and off in one run.
 
-Usage: ``python benchmarks/gateway_observed.py [--before DIR] [--rounds 40] [--requests 200] [--tokens 64] [--out FILE]``
+Usage: ``python benchmarks/gateway_observed.py [--before DIR] [--face grpc|sse] [--concurrent 32] [--rounds 40] [--requests 200]
+[--tokens 64] [--out FILE]``
 
 Gateways of this tree serve the same streams from the same engine double, in turns: ``off`` counts no metrics, keeps no usage
 records and traces nothing; ``metrics`` counts and is scraped every five seconds; ``ledger`` keeps records, too; ``on`` also
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,6 @@ from loraplex_bench.streams.parts import Gateway
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-CONCURRENT = 32
 OTLP = "LORAPLEX_GATEWAY_OTLP_ENDPOINT"
 USAGE_RECORDS = "LORAPLEX_GATEWAY_USAGE_RECORDS"
 # Spans are sent in the turn that they belong to: smaller batches than by default, which cost more rather than less.
@@ -44,23 +44,52 @@ UNCOUNTED = "loraplex_bench.uncounted_gateway"
 SCRAPE_INTERVAL_S = 5.0  # as deploy/prometheus/prometheus.yml has it
 
 
-async def load(target: str, num_requests: int, num_tokens: int) -> None:
-    """Read so many streams of so many tokens, some at a time."""
+async def load(gateway: Gateway, arguments: argparse.Namespace, num_requests: int) -> None:
+    """Read so many streams, some at a time."""
+    room = asyncio.Semaphore(arguments.concurrent)
+    async with AsyncExitStack() as stack:
+        one = await (sse if arguments.face == "sse" else grpc)(gateway, arguments.tokens, stack)
+
+        async def in_turn() -> None:
+            async with room:
+                await one()
+
+        await asyncio.gather(*(in_turn() for _ in range(num_requests)))
+
+
+async def grpc(gateway: Gateway, num_tokens: int, stack: AsyncExitStack) -> Callable[[], Awaitable[None]]:
+    """Return what reads a stream over gRPC."""
     from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
     from loraplex_common.grpc_channel import open_channel
     from support.gateway_rig import text_request
 
-    room = asyncio.Semaphore(CONCURRENT)
-    async with open_channel(target) as channel:
-        stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
+    channel = await stack.enter_async_context(open_channel(gateway.addresses["grpc"]))
+    stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
 
-        async def one() -> None:
-            async with room:
-                stopping = gateway_pb2.StoppingParams(max_new_tokens=num_tokens, ignore_eos=True)
-                async for _ in stub.Generate(text_request(stopping=stopping), timeout=60):
-                    pass
+    async def one() -> None:
+        stopping = gateway_pb2.StoppingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        async for _ in stub.Generate(text_request(stopping=stopping), timeout=60):
+            pass
 
-        await asyncio.gather(*(one() for _ in range(num_requests)))
+    return one
+
+
+async def sse(gateway: Gateway, num_tokens: int, _: AsyncExitStack) -> Callable[[], Awaitable[None]]:
+    """Return what reads a stream of server-sent events, over a connection of its own."""
+    host, _port, port = gateway.addresses["http"].rpartition(":")
+    told = {"model": "tiny", "prompt": "The quick brown fox", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    body = json.dumps(told).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + body)
+        answer = await reader.read()
+        writer.close()
+        if answer.count(b"data: ") <= num_tokens // 2:  # several tokens may share an event, not all of them
+            raise SystemExit(f"a stream ended early: {answer[-500:]!r}")
+
+    return one
 
 
 async def measure(
@@ -93,7 +122,7 @@ async def measure(
         stack.callback(gateways[name].close)
     parts = await asyncio.to_thread(parts_us, collector.target, arguments.tokens)
     for gateway in gateways.values():
-        await load(gateway.addresses["grpc"], 100, arguments.tokens)  # warm
+        await load(gateway, arguments, 100)  # warm
     found = await take_turns(arguments, gateways)
     await ended(lease)
     if not any(span.service == "loraplex-gateway" for span in collector.spans):
@@ -154,7 +183,7 @@ async def take_turns(arguments: argparse.Namespace, gateways: dict[str, Gateway]
             gateway = gateways[name]
             before_s = gateway.cpu_s()
             scraper = asyncio.create_task(scrape(gateway.addresses["metrics"])) if name != "off" else None
-            await load(gateway.addresses["grpc"], arguments.requests, arguments.tokens)
+            await load(gateway, arguments, arguments.requests)
             await asyncio.sleep(SETTLE_S)
             if scraper is not None:
                 await ended(scraper)
@@ -185,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="tree of a commit to compare with, too")
-    for name, default in (("--rounds", 40), ("--requests", 200), ("--tokens", 64)):
+    parser.add_argument("--face", choices=("grpc", "sse"), default="grpc", help="what the clients speak")
+    for name, default in (("--concurrent", 32), ("--rounds", 40), ("--requests", 200), ("--tokens", 64)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--out", type=Path, help="file of the results, JSON")
     parser.add_argument("--commit", default="", help="written into the results")
@@ -202,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": arguments.commit}
         report |= {"machine": f"CPU, {os.cpu_count()} cores", "python": sys.version.split()[0]}
         report |= {"command": " ".join(["python", "benchmarks/gateway_observed.py", *sys.argv[1:]])}
+        report |= {"face": arguments.face, "concurrent": arguments.concurrent}
         report |= {"tokens": arguments.tokens, "cpu_ms_per_request": found, "medians": medians, "added": added}
         report |= {"parts_us": parts, "share": share}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

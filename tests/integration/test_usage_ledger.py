@@ -7,6 +7,7 @@ import json
 import re
 import urllib.request
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_client.cli.app import app
 from loraplex_common.usage_records import USAGE_KEY, UsageRecord, read_usage
-from loraplex_gateway.usage.ledger import UsageLedger
+from loraplex_gateway.usage.ledger import UsageLedger, encoded
 from support.cut_streams import CUT, NUM_TOKENS, another_gateway, cut, long_text, read_all, read_up_to
 from support.engine_double import ADAPTER_PAGE_S, KV_PAGE_S
 from support.gateway_rig import DIGEST, Rig, running_gateway, text_request
@@ -174,6 +175,19 @@ async def test_a_write_whose_answer_was_lost_is_not_a_second_record(valkey_url: 
         assert len([record async for record in read_usage(rig.valkey)]) == 1
 
 
+async def test_a_text_that_is_no_unicode_keeps_no_other_record_from_being_written(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, usage_records=0) as rig:
+        ledger = UsageLedger(rig.valkey, max_records=10, resume_window_s=0)
+        for trace_id in ("before", "caf\u00e9 \ud800", "after"):
+            account = ledger.open()
+            ledger.finish(account, replace(make_record(account.usage_id), trace_id=trace_id))
+
+        await ledger.close()
+
+        found = [record.trace_id async for record in read_usage(rig.valkey)]
+        assert sorted(found) == ["after", "before", "caf\u00e9 ?"]
+
+
 async def test_what_is_not_written_when_the_gateway_ends_is_written_then(valkey_url: str) -> None:
     async with running_gateway(valkey_url, usage_records=0) as rig:
         ledger = UsageLedger(rig.valkey, max_records=10, resume_window_s=0)
@@ -193,8 +207,8 @@ async def test_the_command_names_an_entry_that_is_no_record_and_sums_the_others(
     from loraplex_common.valkey import connect
 
     valkey = connect(valkey_url)
-    await valkey.xadd(USAGE_KEY, {"record": make_record("u1").to_json()})
-    text = make_record("u2").to_json().replace('"input_tokens":1', '"input_tokens":null')
+    await valkey.xadd(USAGE_KEY, {"record": encoded(make_record("u1"))})
+    text = encoded(make_record("u2")).decode().replace('"input_tokens":1', '"input_tokens":null')
     added: Any = await valkey.xadd(USAGE_KEY, {"record": text})
     entry = added.decode()
     monkeypatch.setenv("LORAPLEX_REDIS_URL", valkey_url)

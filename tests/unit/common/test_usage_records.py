@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex_common import usage_records, valkey
 from loraplex_common.usage_records import USAGE_KEY, UsageRecord, UsageSums, read_usage
+from loraplex_gateway.usage.ledger import encoded
 from loraplex_gateway.usage.script import WRITE
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def make_record(usage_id: str, **values: Any) -> UsageRecord:
 async def write(client: Redis, record: UsageRecord, *, call: str = "call") -> None:
     """Write a record as a gateway does."""
     marks = f"{USAGE_KEY}:mark:{record.usage_id}"
-    await client.eval(WRITE, 2, USAGE_KEY, marks, "100000", record.to_json(), call, "60")  # type: ignore[misc, unused-ignore]
+    await client.eval(WRITE, 2, USAGE_KEY, marks, "100000", encoded(record), call, "60")  # type: ignore[misc, unused-ignore]
 
 
 async def add(client: Redis, fields: dict[str, str]) -> str:
@@ -85,7 +86,7 @@ async def test_a_stream_that_is_resumed_while_records_are_read_is_counted_once(c
 
 async def test_a_record_takes_the_place_of_the_one_that_came_before(client: Redis) -> None:
     for output_tokens in (2, 7):
-        text = make_record("u", output_tokens=output_tokens).to_json()
+        text = encoded(make_record("u", output_tokens=output_tokens)).decode()
         await client.xadd(USAGE_KEY, {"record": text})
 
     assert [record.output_tokens async for record in read_usage(client)] == [7]
@@ -93,7 +94,7 @@ async def test_a_record_takes_the_place_of_the_one_that_came_before(client: Redi
 
 async def test_records_outside_of_the_two_moments_are_left_out(client: Redis) -> None:
     for second in (1, 2, 3):
-        await client.xadd(USAGE_KEY, {"record": make_record(f"u{second}").to_json()}, id=f"{second}000-0")
+        await client.xadd(USAGE_KEY, {"record": encoded(make_record(f"u{second}"))}, id=f"{second}000-0")
 
     assert await ids(client, since=2) == ["u3", "u2"]
     assert await ids(client, until=2) == ["u2", "u1"]
@@ -123,7 +124,7 @@ UNREADABLE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 @pytest.mark.parametrize(("spoil", "named"), UNREADABLE, ids=[named for _, named in UNREADABLE])
 def test_what_is_no_record_is_refused_by_name(spoil: Callable[[dict[str, Any]], Any], named: str) -> None:
-    text = json.dumps(spoil(json.loads(make_record("u").to_json())))
+    text = json.dumps(spoil(json.loads(encoded(make_record("u")))))
 
     with pytest.raises(ValueError, match=named):
         UsageRecord.from_json(text)
@@ -136,14 +137,14 @@ def test_what_is_no_json_is_refused(text: bytes) -> None:
 
 
 def test_fields_of_later_versions_are_left_out_and_those_of_earlier_ones_may_lack() -> None:
-    record = json.loads(make_record("u", calls=3).to_json())
+    record = json.loads(encoded(make_record("u", calls=3)))
     del record["calls"]
 
     assert UsageRecord.from_json(json.dumps(record | {"invented": None})) == make_record("u", calls=1)
 
 
 def test_a_whole_number_that_valkey_wrote_with_an_exponent_is_one() -> None:
-    text = make_record("u").to_json().replace('"output_tokens":2', '"output_tokens":1.5e+14')
+    text = encoded(make_record("u")).decode().replace('"output_tokens":2', '"output_tokens":1.5e+14')
 
     assert UsageRecord.from_json(text).output_tokens == 150_000_000_000_000
 
@@ -171,7 +172,7 @@ class ManyEntries:
     @staticmethod
     def _all(number: int) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
         for n in reversed(range(number)):
-            yield f"{n}-0".encode(), {b"record": make_record(f"{n:016x}", request_id="r" * 400).to_json().encode()}
+            yield f"{n}-0".encode(), {b"record": encoded(make_record(f"{n:016x}", request_id="r" * 400))}
 
     async def xrevrange(self, _: str, *, count: int, **__: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
         return list(itertools.islice(self._texts, count))
@@ -193,5 +194,5 @@ async def test_summing_many_records_keeps_little_of_each(monkeypatch: pytest.Mon
     tracemalloc.stop()
 
     assert sums.sums["acme",].requests == number
-    whole = len(make_record("0" * 16, request_id="r" * 400).to_json())
+    whole = len(encoded(make_record("0" * 16, request_id="r" * 400)))
     assert peak_bytes < number * whole / 2

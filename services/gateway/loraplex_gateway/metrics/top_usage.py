@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from loraplex_common.usage_records import UsageRecord
     from prometheus_client import CollectorRegistry
@@ -41,7 +41,7 @@ class _Used:
 
     values: list[float] = field(default_factory=lambda: [0.0] * 5)
 
-    def add(self, values: list[float]) -> None:
+    def add(self, values: Sequence[float]) -> None:
         self.values = [mine + more for mine, more in zip(self.values, values, strict=True)]
 
 
@@ -72,8 +72,7 @@ class TopUsage(Collector):
     def add(self, record: UsageRecord) -> None:
         """Count a request's record, or the part of it that is new."""
         pair = (record.tenant, _name_of(record.adapter))
-        values = [float(getattr(record, f"{kind}_tokens")) for kind in _TOKENS]
-        values += [record.kv_page_s, record.adapter_page_s]
+        tokens = (record.input_tokens, record.cached_tokens, record.output_tokens)  # in the order of _TOKENS
         weight = record.input_tokens + 2.0 * record.output_tokens
         if pair not in self._weights and len(self._weights) >= KNOWN:
             self._forget_least()
@@ -81,7 +80,7 @@ class TopUsage(Collector):
         shown = self._shown.get(pair)
         if shown is None and len(self._shown) < SHOWN:
             shown = self._shown[pair] = _Used()
-        (shown or self._other).add(values)
+        (shown or self._other).add((*tokens, record.kv_page_s, record.adapter_page_s))
 
     def describe(self) -> Iterator[CounterMetricFamily]:
         """Name the metrics, so that second ones of their names are refused."""

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from loraplex_common.errors import LoraplexError
 from loraplex_common.housekeeping import keep_doing
 from loraplex_common.log import get_logger
@@ -41,9 +42,24 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    record: UsageRecord
+    text: bytes
+    mark: str
     call_id: str
     kept_s: int
+
+
+_encode: Final = msgspec.json.Encoder().encode  # in a sixth of json's time
+
+
+def encoded(record: UsageRecord) -> bytes:
+    """Return a record as it lies in the stream: JSON; what no UTF-8 can hold of a caller's text is replaced."""
+    try:
+        return _encode(record)
+    except UnicodeEncodeError:
+        values = asdict(record)
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        sound = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+        return _encode(values | sound)
 
 
 class UsageLedger:
@@ -118,7 +134,8 @@ class UsageLedger:
             self._pending.popleft()
             self._on_drop()
         kept_s = MARK_S + (int(self._resume_window_s) if account.is_resumable else 0)
-        self._pending.append(_Pending(record, new_usage_id(), kept_s))
+        mark = f"{USAGE_KEY}:mark:{record.usage_id}"
+        self._pending.append(_Pending(encoded(record), mark, new_usage_id(), kept_s))
         self._has_work.set()
 
     async def run(self) -> None:
@@ -145,10 +162,10 @@ class UsageLedger:
 
     async def _write(self) -> None:
         batch = [self._pending[index] for index in range(min(MAX_BATCH, len(self._pending)))]
-        marks = [f"{USAGE_KEY}:mark:{each.record.usage_id}" for each in batch]
+        marks = [each.mark for each in batch]
         values: list[Any] = [self._max_records]
         for each in batch:
-            values += (each.record.to_json(), each.call_id, each.kept_s)
+            values += (each.text, each.call_id, each.kept_s)
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await self._valkey.eval(WRITE, 1 + len(marks), USAGE_KEY, *marks, *values)
         written = {id(each) for each in batch}
