@@ -77,7 +77,13 @@ async def grpc(gateway: Gateway, num_tokens: int, stack: AsyncExitStack) -> Call
 async def sse(gateway: Gateway, num_tokens: int, _: AsyncExitStack) -> Callable[[], Awaitable[None]]:
     """Return what reads a stream of server-sent events, over a connection of its own."""
     host, _port, port = gateway.addresses["http"].rpartition(":")
-    told = {"model": "tiny", "prompt": "The quick brown fox", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    told = {
+        "model": "tiny",
+        "prompt": "The quick brown fox",
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "stream": True,
+    }
     body = json.dumps(told).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
 
