@@ -1,9 +1,12 @@
 """Times dense products of few rows by our kernel beside cuBLAS's, and gate_up's with the gate in them beside cuBLAS's and a gate's.
 
     python benchmarks/dense_products.py --out benchmarks/results     # one H100 or H200: about 30 s
+    python benchmarks/dense_products.py --steps --out benchmarks/results   # whole decode steps: about 150 s
     python benchmarks/dense_products.py --smoke                      # no GPU: compiles the kernels
 
-bf16, weights cold in L2, inside CUDA graphs, medians. `floor`: the bytes of the weight at the rate of a copy.
+bf16, weights cold in L2, inside CUDA graphs, medians. `floor`: the bytes of the weight at the rate of a copy. With --steps, decode steps of
+whole models at a context of 320 with our kernel and without it, which is the peer: cuBLAS's, measured before and after, the better
+of both; without adapters, and with one of rank 16 on all projections for each row, 32 at most.
 """
 
 from __future__ import annotations
@@ -14,8 +17,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from loraplex_bench.base_shapes import BF16_SHAPES
+from loraplex_bench.end_to_end.context import free_device
 from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.shapes import AdapterFamily, Shape
 from loraplex_bench.steps.kernel_timer import copy_bytes_per_s, require_close, time_us
+from loraplex_bench.steps.plan import StepSize
+from loraplex_bench.steps.step_bench import StepBench
+from loraplex_bench.steps.step_changes import changed
+from loraplex_engine.runners.cuda import few_row_dense
 from loraplex_engine.runners.cuda.few_row_dense import DenseGateProducts, DenseProducts, FewRowDense
 from loraplex_engine.runners.cuda.linears import CublasDense
 from loraplex_kernels.compiler import Build, compile_kernel
@@ -35,6 +45,9 @@ MODELS: Final = {
 """Inputs and outputs of each product."""
 COPIES: Final = 3
 """Weights of an op that take turns, so that none is in a cache."""
+STEP_ROWS: Final = (1, 8, 32, 64)
+MOST_ADAPTERS: Final = 32
+REPEATS: Final = 3
 
 
 def smoke() -> None:
@@ -101,20 +114,12 @@ class DenseBench:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="compile for sm_90a, no GPU")
-    parser.add_argument("--out", type=Path, help="folder for the result file")
-    parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
-    args = parser.parse_args()
-    if args.smoke:
-        smoke()
-        return
-    results, device = Results(), torch.device("cuda", 0)
+def measure_products(results: Results) -> None:
+    """Add rows of single products."""
+    device = torch.device("cuda", 0)
     library = KernelLibrary(device, torch.bfloat16, dependent=True)
     flush, rate = torch.zeros(40 << 20, device=device), copy_bytes_per_s()
     results.note(f"a copy reads and writes {rate / 1e12:.2f} TB/s")
-    results.print_head()
     for model, ops in MODELS.items():
         for op, (inputs, outputs) in ops.items():
             bench, floor = DenseBench(library, flush, inputs, outputs), inputs * outputs * 2 / rate * 1e6
@@ -135,6 +140,63 @@ def main() -> None:
                             peer_value=cublas,
                         )
                     )
+
+
+def step_ms(shape: Shape) -> dict[tuple[int, int], float]:
+    """Return what decode steps take, in ms, by (rows, adapters): the best of several measurements."""
+    sizes = [StepSize(num_decode=rows) for rows in STEP_ROWS]
+    bench = StepBench(shape, AdapterFamily(), MOST_ADAPTERS, sizes)
+    cases = [(size, number) for size in sizes for number in (0, min(size.num_decode, MOST_ADAPTERS))]
+    found = {
+        (size.num_decode, number): min(bench.step_ms(size, number)[0] for _ in range(REPEATS)) for size, number in cases
+    }
+    bench.runner.close()
+    del bench
+    free_device()
+    return found
+
+
+def measure_steps(results: Results) -> None:
+    """Add rows of whole steps."""
+    for shape in BF16_SHAPES:
+        with changed(few_row_dense, ARCH="none"):
+            before = step_ms(shape)
+        own = step_ms(shape)
+        with changed(few_row_dense, ARCH="none"):
+            after = step_ms(shape)
+        for (rows, number), value in own.items():
+            cublas = before[rows, number], after[rows, number]
+            case = f"{shape.name}/step/{rows} rows/{number} adapters"
+            results.add(
+                Row(
+                    suite="dense_products",
+                    case=case,
+                    metric="time",
+                    value=value,
+                    unit="ms",
+                    peer="cuBLAS",
+                    peer_value=min(cublas),
+                )
+            )
+            results.note(f"{case}: cuBLAS's two runs {cublas[0]:.3f} and {cublas[1]:.3f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="compile for sm_90a, no GPU")
+    parser.add_argument("--steps", action="store_true", help="whole decode steps in the place of products")
+    parser.add_argument("--out", type=Path, help="folder for the result file")
+    parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
+    args = parser.parse_args()
+    if args.smoke:
+        smoke()
+        return
+    results = Results()
+    results.print_head()
+    if args.steps:
+        measure_steps(results)
+    else:
+        measure_products(results)
     if args.out:
         results.write(args.out, "dense-products", commit=args.commit)
 
