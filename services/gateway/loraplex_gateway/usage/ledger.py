@@ -148,7 +148,9 @@ class UsageLedger:
         marks = [f"{USAGE_KEY}:mark:{each.record.usage_id}" for each in batch]
         values: list[Any] = [self._max_records]
         for each in batch:
-            values += (each.record.to_json(), each.call_id, each.kept_s)
+            record = each.record
+            began_at = f"{record.ended_at - record.duration_s:.3f}"
+            values += (record.to_json(), each.call_id, began_at, each.kept_s)
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await self._valkey.eval(WRITE, 1 + len(marks), USAGE_KEY, *marks, *values)
         written = {id(each) for each in batch}
