@@ -14,30 +14,21 @@ import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_client.cli.app import app
-from loraplex_common.usage_records import USAGE_KEY, UsageRecord, read_usage
+from loraplex_common.usage_records import USAGE_KEY, read_usage
 from loraplex_gateway.usage.ledger import UsageLedger, encoded
-from support.cut_streams import CUT, NUM_TOKENS, another_gateway, cut, long_text, read_all, read_up_to
+from support.cut_streams import CUT, NUM_TOKENS, long_text, read_up_to
 from support.engine_double import ADAPTER_PAGE_S, KV_PAGE_S
-from support.gateway_rig import DIGEST, Rig, running_gateway, text_request
+from support.gateway_rig import DIGEST, running_gateway, text_request
 from support.generation import greedy
 from support.stack import Stack, assert_idle, read_metrics
 from support.stack_fixtures import import_all
+from support.usage import make_record, written
 from support.waiting import eventually
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.integration
 
 Once = gateway_pb2.GenerateOnceRequest
-
-
-async def written(rig: Rig) -> list[UsageRecord]:
-    """Return the records of all requests that have ended; there is at least one."""
-
-    async def are_there() -> bool:
-        return rig.app.ledger.num_pending == 0 and await rig.valkey.xlen(USAGE_KEY) > 0
-
-    await eventually(are_there)
-    return [record async for record in read_usage(rig.valkey)]
 
 
 async def test_a_request_leaves_one_record_of_what_it_used(valkey_url: str) -> None:
@@ -94,47 +85,6 @@ async def test_a_request_that_moves_to_another_engine_leaves_one_record(valkey_u
         (record,) = await written(rig)
         assert (record.output_tokens, record.calls) == (NUM_TOKENS, 1)
         assert (record.attempts, record.unmetered_attempts, record.kv_page_s) == (2, 1, KV_PAGE_S)
-
-
-async def test_a_stream_that_is_resumed_elsewhere_leaves_one_record(valkey_url: str) -> None:
-    async with running_gateway(valkey_url) as one, another_gateway(valkey_url) as two:
-        got = await cut(one, long_text(adapter="poet"))
-        (before,) = await written(one)
-        await read_all(two, got.resumed())
-
-        async def is_merged() -> bool:
-            return (await written(two))[0].calls == 2
-
-        await eventually(is_merged)
-        (record,) = await written(two)
-        assert (before.code, before.output_tokens) == ("CANCELLED", CUT)
-        assert (record.code, record.output_tokens, record.input_tokens) == ("OK", NUM_TOKENS, before.input_tokens)
-        assert record.kv_page_s == 2 * KV_PAGE_S
-        assert record.usage_id == before.usage_id
-
-
-async def test_tokens_that_are_made_again_and_again_count_each_time(valkey_url: str) -> None:
-    async with running_gateway(valkey_url) as rig:
-        got = await cut(rig, long_text())
-        for calls in (2, 3):
-            await read_all(rig, got.resumed(token_ids=[], last_sequence=0, num_text_bytes=0))
-
-            async def is_merged(calls: int = calls) -> bool:
-                return (await written(rig))[0].calls == calls
-
-            await eventually(is_merged)
-
-        (record,) = await written(rig)
-        assert record.output_tokens == record.generated_tokens == CUT + 2 * NUM_TOKENS
-
-
-async def test_a_stream_whose_gateway_was_killed_is_all_in_the_record_of_the_next(valkey_url: str) -> None:
-    async with running_gateway(valkey_url, usage_records=0) as one, another_gateway(valkey_url) as two:
-        got = await cut(one, long_text())  # `one` never gets to write its part
-        await read_all(two, got.resumed())
-
-        (record,) = await written(two)
-        assert (record.output_tokens, record.calls) == (NUM_TOKENS, 1)
 
 
 async def test_a_request_id_that_comes_again_is_another_request(valkey_url: str) -> None:
@@ -226,24 +176,6 @@ async def test_the_command_names_an_entry_that_is_no_record_and_sums_the_others(
     assert f"{entry}: input_tokens is null, not a number" in spoilt.stderr
     assert f"XDEL {USAGE_KEY} {entry}" in spoilt.stderr
     assert (mended.exit_code, mended.stderr) == (0, "")
-
-
-def make_record(usage_id: str) -> UsageRecord:
-    return UsageRecord(
-        usage_id=usage_id,
-        request_id="r",
-        trace_id="t",
-        tenant="acme",
-        model="m",
-        adapter="",
-        revision="",
-        input_tokens=1,
-        cached_tokens=0,
-        output_tokens=2,
-        code="OK",
-        reason="STOP",
-        ended_at=1.0,
-    )
 
 
 async def test_records_of_a_real_stack_add_up_to_its_pools_integral(

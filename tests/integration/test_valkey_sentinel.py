@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,12 @@ async def test_sentinels_and_servers_ask_for_passwords_of_their_own(watched: Wat
     async with closing(connect(watched.url, sentinel_password=SENTINEL_PASSWORD)) as client:
         with pytest.raises(ValkeyRefusedError, match="Valkey wants a password"):
             await client.get("key")
+
+
+async def test_many_commands_at_once_reach_the_primary_that_sentinels_know(watched: WatchedValkey) -> None:
+    client = connect(watched.url, password=PASSWORD, sentinel_password=SENTINEL_PASSWORD)
+    async with closing(client):
+        assert await asyncio.gather(*(client.incr("calls") for _ in range(150)))
 
 
 async def test_tls_goes_to_the_sentinels_and_to_the_primary() -> None:

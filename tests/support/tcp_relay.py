@@ -50,6 +50,11 @@ class TcpRelay:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def num_open(self) -> int:
+        """Sides of connections that pass bytes on now."""
+        return len(self._open)
+
     def reset(self) -> None:
         """Cut every connection as a machine that went away does, with RST to both sides."""
         for writer in self._open:

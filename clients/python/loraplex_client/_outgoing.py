@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from google.protobuf.message import Message
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Message)
 
 
 class NotMadeError(Exception):
@@ -22,20 +24,24 @@ class Outgoing(Generic[T]):
 
     Attributes:
         error: What it failed with; None as long as it did not.
+        num_bytes: Bytes of the messages that were taken.
     """
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self.error: BaseException | None = None
+        self.num_bytes = 0
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
         try:
-            return next(self._items)
+            message = next(self._items)
         except StopIteration:
             raise
         except BaseException as error:  # gRPC's thread would die of one that is no `Exception`, and the call hang
             self.error = error
             raise NotMadeError from error
+        self.num_bytes += message.ByteSize()
+        return message

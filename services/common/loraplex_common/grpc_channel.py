@@ -24,7 +24,8 @@ _RETRY_POLICY: Final = {
     "retryableStatusCodes": ["UNAVAILABLE"],  # AIP-194: only this is safe to repeat
 }
 # The last matching entry with the most specific name is used. EngineService has none: the gateway reroutes instead, and
-# long-lived streams reconnect by themselves.
+# long-lived streams reconnect by themselves. Nor have calls that send a stream: gRPC's core aborts the process ("Check failed:
+# pending == nullptr", "ILLEGAL STATE: FORWARDED_BATCH") if their connection is lost while it keeps messages for a retry.
 _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -36,6 +37,8 @@ _SERVICE_CONFIG: Final = {
             "name": [
                 {"service": "loraplex.v1.AdapterStoreService", "method": "AttachEngine"},
                 {"service": "loraplex.v1.AdapterStoreService", "method": "WatchAliases"},
+                {"service": "loraplex.v1.AdapterStoreService", "method": "UploadAdapter"},
+                {"service": "loraplex.v1.AdapterStoreService", "method": "PushAdapter"},
             ]
         },
     ],

@@ -38,6 +38,9 @@ _log = get_logger()
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # W3C's baggage alone may take 8 KiB. From there on gRPC would refuse some calls, by chance, up to 16 KiB, and then all.
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
     # Our clients ping every 30 s, also between calls; by default gRPC would answer that with too_many_pings.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),

@@ -119,7 +119,7 @@ class ServiceSettings:
         Raises:
             ValueError: If one of them is missing, or what is given is none.
         """
-        if self.otlp_endpoint is not None and not OTLP_ENDPOINT.fullmatch(self.otlp_endpoint):
+        if self.otlp_endpoint is not None and not _is_otlp_endpoint(self.otlp_endpoint):
             raise ValueError(f"--otlp-endpoint {self.otlp_endpoint!r}: write http://HOST:PORT or https://HOST:PORT")
         if not 0.0 <= self.trace_sample_ratio <= 1.0:
             raise ValueError(f"--trace-sample-ratio {self.trace_sample_ratio:g} is not in [0, 1]")
@@ -211,3 +211,10 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_otlp_endpoint(url: str) -> bool:
+    try:
+        return OTLP_ENDPOINT.fullmatch(url) is not None and urlsplit(url).port is not None
+    except ValueError:  # brackets that are no address's, a port beyond 65,535
+        return False

@@ -6,7 +6,8 @@ names already is filled with a span's values and copied whole, on the exporter's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from threading import Timer
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -70,6 +71,11 @@ class SpanExporter(OTLPSpanExporter):
             form = self._forms[shape] = SpanForm(*shape)  # as few as there are sets of names in our services
         return form.filled(span, present.values())
 
+    def shutdown(self, timeout_millis: float = 30_000, **options: Any) -> None:
+        """End what is being sent and send no more; may be called again, from any thread."""
+        if not self._shutdown:  # the SDK's own warns then
+            super().shutdown(timeout_millis, **options)
+
     def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
         """Encode a batch; the SDK calls this for each attempt."""
         return self.message(data)  # type: ignore[arg-type] # the batches hold spans of ours
@@ -83,6 +89,7 @@ class Batches:
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
         self._processor = BatchSpanProcessor(exporter)
 
     def add(self, span: Span) -> None:
@@ -90,13 +97,21 @@ class Batches:
         span.context = _KEPT
         self._processor.on_end(span)  # type: ignore[arg-type] # all it asks of a span is its context
 
-    def flush(self, timeout_s: float) -> None:
-        """Send all spans that are here."""
-        self._processor.force_flush(int(timeout_s * 1000))
+    def flush(self) -> None:
+        """Send all spans that are here, however long it takes."""
+        self._processor.force_flush()
 
-    def close(self) -> None:
-        """Take no more spans, and end the thread that sends."""
-        self._processor.shutdown()  # type: ignore[no-untyped-call]
+    def close(self, timeout_s: float) -> None:
+        """Send all spans that are here, as many as that time is enough for, and end the thread that sends.
+
+        The SDK would wait 5 s for each batch of a collector that does not answer.
+        """
+        end = Timer(timeout_s, self._exporter.shutdown)
+        end.start()
+        try:
+            self._processor.shutdown()  # type: ignore[no-untyped-call]
+        finally:
+            end.cancel()
 
 
 class SpanForm:

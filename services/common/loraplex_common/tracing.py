@@ -24,7 +24,7 @@ Attribute = str | bool | int | float | list[str]
 
 TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 EXPORT_TIMEOUT_S: Final = 5.0
-FLUSH_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 2.0
 
 _NO_TRACE: Final = "0" * 32
 _NO_SPAN: Final = "0" * 16
@@ -81,18 +81,17 @@ def configure(service: str, endpoint: str | None, sample_ratio: float = 1.0) -> 
 
 
 def flush() -> None:
-    """Send what has gathered; waits a while at most."""
+    """Send what has gathered, however long it takes."""
     if _batches is not None:
-        _batches.flush(FLUSH_TIMEOUT_S)
+        _batches.flush()
 
 
 def shut_down() -> None:
-    """Send what has gathered, and turn tracing off."""
+    """Send what has gathered, within `CLOSE_TIMEOUT_S`, and turn tracing off."""
     global _batches
     gathered, _batches = _batches, None
     if gathered is not None:
-        gathered.flush(FLUSH_TIMEOUT_S)
-        gathered.close()
+        gathered.close(CLOSE_TIMEOUT_S)
 
 
 class Span:

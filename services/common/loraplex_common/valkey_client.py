@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 CHECK_S: Final = 2.0
+MAX_CONNECTIONS: Final = 8192
+"""Connections of one client; the library refuses a command beyond 100. A store holds one for each engine whose hints it waits
+for, a gateway one for each command under way, which are many for as long as Valkey stands still. Below Valkey's 10,000 clients."""
 
 
 class UnservedValkeyError(OSError):
@@ -77,6 +80,7 @@ def connect(
     """
     # There are no health checks: Valkey refuses PING while its disk is full, and reads must go on then.
     options: dict[str, Any] = {
+        "max_connections": MAX_CONNECTIONS,
         "socket_timeout": socket_timeout_s,
         "socket_connect_timeout": 2.0,
         "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),

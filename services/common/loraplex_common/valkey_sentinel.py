@@ -47,14 +47,14 @@ def sentinel_pool(
         sentinel_password: Credentials of the Sentinels themselves; None if they ask for none.
         rotating: Makes a class of TLS connections use the TLS files' present content.
     """
-    timeouts = {name: value for name, value in options.items() if name.startswith(("socket_", "retry"))}
+    common = {name: value for name, value in options.items() if name.startswith(("max_", "socket_", "retry"))}
     manager = Sentinel([], sentinel_kwargs={})  # type: ignore[no-untyped-call]
     for host, port in url.sentinels:
         pool = ConnectionPool(
             connection_class=rotating(SSLConnection) if url.has_tls else Connection,
             host=host,
             port=port,
-            **timeouts | ({} if sentinel_password is None else {"credential_provider": sentinel_password}),
+            **common | ({} if sentinel_password is None else {"credential_provider": sentinel_password}),
         )
         manager.sentinels.append(Redis.from_pool(pool))
     managed = rotating(SentinelManagedSSLConnection) if url.has_tls else SentinelManagedConnection

@@ -89,7 +89,7 @@ ALLOWED: list[tuple[str, tuple[str | bytes, ...]]] = [
     ("gateway", ("EVAL", "return redis.call('set', KEYS[1], 'g')", "1", CLAIM)),
     ("gateway", ("SET", gateway_key("g"), "1")),
     ("gateway", ("UNLINK", "loraplex:nothing")),
-    ("gateway", ("EVAL", WRITE, "2", USAGE_KEY, f"{USAGE_KEY}:mark:u", "100", "{}", "call", "60")),
+    ("gateway", ("EVAL", WRITE, "2", USAGE_KEY, f"{USAGE_KEY}:mark:u", "100", "{}", "call", "1.0", "60")),
     ("admin", ("XRANGE", USAGE_KEY, "-", "+")),
     ("adapter_store", ("HSET", CATALOG, "version", "1")),
     ("adapter_store", ("SET", "a:{sha}:c:0", "bytes")),

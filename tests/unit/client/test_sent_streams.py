@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_client import AsyncClient, Client, ImportProgress
-from loraplex_common.errors import CancelledRequestError, InvalidParameterError
+from loraplex_common.errors import CancelledRequestError, InvalidParameterError, RemoteError
 from support.gateway_double import StoreDouble, serving
+from support.tcp_relay import TcpRelay
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    import grpc
 
 TIMEOUT_S = 30.0
 
@@ -139,6 +140,44 @@ async def test_an_upload_whose_client_is_closed_says_so(target: str, store: Stor
             await client.adapters.upload("mine", directory, progress=failing_at(1, close))
 
     assert store.uploads == {}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_upload_whose_store_goes_away_says_so(target: str, directory: Path, *, is_async: bool) -> None:
+    """It may be asked for again: gRPC's core once aborted the process here, or said that the call was cancelled."""
+    loop = asyncio.get_running_loop()
+    for _ in range(10):
+        async with TcpRelay(target) as relay:
+
+            def lose(_: ImportProgress, relay: TcpRelay = relay) -> None:
+                asyncio.run_coroutine_threadsafe(lose_connection(relay), loop).result(TIMEOUT_S)
+
+            with pytest.raises(RemoteError, match="cannot reach") as caught:
+                await upload(relay.target, directory, lose, is_async=is_async)
+
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_small_upload_whose_connection_is_lost_is_sent_again(
+    target: str, store: StoreDouble, directory: Path, *, is_async: bool
+) -> None:
+    (directory / "adapter_model.safetensors").write_bytes(bytes(1000))
+    loop = asyncio.get_running_loop()
+    async with TcpRelay(target) as relay:
+
+        def lose() -> None:
+            asyncio.run_coroutine_threadsafe(lose_connection(relay), loop).result(TIMEOUT_S)
+
+        await upload(relay.target, directory, failing_at(1, lose), is_async=is_async)
+
+        assert relay.num_connections >= 2
+    assert set(store.uploads) == {"mine"}
+
+
+async def lose_connection(relay: TcpRelay) -> None:
+    await eventually(lambda: relay.num_open > 0)
+    relay.reset()
 
 
 class Unreadable:

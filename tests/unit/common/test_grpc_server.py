@@ -43,6 +43,12 @@ async def test_all_four_shapes_of_call_work(client: EchoClient) -> None:
     assert await collect(client.chat(texts("a", "b"))) == ["a", "b"]
 
 
+async def test_a_caller_may_bring_all_the_baggage_and_trace_state_that_w3c_allows(client: EchoClient) -> None:
+    context = (("baggage", "k=" + "v" * 8190), ("tracestate", "k=" + "v" * 510))
+
+    assert await asyncio.gather(*(client.once("hi", metadata=context) for _ in range(50))) == ["hi"] * 50
+
+
 async def test_a_passed_deadline_releases_the_handler(echo: Echo, client: EchoClient) -> None:
     echo.unary = echo.wait_forever
 

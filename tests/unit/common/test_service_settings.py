@@ -37,6 +37,20 @@ def test_half_an_identity_is_refused_with_the_flags_that_are_missing(
         ServiceSettings(**changes).check_identity(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["collector:4317", "http://", "http://h", "http://h:1/v1", "http://h:65536", "http://[::1:4317", "grpc://h:1"],
+)
+def test_an_endpoint_for_traces_that_is_none_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ValueError, match="write http://HOST:PORT"):
+        ServiceSettings(otlp_endpoint=url).check_identity(None)
+
+
+@pytest.mark.parametrize("url", ["http://collector:4317", "https://[::1]:4317/"])
+def test_an_endpoint_for_traces_has_a_host_and_a_port(url: str) -> None:
+    ServiceSettings(otlp_endpoint=url).check_identity(None)
+
+
 def test_a_certificate_towards_valkey_alone_is_fine() -> None:
     ServiceSettings(redis_tls_ca=FILE, peer_tls_cert=FILE, peer_tls_key=FILE).check_identity("rediss://h:6379/0")
 

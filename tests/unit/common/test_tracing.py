@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -186,10 +188,22 @@ def test_the_environment_adds_to_the_facts_of_a_process_as_with_the_sdk(monkeypa
     assert facts["telemetry.sdk.name"] == "opentelemetry"
 
 
-def test_a_collector_that_is_away_costs_no_request_anything() -> None:
-    tracing.configure("engine", "http://127.0.0.1:1")
-    span = tracing.start("x")
-    assert span is not None
-    span.end({})
+@pytest.fixture
+def silent_collector() -> Iterator[str]:
+    """Endpoint of one that takes connections and answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
-    tracing.shut_down()  # within its timeout
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_collector_that_does_not_answer_holds_up_no_end_of_a_service(silent_collector: str, *, is_away: bool) -> None:
+    tracing.configure("engine", "http://127.0.0.1:1" if is_away else silent_collector)
+    for _ in range(2000):
+        span = tracing.start("x")
+        assert span is not None
+        span.end({})
+
+    began_at = time.monotonic()
+    tracing.shut_down()
+
+    assert time.monotonic() - began_at < 2 * tracing.CLOSE_TIMEOUT_S  # once 5 s for each of four batches

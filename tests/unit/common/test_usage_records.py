@@ -38,8 +38,8 @@ def make_record(usage_id: str, **values: Any) -> UsageRecord:
 
 async def write(client: Redis, record: UsageRecord, *, call: str = "call") -> None:
     """Write a record as a gateway does."""
-    marks = f"{USAGE_KEY}:mark:{record.usage_id}"
-    await client.eval(WRITE, 2, USAGE_KEY, marks, "100000", encoded(record), call, "60")  # type: ignore[misc, unused-ignore]
+    mark, began_at = f"{USAGE_KEY}:mark:{record.usage_id}", str(record.ended_at - record.duration_s)
+    await client.eval(WRITE, 2, USAGE_KEY, mark, "100000", encoded(record), call, began_at, "60")  # type: ignore[misc, unused-ignore]
 
 
 async def add(client: Redis, fields: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common import valkey
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -56,6 +57,24 @@ async def test_a_cancellation_is_heard_whenever_it_comes(
             await asyncio.wait({task}, timeout=10)
 
             assert task.cancelled() != is_too_late, f"after {num_turns} turns"
+
+
+async def test_a_client_waits_for_as_many_engines_hints_at_once_as_a_large_fleet_has(valkey_url: str) -> None:
+    async with connected(valkey_url) as client:
+
+        async def wait_for_hint(number: int) -> object:
+            return await client.xread({f"hints:{number}": "$"}, block=5_000)
+
+        waits = [asyncio.create_task(wait_for_hint(number)) for number in range(300)]
+
+        async def are_all_waiting() -> bool:
+            return int((await client.info("clients"))["blocked_clients"]) >= len(waits)
+
+        await eventually(are_all_waiting)
+        for number in range(len(waits)):
+            await client.xadd(f"hints:{number}", {"number": number})
+
+        assert all(await asyncio.gather(*waits))
 
 
 async def test_a_cancelled_task_can_still_clean_up_in_valkey(valkey_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from google.longrunning import operations_pb2_grpc
@@ -11,7 +12,8 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_client import _push_messages as push_messages
 from loraplex_client import _store_messages as messages
 from loraplex_client._aio.labels import AsyncLabels
-from loraplex_client._aio.waiting import Outgoing, answer_of, in_thread, read_in_thread, sending
+from loraplex_client._aio.sent_streams import send
+from loraplex_client._aio.waiting import in_thread
 from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
@@ -127,9 +129,8 @@ class AsyncAdapters(AsyncLabels):
             stage=stage,
             also_base_models=also_base_models,
         )
-        sent = Outgoing(messages.upload_messages(header, directory, progress))
-        with sending(sent, self._connection.target):
-            response = await answer_of(self._stub.UploadAdapter(read_in_thread(sent), metadata=self._metadata))
+        make_messages = partial(messages.upload_messages, header, directory, progress)
+        response = await send(self._stub.UploadAdapter, make_messages, self._connection)
         return messages.import_result(response)
 
     async def push(
@@ -175,9 +176,7 @@ class AsyncAdapters(AsyncLabels):
             ready_timeout_s=ready_timeout_s,
             base_model=base_model,
         )
-        sent = Outgoing(push.messages())
-        with sending(sent, self._connection.target):
-            response = await answer_of(self._stub.PushAdapter(read_in_thread(sent), metadata=self._metadata))
+        response = await send(self._stub.PushAdapter, push.messages, self._connection)
         return push_messages.push_result(response)
 
     async def list(self, *, prefix: str = "", show_deleted: bool = False) -> AsyncIterator[Adapter]:

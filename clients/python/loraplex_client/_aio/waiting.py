@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import CancelledRequestError, LoraplexError
@@ -72,7 +72,7 @@ async def read_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
 
 
 @contextlib.contextmanager
-def sending(messages: Outgoing[T], target: str) -> Iterator[None]:
+def sending(messages: Outgoing[Any], target: str) -> Iterator[None]:
     """Raise what a call that sends these messages failed with; if it failed because one could not be made, what that said.
 
     Raises:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from google.longrunning import operations_pb2_grpc
@@ -15,7 +16,8 @@ from loraplex_client._errors import translated
 from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
 from loraplex_client._sync.labels import Labels
-from loraplex_client._sync.waiting import Outgoing, answer_of, in_thread, read_in_thread, sending
+from loraplex_client._sync.sent_streams import send
+from loraplex_client._sync.waiting import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -128,9 +130,8 @@ class Adapters(Labels):
             stage=stage,
             also_base_models=also_base_models,
         )
-        sent = Outgoing(messages.upload_messages(header, directory, progress))
-        with sending(sent, self._connection.target):
-            response = answer_of(self._stub.UploadAdapter(read_in_thread(sent), metadata=self._metadata))
+        make_messages = partial(messages.upload_messages, header, directory, progress)
+        response = send(self._stub.UploadAdapter, make_messages, self._connection)
         return messages.import_result(response)
 
     def push(
@@ -176,9 +177,7 @@ class Adapters(Labels):
             ready_timeout_s=ready_timeout_s,
             base_model=base_model,
         )
-        sent = Outgoing(push.messages())
-        with sending(sent, self._connection.target):
-            response = answer_of(self._stub.PushAdapter(read_in_thread(sent), metadata=self._metadata))
+        response = send(self._stub.PushAdapter, push.messages, self._connection)
         return push_messages.push_result(response)
 
     def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:

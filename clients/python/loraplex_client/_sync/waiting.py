@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from threading import Event as Flag
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_common.errors import LoraplexError
 
@@ -60,7 +60,7 @@ def answer_of(response: T) -> T:
 
 
 @contextlib.contextmanager
-def sending(messages: Outgoing[T], target: str) -> Iterator[None]:
+def sending(messages: Outgoing[Any], target: str) -> Iterator[None]:
     """Raise what a call that sends these messages failed with; if it failed because one could not be made, what that said.
 
     Raises:

@@ -45,6 +45,7 @@ class _Pending:
     text: bytes
     mark: str
     call_id: str
+    began_at: str
     kept_s: int
 
 
@@ -135,7 +136,8 @@ class UsageLedger:
             self._on_drop()
         kept_s = MARK_S + (int(self._resume_window_s) if account.is_resumable else 0)
         mark = f"{USAGE_KEY}:mark:{record.usage_id}"
-        self._pending.append(_Pending(encoded(record), mark, new_usage_id(), kept_s))
+        began_at = f"{record.ended_at - record.duration_s:.3f}"
+        self._pending.append(_Pending(encoded(record), mark, new_usage_id(), began_at, kept_s))
         self._has_work.set()
 
     async def run(self) -> None:
@@ -165,7 +167,7 @@ class UsageLedger:
         marks = [each.mark for each in batch]
         values: list[Any] = [self._max_records]
         for each in batch:
-            values += (each.text, each.call_id, each.kept_s)
+            values += (each.text, each.call_id, each.began_at, each.kept_s)
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await self._valkey.eval(WRITE, 1 + len(marks), USAGE_KEY, *marks, *values)
         written = {id(each) for each in batch}
