@@ -32,7 +32,7 @@ class HostRanks:
         degree: Ranks.
         scratch: Directory for calls of kernels.
         dtype: Element type.
-        options: Of each `PartRunner`.
+        options: Further arguments of each `PartRunner`.
 
     Attributes:
         runners: By rank.

@@ -65,7 +65,7 @@ class RankHead:
         linear: This rank's rows of lm_head.
         vocabulary: Which rank has which tokens.
         max_rows: Most sampling rows.
-        like: Of the dtype and on the device of logits.
+        like: A tensor of the dtype and on the device of logits.
     """
 
     def __init__(self, linear: Linear, vocabulary: Vocabulary, *, max_rows: int, like: Tensor) -> None:

@@ -89,7 +89,7 @@ def check_steps(
     Args:
         model_dir: The base.
         ranks: What is checked.
-        adapters: Of each row, or None.
+        adapters: The adapter of each row; None for the base alone.
         vocab: Its tokens.
         scale: The factor of every second row on its adapter.
     """
