@@ -1,6 +1,6 @@
 """Decode steps of tensor-parallel groups: tokens/s per degree, what LoRA adds per degree, and both splits of adapters.
 
-    python benchmarks/tensor_parallel.py            # GPUs: refused by name, until the CUDA backend has collectives
+    python benchmarks/tensor_parallel.py            # GPUs: refused by name, until the CUDA backend has a runner for groups
     python benchmarks/tensor_parallel.py --floors   # no GPU: what bounds 7B, 13B and 70B on H100s; nothing is measured
     python benchmarks/tensor_parallel.py --smoke    # no GPU: a tiny model, 1 and 2 processes over gloo: about 40 s on 2 cores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weight_form import WeightForm
+from loraplex_engine.model.weight_layout import WeightLayout
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from kernels.host_kernels import HostLibrary
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.step import StepPlan
     from numpy.typing import NDArray
@@ -69,6 +72,9 @@ class Done:
 class HostRunner:
     """`CudaRunner` without streams and graphs: decode steps padded to a bucket, others as they are.
 
+    Args:
+        group: The tensor-parallel ranks, of which this is one; ranks but 0 take plans without tokens, and draw nothing.
+
     Attributes:
         instead: Makes the path that a step takes, in place of the engine's.
     """
@@ -87,14 +93,17 @@ class HostRunner:
         max_added_tokens: int = 0,
         kv_dtype: str = "",
         weight_form: WeightForm = WeightForm.WHOLE,
+        group: RankGroup | None = None,
     ) -> None:
         info, dtype = load_base_model(model_dir), {value: name for name, value in DTYPES.items()}[library.dtype]
-        self.pool_geometry = choose_pool_geometry(info, dtype=dtype, kv_dtype=kv_dtype)
-        self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
-        reader = WeightReader(model_dir, dtype=library.dtype, device=CPU, form=weight_form)
+        self.group, rank, degree = group, *((0, 1) if group is None else (group.rank, group.degree))
+        self.pool_geometry = choose_pool_geometry(info, dtype=dtype, tp_degree=degree, kv_dtype=kv_dtype)
+        self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes, tp_degree=degree)
+        layout = WeightLayout(tp_degree=degree, tp_rank=rank)
+        reader = WeightReader(model_dir, dtype=library.dtype, device=CPU, layout=layout, form=weight_form)
         config = model_config(info.config)
         forms, inputs = linear_forms(weight_form, library, config, max_tokens=64)
-        model = read_model(config, reader, forms, max_model_len=128, device=CPU)
+        model = read_model(config, reader, forms, max_model_len=128, device=CPU, group=group)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
         limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128, max_added_tokens=max_added_tokens)
         self.decoder = forward_of(config)(
@@ -123,8 +132,10 @@ class HostRunner:
         parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1, num_passes=MAX_ADAPTERS)
         self.token_parts = TokenParts(token_lora, self.tables, self.decoder.followers, parts)
         self.rows = TokenRows(self.geometry, vocab_size=info.vocab_size, max_added_tokens=max_added_tokens)
-        self.outside = OutsideModules(library, self.tables, self.pool, self.decoder, limits, num_sms=2)
-        library.track(*self.outside.fixed_tensors, *self.tables.outside.entries.values())
+        self.outside: OutsideModules | None = None
+        if self.geometry.has_outside:
+            self.outside = OutsideModules(library, self.tables, self.pool, self.decoder, limits, num_sms=2)
+            library.track(*self.outside.fixed_tensors, *self.tables.outside.entries.values())
         library.track(self.pool, self.tables.tiles, *self.tables.tensors)
         library.track(*self.lora.fixed_tensors, *token_lora.fixed_tensors, *parts.fixed_tensors)
         self.writer = InputWriter(block_tokens=self.pool_geometry.block_tokens, pad_slot=NUM_SLOTS)
@@ -150,7 +161,8 @@ class HostRunner:
         self.pool[torch.from_numpy(pages.astype(np.int64))] = torch.from_numpy(source)
         self.rows.bind(index, spec, source)
         self.tables.bind(index, spec, pages)
-        self.outside.forget()
+        if self.outside is not None:
+            self.outside.forget()
         self.num_binds += 1
         return Done()
 
@@ -162,6 +174,8 @@ class HostRunner:
         """Nothing to free."""
 
     def launch(self, plan: StepPlan) -> Done:
+        if self.group is not None and self.group.rank:
+            plan = replace(plan, token_ids=np.zeros(plan.num_tokens.sum(), dtype=np.int32))
         is_decode, has_adapters = is_pure_decode(plan), bool((plan.adapters >= 0).any())
         path: LayerPath = self.base
         if is_decode and has_adapters:
@@ -194,13 +208,16 @@ class HostRunner:
         step = layout.views(torch.from_numpy(buffer))
         if self.instead is not None:
             path = self.instead(plan, self.base)
-        if has_outside := self.outside.have(plan):
-            self.outside.embed(plan, step)
+        outside = self.outside if self.outside is not None and self.outside.have(plan) else None
+        if outside is not None:
+            outside.embed(plan, step)
         rest = self.decoder.forward(step, path, num_decode=plan.num_decode_rows)
         count = len(plan.sample_rows)
         self.logits = self.decoder.logits(step, rest)[:count]
-        if has_outside and count:
-            self.logits = self.outside.edit(plan, self.rows.num_columns(plan))
+        if self.group is not None and self.group.rank:
+            return Done()
+        if outside is not None and count:
+            self.logits = outside.edit(plan, self.rows.num_columns(plan))
         self.logits = self.decoder.finished(self.logits)
         drawn = self.logits.argmax(-1).to(torch.int32)
         slots = plan.slots[plan.sample_rows]

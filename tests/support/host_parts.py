@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loraplex_engine.model.weight_form import WeightForm
 from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad, MagnitudeLoads
 from loraplex_engine.runners.cuda.magnitudes import RowScales, has_magnitudes
-from support.host_decoder import CPU, HostRunner
+from support.host_decoder import BUCKET, CPU, HostRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from kernels.host_kernels import HostLibrary
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.step import StepPlan
     from numpy.typing import NDArray
     from support.host_decoder import Done
@@ -24,10 +25,18 @@ if TYPE_CHECKING:
 class PartRunner(HostRunner):
     """Computes c of DoRA adapters before a load is done, as `CudaRunner` does."""
 
-    def __init__(self, model_dir: Path, library: HostLibrary, *, weight_form: WeightForm = WeightForm.WHOLE) -> None:
-        super().__init__(model_dir, library, weight_form=weight_form)
+    def __init__(
+        self,
+        model_dir: Path,
+        library: HostLibrary,
+        *,
+        max_rows_beside: int = BUCKET,
+        weight_form: WeightForm = WeightForm.WHOLE,
+        group: RankGroup | None = None,
+    ) -> None:
+        super().__init__(model_dir, library, max_rows_beside=max_rows_beside, weight_form=weight_form, group=group)
         scales = RowScales(self.pool, self.geometry, self.decoder._model.linears, library.dtype)
-        self.magnitudes = MagnitudeLoads(scales, self.geometry, CPU)
+        self.magnitudes = MagnitudeLoads(scales, self.geometry, CPU, group)
         self.steps: list[torch.Tensor] = []
 
     def load_adapter(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from loraplex_common.adapter_image import AdapterSpec, Geometry, Tensors
     from loraplex_common.base_model import BaseModelInfo
     from loraplex_engine.step import TokenLogprobs
     from numpy.typing import NDArray
@@ -138,12 +138,18 @@ class Comparison:
 def adapter_image(
     geometry: Geometry, info: BaseModelInfo, directory: Path, model_dir: Path | None = None
 ) -> tuple[AdapterSpec, NDArray[np.uint8]]:
-    """Read a PEFT directory as the store does, and pack it; trained biases need the base's directory."""
+    """Read a PEFT directory as `read_adapter` does, and pack it."""
+    spec, tensors = read_adapter(info, directory, model_dir)
+    return spec, pack(geometry, spec, tensors)
+
+
+def read_adapter(info: BaseModelInfo, directory: Path, model_dir: Path | None = None) -> tuple[AdapterSpec, Tensors]:
+    """Read a PEFT directory as the store does; trained biases need the base's directory."""
     config = (directory / "adapter_config.json").read_bytes()
     weights = (directory / "adapter_model.safetensors").read_bytes()
     form = canonicalise(read_checkpoint(config, weights, info, base_dir=model_dir))
     adapter = read_canonical(b"".join(form.chunks()), form.revision)
-    return adapter.spec, pack(geometry, adapter.spec, adapter.tensors)
+    return adapter.spec, adapter.tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def test_groups_of_gpus_are_refused_with_what_is_missing(tmp_path: Path) -> None
     done = run("--out", str(tmp_path))
 
     assert done.returncode == 2
-    assert done.stderr.startswith("not measured: --tensor-parallel 2 computes on CPUs only: on GPUs, the all-reduce")
+    assert done.stderr.startswith("not measured: --tensor-parallel 2 computes on CPUs only: the CUDA backend")
     assert not done.stdout
     assert not list(tmp_path.iterdir())
 

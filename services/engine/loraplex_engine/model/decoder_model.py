@@ -73,6 +73,7 @@ class DecoderModel(ABC, Generic[LayerT]):
     Attributes:
         config: The decoder, with the heads and the width of the MLP that this rank computes; all else is the whole model's.
         group: As given.
+        vocabulary: Which rank has which tokens; None without a group.
         layers: Weights of the layers.
         linears: Per layer, its fused products by op.
         embedding: ``[vocab, hidden]``; in a group, the rows of this rank's tokens.
@@ -96,7 +97,7 @@ class DecoderModel(ABC, Generic[LayerT]):
         group: RankGroup | None = None,
     ) -> None:
         self.group = group
-        self._vocabulary = None if group is None else Vocabulary(config.vocab_size, group)
+        self.vocabulary = None if group is None else Vocabulary(config.vocab_size, group)
         self.config = config if group is None else local_config(config, group.degree)
         self._device = device
         self.embedding, self.lm_head = _read_embeddings(config, weights, forms, is_divided=group is not None)
@@ -119,10 +120,10 @@ class DecoderModel(ABC, Generic[LayerT]):
 
     def embed(self, token_ids: Tensor, out: Tensor) -> None:
         """Write the embeddings of int64 ``[T]`` tokens into ``out``, ``[T, hidden]``, in either memory order."""
-        if self._vocabulary is None:
+        if self.vocabulary is None:
             out.copy_(self.embedding.index_select(0, token_ids))
         else:
-            self._vocabulary.embed(self.embedding, token_ids, out)
+            self.vocabulary.embed(self.embedding, token_ids, out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
@@ -139,7 +140,7 @@ class DecoderModel(ABC, Generic[LayerT]):
         self._head_input(rows, x)
         out = new_activation(hidden.shape[0], self.lm_head.out_features, dtype=self._dtype, device=self._device)
         self.lm_head.into(x, out)
-        return x, out if self._vocabulary is None else self._vocabulary.gather(out)
+        return x, out if self.vocabulary is None else self.vocabulary.gather(out)
 
     def finish_logits(self, logits: Tensor) -> Tensor:
         """Return the model's logits for outputs of lm_head, ``[S, vocab or more]``, to which adapters have added theirs.

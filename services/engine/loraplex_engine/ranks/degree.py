@@ -42,9 +42,8 @@ def checked_degree(degree: int, info: BaseModelInfo, device: torch.device) -> in
         return degree
     if device.type != "cpu":
         raise ConfigError(
-            f"--tensor-parallel {degree} computes on CPUs only: on GPUs, the all-reduce between a row-parallel product and the "
-            "norm behind it is missing (the CUDA backend fuses the two), and with it graphs that hold collectives. Serve the "
-            "model with one rank on each GPU, or give --device cpu"
+            f"--tensor-parallel {degree} computes on CPUs only: the CUDA backend computes a rank's part of a step, but has no runner "
+            "for groups and no collectives between GPUs yet. Serve the model with one rank on each GPU, or give --device cpu"
         )
     try:
         info.geometry(dtype="float32", page_bytes=TILE_ALIGN, tp_degree=degree)

@@ -24,6 +24,8 @@ from loraplex_engine.runners.cuda.fp8_inputs import QuantisingGate, QuantisingNo
 from loraplex_engine.runners.cuda.fp8_linear import read_codes_alone
 from loraplex_engine.runners.cuda.gate_products import GateProducts
 from loraplex_engine.runners.cuda.paged_attention import PagedAttention
+from loraplex_engine.runners.cuda.rank_path import RankPath
+from loraplex_engine.runners.cuda.rank_vocabulary import RankEmbedding, RankHead
 from loraplex_engine.runners.cuda.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -88,7 +90,12 @@ class CudaDecoder(ABC, Generic[ModelT]):
         self.work = Workspace(config, limits, dtype=library.dtype, device=library.device)
         self.last_sampled = torch.zeros(num_slots + 1, dtype=torch.int32, device=library.device)
         self.followers = self._make_followers(library, layouts[config.windows[0]])
-        self._embedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
+        self._embedding: Embedding | RankEmbedding = Embedding(library, config.hidden_size, model.embedding_multiplier)
+        self._lm_head: Linear | RankHead = model.lm_head
+        if (vocabulary := model.vocabulary) is not None:
+            tokens, device = limits.max_tokens, library.device
+            self._embedding = RankEmbedding(self._embedding, vocabulary, max_tokens=tokens, device=device)
+            self._lm_head = RankHead(model.lm_head, vocabulary, max_rows=limits.max_rows, like=self.work.logits)
         self._norm = self._make_norm(library)
         attention = {window: self._make_attention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
@@ -191,15 +198,20 @@ class CudaDecoder(ABC, Generic[ModelT]):
         """Return the base's logits of hidden states ``[S, hidden]``, as `head`."""
         return self._model.logits(hidden)
 
-    @abstractmethod
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """Compute a step's residual stream, but for what is returned: that is still to be added.
 
         Args:
             step: Inputs; the first ``num_decode`` tokens are decode rows, also those that are padding.
-            path: How projections are computed.
+            path: How projections are computed; in a group, this rank's part of them.
             num_decode: Decode rows.
         """
+        group = self._model.group
+        return self._compute(step, path if group is None else RankPath(path, group), num_decode)
+
+    @abstractmethod
+    def _compute(self, step: StepInputs, path: LayerPath, num_decode: int) -> Tensor | None:
+        """Do what `forward` says."""
 
     def base_rows(self, count: int) -> Tensor:
         """Return lm_head's output for the last step's first sampling rows, ``[count, vocab]``; `finished` finishes it."""
@@ -237,7 +249,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         logits, x = self.base_rows(samples), self.work.x[:samples]
         if samples:
             self._head_input(rest, hidden, x, step.sample_tokens)
-            self._model.lm_head.into(x, logits)
+            self._lm_head.into(x, logits)
         return logits
 
     def _complete(self, rest: Tensor, hidden: Tensor) -> None:
@@ -262,7 +274,7 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
         config = self._model.config
         return NormShape(config.hidden_size, config.rms_norm_eps) if self._inputs is None else None
 
-    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
+    def _compute(self, step: StepInputs, path: LayerPath, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
         hidden, projected = work.hidden[:tokens], work.scratch(tokens)

@@ -134,7 +134,7 @@ class DenseDecoder(CudaDecoder[DenseModel]):
             query_scale=model.query_scale,
         )
 
-    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
+    def _compute(self, step: StepInputs, path: LayerPath, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
         hidden, scratch = work.hidden[:tokens], work.scratch(tokens)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from loraplex_engine.rank_group import RankGroup
     from loraplex_engine.runners.cuda.magnitudes import OpMagnitudes, RowScales
 
 MAX_CACHED_BYTES: Final = 512 << 20
@@ -94,6 +95,7 @@ class MagnitudeLoad:
         self._lock = threading.Lock()
         self._is_over = False
         self._error: BaseException | None = None
+        self._ends_engine = False
         self._callbacks: list[Callable[[], None]] = []
 
     def is_done(self) -> bool:
@@ -101,12 +103,13 @@ class MagnitudeLoad:
 
         Raises:
             SaturatedError: If c could not be computed, as when there is no memory for it.
+            RuntimeError: The same of a rank of a group, which is out of step with the other ranks then.
         """
         if self._error is not None:
-            raise SaturatedError(
-                f"adapter {self.spec.digest}: its DoRA factors could not be computed: {self._error}",
-                retry_after_s=RETRY_S,
-            ) from self._error
+            what = f"adapter {self.spec.digest}: its DoRA factors could not be computed: {self._error}"
+            if self._ends_engine:
+                raise RuntimeError(what) from self._error
+            raise SaturatedError(what, retry_after_s=RETRY_S) from self._error
         return self._is_over
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -117,10 +120,11 @@ class MagnitudeLoad:
                 return
         callback()
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Note that c is written, or why it is not."""
+    def end(self, error: BaseException | None = None, *, ends_engine: bool = False) -> None:
+        """Note that c is written, or why it is not, and whether that is the end of more than the adapter."""
         with self._lock:
             self._error, self._is_over, self._staging = error, True, None
+            self._ends_engine = ends_engine
         for callback in self._callbacks:
             callback()
 
@@ -132,10 +136,13 @@ class MagnitudeLoads:
         scales: Computes an op's.
         geometry: Geometry of adapter images.
         device: The device; on a CPU, as tests have it, nothing is waited for.
+        group: The tensor-parallel ranks, which all load the same adapters in one order; None if there is one rank.
     """
 
-    def __init__(self, scales: RowScales, geometry: Geometry, device: torch.device) -> None:
-        self._scales, self._geometry, self._device = scales, geometry, device
+    def __init__(
+        self, scales: RowScales, geometry: Geometry, device: torch.device, group: RankGroup | None = None
+    ) -> None:
+        self._scales, self._geometry, self._device, self._group = scales, geometry, device, group
         self.cache = ScaleCache()
         self.turn = (
             threading.Lock()
@@ -175,7 +182,9 @@ class MagnitudeLoads:
                     if self._stream is not None:
                         self._stream.synchronize()  # nothing launched may write to pages that are given away
                 finally:  # a device that is lost raises here, too, and no request may wait for this load
-                    load.end(error)
+                    if self._group is not None:
+                        self._group.abort()  # the others wait for this rank's part of sums
+                    load.end(error, ends_engine=self._group is not None)
 
     def _load(self, load: MagnitudeLoad) -> None:
         if self._stream is not None and load.copied is not None:
@@ -200,12 +209,22 @@ class MagnitudeLoads:
     def _compute(self, ops: Iterator[OpMagnitudes], spec: AdapterSpec) -> Iterator[None]:
         """Compute c into the pool and, for the cache, into the staging buffer; yield after each piece."""
         at, staging = 0, self._staged(num_magnitudes(self._geometry, spec))
+        add_ranks = None if self._group is None else self._add_ranks
         for op in ops:
-            for values in self._scales.compute(op):
+            for values in self._scales.compute(op, add_ranks):
                 if values is not None:
                     staging[at : at + len(values)].copy_(values, non_blocking=True)
                     at += len(values)
                 yield
+
+    def _add_ranks(self, squares: Tensor) -> None:
+        """Sum squares up over the ranks; the thread that launches steps has its turn until all ranks have brought theirs."""
+        assert self._group is not None
+        self.turn.release()
+        try:
+            self._group.all_reduce_of_load(squares)
+        finally:
+            self.turn.acquire()
 
     def _restore(self, ops: Iterator[OpMagnitudes], known: Tensor) -> Iterator[None]:
         """Copy c into the pool; yield after each op."""

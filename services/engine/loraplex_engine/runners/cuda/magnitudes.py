@@ -3,7 +3,7 @@
     ||W + s B A||^2 = ||W||^2 + sum over r of s B[:, r] * (2 W A^T + s B A A^T)[:, r]
 
 so that W is read once and W + s B A is never made. All of it is fp32 but the product W A^T, whose inputs are what the kernels
-multiply with. ||W||^2 is kept per base. Nothing here knows of streams or threads: the caller's current stream computes.
+multiply with. ||W||^2 is kept per base. Both terms add up over ranks that have some columns of W each. Nothing here knows of streams or threads: the caller's current stream computes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
 from loraplex_common.low_rank import KIND_A, KIND_B
+from loraplex_common.projections import Split
 from loraplex_common.vectors import KIND_C, OutVector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
@@ -143,8 +144,13 @@ class RowScales:
         self._pool, self._geometry, self._linears, self._dtype = pool.view(-1), geometry, linears, dtype
         self._squares: dict[tuple[int, int], Tensor] = {}  # ||W||^2 by layer and op
 
-    def compute(self, op: OpMagnitudes) -> Iterator[Tensor | None]:
+    def compute(self, op: OpMagnitudes, add_ranks: Callable[[Tensor], None] | None = None) -> Iterator[Tensor | None]:
         """Write the c of an op over its magnitudes, piece by piece.
+
+        Args:
+            op: The op.
+            add_ranks: Replaces squares of rows, of which each rank has some of the columns, by their sum over ranks; None if
+                there is one rank.
 
         Yields:
             What was written, fp32, after each of `OpMagnitudes.c`; None after pieces of work before.
@@ -164,6 +170,9 @@ class RowScales:
                         yield None
                     added.append(piece)
                 norm = norm + (torch.cat(added) if len(added) > 1 else added[0])
+            if add_ranks is not None and self._has_columns_alone(op):
+                norm = norm.clone()  # it may be of the squares that are kept
+                add_ranks(norm)
             norm = norm.clamp_min(0).sqrt_()
             c = magnitudes / norm
             c.masked_fill_(norm == 0, 0)  # the row is zero, so its product with x is
@@ -177,6 +186,10 @@ class RowScales:
             self._numbers(tile).copy_(values[begin : begin + tile.cols])
             begin += tile.cols
         return begin
+
+    def _has_columns_alone(self, op: OpMagnitudes) -> bool:
+        """Tell whether a rank has all rows of W, and only some of their columns."""
+        return self._geometry.ops[op.op].projections[0].split is Split.INPUTS
 
     def _begin_of(self, op: OpMagnitudes, tile: PlacedTile) -> int:
         """Return the first row of W that a c tile belongs to."""

@@ -163,6 +163,7 @@ def test_a_step_without_such_adapters_launches_nothing_of_theirs(
 
     plans = [harness.plan(rows[:2]), harness.plan(rows)]
 
+    assert runner.outside is not None
     assert [runner.outside.have(plan) for plan in plans] == [False, True]
     monkeypatch.setattr(outside.OutsideModules, "embed", None)
     monkeypatch.setattr(outside.OutsideModules, "edit", None)
@@ -179,6 +180,7 @@ def test_logits_of_prompt_positions_are_those_that_are_drawn_from(model_dir: Pat
 
     runner.launch(plan)
 
+    assert runner.outside is not None
     hidden, columns = runner.decoder.work.hidden[:15].clone(), runner.rows.num_columns(plan)
     logits_of = runner.outside.logits_of(plan, columns)
     for row in range(len(rows)):
