@@ -196,7 +196,7 @@ async def test_a_large_blob_is_written_in_parts_and_read_in_ranges(
 ) -> None:
     tier = object_tier.ObjectTier(Bucket.parse(cold), Credentials.from_file(credentials))
     chunks = [bytes([number]) * 2**21 for number in range(5)]
-    await tier.write("ab" * 32, chunks)
+    await tier.write("ab" * 32, [[memoryview(chunk)] for chunk in chunks])
 
     assert sum(request.method == "PUT" for request in storage.proxy.seen) == 2
     for number, chunk in enumerate(chunks):

@@ -21,8 +21,10 @@ from loraplex_adapter_store.disk.disk_tier import DiskTier
 from loraplex_adapter_store.images import ImageCache, ImageSources
 from loraplex_adapter_store.metrics import StoreMetrics
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.blob_tier import Bulk
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.bulk_reader import BulkReader
+from loraplex_adapter_store.repository.bulk_writer import BulkWriter
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.derivation_leases import DerivationLeases
 from loraplex_adapter_store.repository.engines import EngineHoldings
@@ -68,7 +70,7 @@ def make_core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> 
     stack.push_async_callback(client.aclose)
     credentials = Credentials.from_file(config.credentials_file)
     pool = blocking_pool(config.redis_url, config.redis_password)
-    bulk = BulkReader(pool) if pool is not None else None
+    bulk = Bulk(BulkReader(pool), BulkWriter(pool)) if pool is not None else None
     if bulk is not None:
         stack.push_async_callback(asyncio.to_thread, bulk.close)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")

@@ -9,7 +9,7 @@ from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.housekeeping import until_done
 from loraplex_common.service_settings import refuse_cluster
 
-from loraplex_adapter_store.repository.blob_tier import BlobTier, ValkeyTier
+from loraplex_adapter_store.repository.blob_tier import BlobTier, Bulk, ValkeyTier
 from loraplex_adapter_store.repository.hot_tier import ColdTierError, HotTier, settle_place
 from loraplex_adapter_store.repository.object_tier import ObjectTier
 
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.config import StoreConfig
     from loraplex_adapter_store.credentials import Credentials
     from loraplex_adapter_store.repository import keys
-    from loraplex_adapter_store.repository.bulk_reader import BulkReader
 
 
 def tiers_of(
-    config: StoreConfig, client: keys.Client, credentials: Credentials, bulk: BulkReader | None
+    config: StoreConfig, client: keys.Client, credentials: Credentials, bulk: Bulk | None
 ) -> tuple[BlobTier, ...]:
     """Return the tiers, the nearest first.
 

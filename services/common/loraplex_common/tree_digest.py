@@ -10,7 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -18,14 +18,30 @@ if TYPE_CHECKING:
 PIECE_BYTES: Final = 1024 * 1024
 
 
-def piece_digests(page: memoryview) -> bytes:
+def piece_digests(*views: memoryview) -> bytes:
     """Return the digests of a page's pieces behind each other, 32 bytes each. Other threads run meanwhile.
 
     Args:
-        page: Bytes, contiguous.
+        views: The page's bytes, each view contiguous: one, or several that follow each other.
     """
-    starts = range(0, len(page), PIECE_BYTES)
-    return b"".join(hashlib.sha256(page[start : start + PIECE_BYTES]).digest() for start in starts)
+    found: list[bytes] = []
+    piece, room = hashlib.sha256(), PIECE_BYTES
+    for view in views:
+        for part in _cut(view, room):
+            piece.update(part)
+            room -= len(part)
+            if not room:
+                found.append(piece.digest())
+                piece, room = hashlib.sha256(), PIECE_BYTES
+    return b"".join(found) if room == PIECE_BYTES else b"".join((*found, piece.digest()))
+
+
+def _cut(view: memoryview, first: int) -> Iterator[memoryview]:
+    """Yield a view in parts that end where a piece does, the first after that many bytes."""
+    start, stop = 0, first
+    while start < len(view):
+        yield view[start:stop]
+        start, stop = stop, stop + PIECE_BYTES
 
 
 def tree_root(digests: Iterable[bytes]) -> str:

@@ -66,6 +66,10 @@ class CanonicalForm:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""
+        return map(b"".join, self.chunk_parts(chunk_bytes))
+
+    def chunk_parts(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[memoryview]]:
+        """Yield the chunks of `chunks`, none of them copied: each as the views that it consists of, in order."""
         parts: list[memoryview] = []
         room = chunk_bytes
         for piece in self.pieces:
@@ -75,10 +79,10 @@ class CanonicalForm:
                 position += len(parts[-1])
                 room -= len(parts[-1])
                 if not room:
-                    yield b"".join(parts)
+                    yield parts
                     parts, room = [], chunk_bytes
         if parts:
-            yield b"".join(parts)
+            yield parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,22 @@ gives, and asks the next tier if it is missing or damaged.
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.bulk_writer import BulkWriter, Unwritten
+from loraplex_adapter_store.thread_work import ThreadWork
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
     from loraplex_adapter_store.repository.bulk_reader import BulkReader
+
+Chunk: TypeAlias = Sequence[memoryview]
+"""The bytes of a chunk as the views that it consists of, in order: so that nothing is copied before it is sent."""
 
 _UNLINK_BATCH: Final = 64
 
@@ -43,7 +50,7 @@ class BlobTier(Protocol):
 
     name: str
 
-    async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
+    async def write(self, digest: str, chunks: Iterable[Chunk]) -> None:
         """Write a blob whose chunks come in order; when it returns, the blob is as durable as the tier makes it.
 
         Writing the same blob again is harmless. A write that ends early leaves nothing that `holds` takes for a blob.
@@ -92,23 +99,38 @@ class BlobTier(Protocol):
         ...
 
 
+class Bulk(NamedTuple):
+    """What moves whole blobs between Valkey and memory, in threads."""
+
+    reader: BulkReader
+    writer: BulkWriter
+
+    def close(self) -> None:
+        """End the threads and connections of both; waits for what is under way."""
+        self.reader.close()
+        self.writer.close()
+
+
 class ValkeyTier:
     """Keeps each chunk as a value of Valkey, in the append-only file with all else there.
 
     Attributes:
-        bulk: Reads whole blobs faster; None where it cannot.
+        bulk: Moves whole blobs faster; None where nothing can.
     """
 
     name: str = "redis"
 
-    def __init__(self, client: keys.Client, bulk: BulkReader | None = None) -> None:
+    def __init__(self, client: keys.Client, bulk: Bulk | None = None) -> None:
         self._client = client
         self.bulk = bulk
 
-    async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
+    async def write(self, digest: str, chunks: Iterable[Chunk]) -> None:
         """See `BlobTier`."""
-        number = 0
-        async with aclosing(_made_ahead(chunks)) as ready:
+        left = Unwritten(chunks)
+        if self.bulk is not None:
+            await _write_bulk(self.bulk.writer, digest, left)
+        number = left.num_stored
+        async with aclosing(_made_ahead(map(b"".join, left))) as ready:
             async for chunk in ready:
                 with keys.translated():
                     await self._client.set(keys.chunk(digest, number), chunk)
@@ -137,6 +159,17 @@ class ValkeyTier:
             with keys.translated():
                 removed = await self._client.unlink(*batch)
             first += _UNLINK_BATCH
+
+
+async def _write_bulk(writer: BulkWriter, digest: str, left: Unwritten) -> None:
+    """Let a thread write what it can; when this ends, also if it is cancelled, it writes no more."""
+    work, is_stopped = ThreadWork(writer.executor), threading.Event()
+    try:
+        work.start(writer.write, digest, left, is_stopped.is_set)
+        await work.done()
+    finally:
+        is_stopped.set()
+        await work.quiet()
 
 
 async def _made_ahead(chunks: Iterable[bytes]) -> AsyncGenerator[bytes, None]:

@@ -32,9 +32,10 @@ from loraplex_adapter_store.repository import keys, scripts
 from loraplex_adapter_store.repository.blob_tier import BlobTier, ChunkPlace, ValkeyTier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
 
+    from loraplex_adapter_store.repository.blob_tier import Chunk
     from loraplex_adapter_store.repository.bulk_reader import Arrived
 
 _log = get_logger()
@@ -148,7 +149,7 @@ class Blobs:
         for tier in reversed(self._tiers):
             checksums.clear()
             pieces.clear()
-            await tier.write(form.revision, _noting(form.chunks(), checksums, pieces))
+            await tier.write(form.revision, _noting(form.chunk_parts(), checksums, pieces))
         manifest = Manifest(
             base_fingerprint=form.base_fingerprint,
             num_bytes=form.num_bytes,
@@ -230,8 +231,8 @@ class Blobs:
         nearest = self._tiers[0]
         if not isinstance(nearest, ValkeyTier) or nearest.bulk is None:
             return None
-        read = partial(nearest.bulk.read, digest, manifest.chunk_bytes, manifest.checksums)
-        return BulkRead(read, nearest.bulk.executor)
+        read = partial(nearest.bulk.reader.read, digest, manifest.chunk_bytes, manifest.checksums)
+        return BulkRead(read, nearest.bulk.reader.executor)
 
     async def delete(self, digest: str) -> None:
         """Delete a blob, whole or partly written: the manifest first, so that no reader starts on the rest."""
@@ -274,9 +275,9 @@ class Blobs:
                 _log.warning("a chunk is not kept nearer", revision=digest, tier=tier.name, error=error.message)
 
 
-def _noting(chunks: Iterator[bytes], checksums: list[int], pieces: list[bytes]) -> Iterator[bytes]:
+def _noting(chunks: Iterable[Chunk], checksums: list[int], pieces: list[bytes]) -> Iterator[Chunk]:
     """Pass chunks on and note the crc32c of each, and the digests of its pieces: none lies in two chunks."""
     for chunk in chunks:
-        checksums.append(crc32c.crc32c(chunk))
-        pieces.append(piece_digests(memoryview(chunk)))
+        checksums.append(functools.reduce(lambda before, part: crc32c.crc32c(part, before), chunk, 0))
+        pieces.append(piece_digests(*chunk))
         yield chunk

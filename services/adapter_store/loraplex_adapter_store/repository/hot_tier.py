@@ -14,6 +14,8 @@ from loraplex_adapter_store.repository.blob_tier import ChunkPlace, ValkeyTier
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from loraplex_adapter_store.repository.blob_tier import Chunk
+
 _log = get_logger()
 
 _DROP: Final = """
@@ -82,10 +84,10 @@ class HotTier:
         self._budget_bytes = budget_bytes
         self._plain = ValkeyTier(client)
 
-    async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
+    async def write(self, digest: str, chunks: Iterable[Chunk]) -> None:
         """See `BlobTier`."""
         start = 0
-        for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate(map(b"".join, chunks)):
             await self.keep(digest, ChunkPlace(number, start, start + len(chunk)), chunk)
             start += len(chunk)
 

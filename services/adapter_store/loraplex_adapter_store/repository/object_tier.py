@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from loraplex_adapter_store.credentials import Credential, Credentials
     from loraplex_adapter_store.object_storage import Bucket
-    from loraplex_adapter_store.repository.blob_tier import ChunkPlace
+    from loraplex_adapter_store.repository.blob_tier import Chunk, ChunkPlace
 
 _log = get_logger()
 RETRY_AFTER_S: Final = 10.0
@@ -54,9 +54,9 @@ class ObjectTier:
         """Where the blobs lie, for people."""
         return str(self._bucket)
 
-    async def write(self, digest: str, chunks: Iterable[bytes]) -> None:
+    async def write(self, digest: str, chunks: Iterable[Chunk]) -> None:
         """See `BlobTier`."""
-        rest = iter(chunks)
+        rest = map(b"".join, chunks)
         first: list[bytes] = []
         while sum(map(len, first)) <= PART_BYTES and (chunk := next(rest, None)) is not None:
             first.append(chunk)
